@@ -1,0 +1,136 @@
+"""What pretraining is worth: the quickstart with its pretrained frozen backbone beside the same run on random frozen weights.
+
+    python benchmarks/quickstart.py --seeds 0 1 2
+
+Every run is the plain command `permafrost train quickstart` in a process of its own (with `--backbone.weights random` for the twin),
+so what is measured is what a user gets: time from the command to the first progress line and to the end, peak resident memory of the
+process and its data workers, box and mask AP of the last step by pycocotools. Runs alternate between the two kinds. Rows are appended
+to benchmarks/results/quickstart.csv; a row that is there already is not measured again, so an interrupted benchmark goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+RESULTS = Path(__file__).parent / "results" / "quickstart.csv"
+FIELDS = (
+    "date", "commit", "processor", "cores", "torch", "weights", "seed", "num_steps",
+    "first_line_s", "total_s", "peak_rss_gb", "box_ap", "mask_ap",
+)  # fmt: skip
+
+
+def processor() -> str:
+    """The processor's own name, as far as the system tells."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def watch_memory(pid: int, peak: list[int], stop: threading.Event) -> None:
+    """Keeps in `peak[0]` the largest sum of resident bytes of a process and its children."""
+    while not stop.wait(0.2):
+        try:
+            process = psutil.Process(pid)
+            family = [process, *process.children(recursive=True)]
+            peak[0] = max(peak[0], sum(member.memory_info().rss for member in family))
+        except psutil.NoSuchProcess:
+            continue
+
+
+def measure(weights: str | None, seed: int, extra: list[str]) -> dict[str, object]:
+    """Runs the quickstart once.
+
+    Args:
+        weights: None for the recipe's own, else what `--backbone.weights` is set to.
+        seed: `--loop.seed`.
+        extra: further overrides.
+
+    Returns:
+        One row of the results.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "run"
+        command = [sys.executable, "-m", "permafrost.launcher.cli", "train", "quickstart", *extra]
+        command += ["--loop.seed", str(seed), "--output", str(output)]
+        command += ["--backbone.weights", weights] if weights else []
+        start, first, peak, stop = time.monotonic(), None, [0], threading.Event()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+        watcher = threading.Thread(target=watch_memory, args=(process.pid, peak, stop))
+        watcher.start()
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if first is None and line.lstrip().startswith("step "):
+                first = time.monotonic() - start
+        total = time.monotonic() - start
+        stop.set()
+        watcher.join()
+        if process.wait() != 0:
+            raise SystemExit("".join(lines[-40:]))
+        recipe = json.loads((output / "recipe.json").read_text())
+        final = json.loads((output / "final.json").read_text())["metrics"]["detection"]
+    repository = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=repository, capture_output=True, text=True)
+    experiment = recipe.get("experiment", recipe)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "weights": weights or "pretrained",
+        "seed": seed,
+        "num_steps": experiment["loop"]["num_steps"],
+        "first_line_s": round(first, 1),
+        "total_s": round(total, 1),
+        "peak_rss_gb": round(peak[0] / 2**30, 2),
+        "box_ap": round(final["bbox/AP"], 4),
+        "mask_ap": round(final["segm/AP"], 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments, extra = parser.parse_known_args()
+    rows = list(csv.DictReader(arguments.results.open())) if arguments.results.exists() else []
+    done = {(row["weights"], int(row["seed"])) for row in rows}
+    for seed in arguments.seeds:
+        for weights in (None, "random"):
+            if (weights or "pretrained", seed) in done:
+                continue
+            row = measure(weights, seed, extra)
+            print(row, flush=True)
+            rows.append({name: str(value) for name, value in row.items()})
+            arguments.results.parent.mkdir(parents=True, exist_ok=True)
+            with arguments.results.open("w", newline="") as file:
+                writer = csv.DictWriter(file, FIELDS)
+                writer.writeheader()
+                writer.writerows(rows)
+    for weights in ("pretrained", "random"):
+        for metric in ("box_ap", "mask_ap", "total_s", "peak_rss_gb"):
+            values = [float(row[metric]) for row in rows if row["weights"] == weights]
+            if values:
+                spread = f"{min(values):.3f} to {max(values):.3f}"
+                print(f"{weights:10} {metric:12} median {statistics.median(values):.3f}  ({spread}, n = {len(values)})")
+
+
+if __name__ == "__main__":
+    main()

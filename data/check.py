@@ -1,0 +1,87 @@
+"""Everything that is wrong with a data set, found before a run: what `permafrost check-data` prints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from permafrost.data.annotations import CocoFile, Finding, load_coco_file
+from permafrost.data.coco import locate
+from permafrost.data.config import CocoDataConfig
+from permafrost.data.errors import DataError
+from permafrost.data.images import ImageError, read_image
+
+
+def check_coco(
+    config: CocoDataConfig, decode_images: bool = True, on_progress: Callable[[int, int], None] | None = None
+) -> list[Finding]:
+    """Check both splits of a configuration: files, JSON entries, and every image.
+
+    Args:
+        config: What a run would use.
+        decode_images: Decode every image file, which finds truncated ones; otherwise only missing files are found.
+        on_progress: Called with the images done and all images, now and then.
+
+    Returns:
+        Findings in the order of the files. Training and evaluation refuse to start with the fatal ones; an unreadable
+        training image is replaced while training, so it is fatal only in the validation split.
+    """
+    try:
+        config = config.located()
+    except DataError as error:
+        return [Finding(config.root, str(error))]
+    findings: list[Finding] = []
+    for split in ("train", "val"):
+        try:
+            annotations, folder = locate(config, split)
+            coco_file = load_coco_file(annotations)
+        except DataError as error:
+            findings.append(Finding(str(config.paths[split][0]), str(error)))
+            continue
+        droppable = config.bad_annotations == "drop"
+        for finding in coco_file.findings:
+            forgiven = droppable and finding.annotation is not None
+            findings.append(replace(finding, fatal=finding.fatal and not forgiven))
+        limit = config.max_val_images if split == "val" else None
+        findings.extend(_check_images(coco_file, folder, split == "val", limit, decode_images, on_progress))
+    return findings
+
+
+def _check_images(
+    coco_file: CocoFile,
+    folder: Path,
+    needs_all: bool,
+    limit: int | None,
+    decode_images: bool,
+    on_progress: Callable[[int, int], None] | None,
+) -> list[Finding]:
+    """Findings about the image files of one split."""
+    images = [image for image in coco_file.images if isinstance(image.get("file_name"), str) and image["file_name"]]
+    if limit is not None and all(isinstance(image.get("id"), int) for image in images):
+        images = sorted(images, key=lambda image: image["id"])[:limit]
+
+    def problem(image: dict) -> Finding | None:
+        path = folder / image["file_name"]
+        if not path.is_file():
+            return Finding(str(path), "there is no such image file")
+        if not decode_images:
+            return None
+        size = (image.get("height"), image.get("width"))
+        try:
+            read_image(path, size if all(isinstance(side, int) for side in size) else None)
+        except ImageError as error:
+            return Finding(str(path), str(error), fatal=needs_all)
+        return None
+
+    found = []
+    # Decoding releases the interpreter's lock, so threads are enough.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for done, finding in enumerate(pool.map(problem, images), start=1):
+            if finding is not None:
+                found.append(finding)
+            if on_progress is not None and (done % 100 == 0 or done == len(images)):
+                on_progress(done, len(images))
+    return found

@@ -1,0 +1,341 @@
+"""Detection data in COCO's layout: any JSON of instances with its folder of images.
+
+    root/annotations/instances_train2017.json    root/train2017/*.jpg
+    root/annotations/instances_val2017.json      root/val2017/*.jpg
+
+Names and places are fields of CocoDataConfig; classes are read from the JSON. Nothing under the root is ever written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from permafrost.data.annotations import CocoFile, Finding, decode_masks, load_coco_file, raise_fatal
+from permafrost.data.config import CocoDataConfig, JitterConfig
+from permafrost.data.errors import DataError
+from permafrost.data.images import ImageError, read_image
+from permafrost.data.transforms import FitTransform, JitterTransform, Scene
+from permafrost.data.types import DetectionTarget, Sample, SampleKey
+
+if TYPE_CHECKING:
+    from permafrost.data.metrics.coco import CocoEvaluator
+
+LAYOUT = """expected COCO's layout (every name is a field of `data`):
+  ROOT/{train_annotations}   ROOT/{train_images}/*.jpg
+  ROOT/{val_annotations}   ROOT/{val_images}/*.jpg"""
+MIN_TOLERATED = 10
+"""Unreadable training images that are tolerated in a data set of any size."""
+
+
+class PackedRecords(Sequence):
+    """A list of plain records kept as one array of bytes.
+
+    Data workers are forked: a list of Python objects would be copied page by page into each of them as reference counts
+    change (gigabytes for COCO), an array is shared.
+
+    Args:
+        records: What to keep; every access unpacks a fresh copy.
+    """
+
+    def __init__(self, records: Sequence[Any]) -> None:
+        packed = [pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL) for record in records]
+        self._ends = np.cumsum([len(part) for part in packed], dtype=np.int64)
+        self._bytes = np.frombuffer(b"".join(packed), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        start = self._ends[index - 1] if index else 0
+        return pickle.loads(memoryview(self._bytes[start : self._ends[index]]))
+
+
+class CocoDetection(Dataset):
+    """Images with boxes, labels and masks, ready for the network. Indexed by SampleKey; a pure function of it.
+
+    Every annotation is checked at construction. In training an image file that cannot be decoded is replaced by the
+    next readable one, and says so in `Sample.replaced`; in evaluation it is an error.
+
+    Args:
+        annotations: The JSON of instances.
+        images: Folder that `file_name` is relative to.
+        image_size: Side S of the square that samples are fitted into, pixels.
+        jitter: Augmentation; None gives the whole image, for evaluation.
+        max_images: Take only the first n images by id.
+        bad_annotations: See CocoDataConfig.
+        train_empty_images: See CocoDataConfig.
+        corrupt_share: See CocoDataConfig.
+
+    Attributes:
+        classes: names by label.
+        category_ids: the file's category ids by label.
+        notes: what was left out, one line each; to be said at start.
+        fingerprint: hash of the annotation file and of the list of images used.
+
+    Raises:
+        DataError: a file is missing or malformed; says which, where inside of it, and what was expected.
+    """
+
+    def __init__(
+        self,
+        *,
+        annotations: Path,
+        images: Path,
+        image_size: int,
+        jitter: JitterConfig | None = None,
+        max_images: int | None = None,
+        bad_annotations: str = "refuse",
+        train_empty_images: bool = False,
+        corrupt_share: float = 0.001,
+    ) -> None:
+        self.annotation_file = annotations
+        self.image_folder = images
+        self.is_train = jitter is not None
+        self.transform = FitTransform(image_size) if jitter is None else JitterTransform(image_size, jitter)
+        self.corrupt_share = corrupt_share
+        self.notes: list[str] = []
+        coco_file = load_coco_file(annotations)
+        dropped = refuse_or_drop(coco_file.findings, bad_annotations)
+        records = group_by_image(coco_file, dropped)
+        raise_fatal(missing_images(records, images))
+        if dropped:
+            first = next(finding for finding in coco_file.findings if finding.annotation in dropped)
+            self.notes.append(f"{len(dropped)} annotations are left out as unusable, the first: {first}")
+        if self.is_train and not train_empty_images:
+            num_images = len(records)
+            records = [record for record in records if any(not entry["iscrowd"] for entry in record["annotations"])]
+            if len(records) < num_images:
+                empty = num_images - len(records)
+                self.notes.append(
+                    f"{empty} of {num_images} images of {annotations.name} hold no object and are left out"
+                )
+        if max_images is not None:
+            records = records[:max_images]
+        if not any(not entry["iscrowd"] for record in records for entry in record["annotations"]):
+            raise DataError(
+                f"{annotations}: not one object in {len(records)} images: there is nothing to learn or to score"
+            )
+        self.classes = [category["name"] for category in coco_file.categories]
+        self.category_ids = [category["id"] for category in coco_file.categories]
+        listing = "\n".join(f"{record['id']} {record['file_name']}" for record in records)
+        self.fingerprint = hashlib.sha256(f"{coco_file.digest}\n{listing}".encode()).hexdigest()
+        self.records = PackedRecords(records)
+
+    @classmethod
+    def from_config(cls, config: CocoDataConfig, train: bool) -> CocoDetection:
+        """The training or validation set of a configuration.
+
+        Raises:
+            DataError: see the class; a missing root or folder says the layout that is expected.
+        """
+        annotations, images = locate(config, "train" if train else "val")
+        return cls(
+            annotations=annotations,
+            images=images,
+            image_size=config.image_size,
+            jitter=config.jitter if train else None,
+            max_images=None if train else config.max_val_images,
+            bad_annotations=config.bad_annotations,
+            train_empty_images=config.train_empty_images,
+            corrupt_share=config.corrupt_share,
+        )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def image_path(self, index: int) -> Path:
+        """The file of one image."""
+        return self.image_folder / self.records[index]["file_name"]
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        """Load, transform and annotate one image.
+
+        Raises:
+            DataError: in evaluation, the image cannot be read; in training, neither can a long row of its neighbours.
+        """
+        replaced: list[tuple[str, str]] = []
+        for step in range(min(len(self), 1000)):
+            record = self.records[(key.index + step) % len(self)]
+            path = self.image_folder / record["file_name"]
+            try:
+                image = read_image(path, (record["height"], record["width"]))
+            except ImageError as error:
+                if not self.is_train:
+                    raise DataError(f"{path}: {error}; evaluation needs every image") from error
+                replaced.append((str(path), str(error)))
+                continue
+            return Sample(*self._transformed(image, record, key), key, replaced)
+        raise DataError(
+            f"{replaced[0][0]}: {replaced[0][1]}; and none of the {len(replaced) - 1} images after it can be read"
+        )
+
+    def _transformed(self, image: torch.Tensor, record: dict, key: SampleKey) -> tuple[torch.Tensor, DetectionTarget]:
+        height, width = record["height"], record["width"]
+        objects = [entry for entry in record["annotations"] if not entry["iscrowd"]]
+        crowds = [entry["bbox"] for entry in record["annotations"] if entry["iscrowd"]]
+        masks = decode_masks([entry["segmentation"] for entry in objects], height, width)
+        crowd_boxes = torch.tensor(crowds, dtype=torch.float32).reshape(-1, 4)
+        crowd_boxes[:, 2:] += crowd_boxes[:, :2]
+        result = self.transform(Scene(image, torch.from_numpy(masks), crowd_boxes), key.generator("augment"))
+        target = DetectionTarget(
+            image_id=record["id"],
+            boxes=result.boxes,
+            labels=torch.tensor([entry["label"] for entry in objects], dtype=torch.int64)[result.kept],
+            masks=result.masks,
+            ignore_boxes=result.ignore_boxes,
+            size=result.size,
+            original_size=(height, width),
+        )
+        return result.image, target
+
+    def evaluator(self) -> CocoEvaluator:
+        """A fresh evaluator against the annotations of exactly these images."""
+        from permafrost.data.metrics.coco import CocoEvaluator
+
+        return CocoEvaluator(list(self.records), self.classes, self.category_ids)
+
+    def tracker(self) -> ReplacementTracker:
+        """A fresh count of replaced images, with this data set's limit."""
+        return ReplacementTracker(len(self), self.corrupt_share)
+
+
+class ReplacementTracker:
+    """Counts distinct unreadable training images in the main process, and stops the run when there are too many.
+
+    Args:
+        num_images: Images of the data set.
+        share: Largest share that is tolerated; MIN_TOLERATED images always are.
+    """
+
+    def __init__(self, num_images: int, share: float) -> None:
+        self.num_images = num_images
+        self.limit = max(MIN_TOLERATED, int(share * num_images))
+        self.reasons: dict[str, str] = {}
+
+    @property
+    def count(self) -> int:
+        """Distinct files seen so far."""
+        return len(self.reasons)
+
+    def update(self, replaced: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Take in `Batch.replaced`.
+
+        Returns:
+            The (path, reason) pairs that are new: to be said once.
+
+        Raises:
+            DataError: more files than the limit cannot be read.
+        """
+        new = []
+        for path, reason in replaced:
+            if path not in self.reasons:
+                self.reasons[path] = reason
+                new.append((path, reason))
+        if self.count > self.limit:
+            shown = "\n".join(f"  {path}: {reason}" for path, reason in list(self.reasons.items())[:5])
+            raise DataError(
+                f"{self.count} of {self.num_images} training images cannot be read, {self.limit} are tolerated "
+                f"(data.corrupt_share); the first:\n{shown}"
+            )
+        return new
+
+
+def locate(config: CocoDataConfig, split: str) -> tuple[Path, Path]:
+    """Annotation file and image folder of a split, which are there.
+
+    Raises:
+        DataError: one is not; says the layout that is expected.
+    """
+    annotations, images = config.paths[split]
+    layout = LAYOUT.format(**vars(config))
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        raise DataError(f"data.root is {str(config.root)!r}: there is no such folder; {layout}")
+    if not annotations.is_file():
+        raise DataError(f"{annotations}: there is no such annotation file; {layout}")
+    if not images.is_dir():
+        raise DataError(f"{images}: there is no such folder of images; {layout}")
+    return annotations, images
+
+
+def refuse_or_drop(findings: Sequence[Finding], bad_annotations: str) -> set[int]:
+    """Raise for fatal findings; under "drop" the positions of the annotations to leave out are returned instead.
+
+    Raises:
+        DataError: findings that are fatal under this policy.
+    """
+    curable = {finding.annotation for finding in findings if finding.fatal and finding.annotation is not None}
+    if bad_annotations == "drop":
+        raise_fatal([finding for finding in findings if finding.annotation is None])
+        return curable
+    remedy = "Repair the file, or leave such annotations out with data.bad_annotations drop" if curable else ""
+    raise_fatal(findings, remedy)
+    return set()
+
+
+def group_by_image(coco_file: CocoFile, dropped: set[int]) -> list[dict[str, Any]]:
+    """One record per image, by id, with labels 0..K-1 instead of category ids; annotations stay in the file's order."""
+    labels = coco_file.labels
+    records = {
+        image["id"]: {**{name: image[name] for name in ("id", "file_name", "height", "width")}, "annotations": []}
+        for image in sorted(coco_file.images, key=lambda image: image["id"])
+    }
+    for position, entry in enumerate(coco_file.annotations):
+        if position in dropped:
+            continue
+        record = {name: entry[name] for name in ("bbox", "segmentation")}
+        record.update(label=labels[entry["category_id"]], iscrowd=int(entry.get("iscrowd", 0)), area=entry.get("area"))
+        records[entry["image_id"]]["annotations"].append(record)
+    return list(records.values())
+
+
+def missing_images(records: Sequence[dict[str, Any]], folder: Path) -> list[Finding]:
+    """Findings for images without a file; lists each folder once, which is quicker than asking for every file."""
+    listed: dict[str, set[str]] = {}
+    findings = []
+    for record in records:
+        parent, name = os.path.split(os.path.join(folder, record["file_name"]))
+        if parent not in listed:
+            try:
+                listed[parent] = set(os.listdir(parent))
+            except OSError:
+                listed[parent] = set()
+        if name not in listed[parent]:
+            findings.append(Finding(os.path.join(parent, name), "there is no such image file"))
+    return findings
+
+
+def inference_sample(path: Path, image_size: int, image_id: int = 0) -> Sample:
+    """An image file without annotations, fitted into the square as in evaluation.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        image = read_image(path)
+    except ImageError as error:
+        raise DataError(f"{path}: {error}") from error
+    height, width = image.shape[-2:]
+    scene = Scene(image, torch.zeros((0, height, width), dtype=torch.uint8), torch.zeros((0, 4)))
+    result = FitTransform(image_size)(scene)
+    target = DetectionTarget(
+        image_id=image_id,
+        boxes=result.boxes,
+        labels=torch.zeros(0, dtype=torch.int64),
+        masks=result.masks,
+        ignore_boxes=result.ignore_boxes,
+        size=result.size,
+        original_size=(height, width),
+    )
+    return Sample(result.image, target, SampleKey(0, 0, image_id))

@@ -1,0 +1,161 @@
+"""Configurations of data sets: values only, no torch; `build_*` makes the live data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from permafrost.data.errors import DataError
+
+if TYPE_CHECKING:
+    from permafrost.data.coco import CocoDetection
+
+
+@dataclass
+class JitterConfig:
+    """Large-scale jitter with a fixed-size square crop (the paper, section 3.3; Simple Copy-Paste): training only."""
+
+    scale_range: tuple[float, float] = (0.1, 2.0)
+    """The image is resized to this range times the size that fits the square, aspect ratio kept."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    color: float = 0.0
+    """Strength of brightness, contrast and saturation jitter (0.4: factors within 0.6 to 1.4); 0 is off."""
+    min_box_side: float = 1.0
+    """Boxes narrower or lower than this many pixels after the crop are dropped."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale_range[0] <= self.scale_range[1]:
+            raise DataError(f"data.jitter.scale_range is {self.scale_range}: give two rising factors above 0")
+        if not 0 <= self.flip <= 1 or not 0 <= self.color < 1:
+            raise DataError(
+                f"data.jitter: flip {self.flip} must lie in 0..1 and color {self.color} in 0..1, 1 left out"
+            )
+
+
+@dataclass
+class CocoDataConfig:
+    """Any data set in COCO's layout: annotations/instances_*.json and image folders. Classes are read from the JSON."""
+
+    root: str = "data/coco"
+    train_annotations: str = "annotations/instances_train2017.json"
+    train_images: str = "train2017"
+    val_annotations: str = "annotations/instances_val2017.json"
+    val_images: str = "val2017"
+    image_size: int = 1024
+    """Side of the square that the network sees, pixels."""
+    jitter: JitterConfig = field(default_factory=JitterConfig)
+    max_val_images: int | None = None
+    """Evaluate on the first n images only; None takes all."""
+    corrupt_share: float = 0.001
+    """Largest share of unreadable training images (at least 10 are tolerated) before the run stops."""
+    bad_annotations: Literal["refuse", "drop"] = "refuse"
+    """What to do about single annotations that cannot be used (degenerate or out-of-image box, broken segmentation):
+    refuse to start, or leave them out and say how many. COCO's own train2017 has two boxes without height."""
+    train_empty_images: bool = False
+    """Train also on images without any object; they are left out otherwise."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 32:
+            raise DataError(f"data.image_size is {self.image_size}: give at least 32 pixels")
+        if self.max_val_images is not None and self.max_val_images < 1:
+            raise DataError(f"data.max_val_images is {self.max_val_images}: give at least 1, or None for all")
+        if not 0 <= self.corrupt_share <= 1:
+            raise DataError(f"data.corrupt_share is {self.corrupt_share}: give a share between 0 and 1")
+
+    @property
+    def paths(self) -> dict[str, tuple[Path, Path]]:
+        """Split -> (annotation file, image folder)."""
+        root = Path(self.root).expanduser()
+        return {
+            "train": (root / self.train_annotations, root / self.train_images),
+            "val": (root / self.val_annotations, root / self.val_images),
+        }
+
+    def located(self) -> CocoDataConfig:
+        """The same configuration with files behind it: a built-in world writes them first."""
+        return self
+
+    def build_train(self) -> CocoDetection:
+        """The training set with augmentation."""
+        from permafrost.data.coco import CocoDetection
+
+        return CocoDetection.from_config(self.located(), train=True)
+
+    def build_val(self) -> CocoDetection:
+        """The validation set without augmentation."""
+        from permafrost.data.coco import CocoDetection
+
+        return CocoDetection.from_config(self.located(), train=False)
+
+
+@dataclass
+class ShapesWorld:
+    """Size and difficulty of the built-in world `shapes`. Other values are another world, in another cache folder."""
+
+    num_train: int = 2000
+    num_val: int = 300
+    image_side: int = 160
+    """Side of the square images, pixels."""
+    objects: tuple[int, int] = (2, 5)
+    """Fewest and most objects tried in an image; one that finds no place is left out."""
+    object_size: tuple[float, float] = (0.15, 0.45)
+    """Diameter of an object as a share of the image's side, drawn log-uniformly."""
+    min_visible: float = 0.4
+    """Share of its area that every object keeps visible; 1 allows no occlusion."""
+    stretch: float = 1.25
+    """Largest ratio of an object's two axes; 1 never stretches."""
+    rotation: float = 1.0
+    """Share of a half turn that objects are rotated by, to either side; 0 keeps all upright."""
+    contrast: float = 0.3
+    """Least difference of an object's colour from the ground below it, in the clearest of R, G and B (0..1)."""
+    background_contrast: float = 0.4
+    """Difference of the two colours of a background's texture, as a share of that between two random colours."""
+    textured_share: float = 0.5
+    """Share of objects filled with a texture instead of one colour."""
+    clutter: int = 4
+    """Most distracting strokes in an image."""
+    crowd_share: float = 0.08
+    """Share of images with a crowd: one region of many tiny shapes, annotated iscrowd."""
+    noise: float = 0.02
+    """Standard deviation of the pixel noise; pixels are in 0..1."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_train", "num_val"):
+            if not 1 <= getattr(self, name) <= 1_000_000:
+                raise DataError(f"data.world.{name} is {getattr(self, name)}: give 1 to 1000000 images")
+        if not 32 <= self.image_side <= 4096:
+            raise DataError(f"data.world.image_side is {self.image_side}: give 32 to 4096 pixels")
+        if not 1 <= self.objects[0] <= self.objects[1]:
+            raise DataError(f"data.world.objects is {self.objects}: give fewest and most, at least 1")
+        if not 0 < self.object_size[0] <= self.object_size[1] <= 1:
+            raise DataError(
+                f"data.world.object_size is {self.object_size}: give two rising shares of the side within 0..1"
+            )
+        if self.stretch < 1:
+            raise DataError(f"data.world.stretch is {self.stretch}: a ratio of axes is at least 1")
+        if self.clutter < 0 or self.seed < 0:
+            raise DataError("data.world.clutter and data.world.seed cannot be negative")
+        for name in ("rotation", "contrast", "background_contrast", "textured_share", "crowd_share", "noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise DataError(f"data.world.{name} is {getattr(self, name)}: give a value between 0 and 1")
+        if not 0 < self.min_visible <= 1:
+            raise DataError(f"data.world.min_visible is {self.min_visible}: give a share above 0 and up to 1")
+
+
+@dataclass
+class ShapesDataConfig(CocoDataConfig):
+    """The built-in world `shapes`: rendered once into a cache folder, then read like any COCO data set."""
+
+    root: str = ""
+    """Folder of the files; empty is a folder under $PERMAFROST_CACHE or ~/.cache/permafrost."""
+    image_size: int = 160
+    world: ShapesWorld = field(default_factory=ShapesWorld)
+
+    def located(self) -> CocoDataConfig:
+        """The same configuration with the world's files written and `root` naming their folder."""
+        from permafrost.data.procedural.shapes import ensure_world
+
+        return replace(self, root=str(ensure_world(self.world, Path(self.root) if self.root else None)))

@@ -1,0 +1,105 @@
+"""Reading one image file: whatever it holds becomes (3, H, W) uint8 RGB, or an ImageError that says why not.
+
+Size limits are checked on the header, before a pixel is decoded: a file of a few kilobytes can claim gigabytes. EXIF
+orientation is ignored, as pycocotools and torchvision do: COCO annotations belong to the pixels as stored. Files are
+opened read-only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+MAX_PIXELS = 64_000_000
+"""Largest image decoded: 8000 x 8000; the largest of COCO has 410,000 pixels."""
+MAX_ASPECT = 100
+"""Largest ratio of the sides: a strip of 1 x 65535 is no photograph, and vanishes when it is fitted into a square."""
+
+
+class ImageError(ValueError):
+    """One image file cannot be used. Training replaces it; evaluation and `check-data` report it."""
+
+
+def size_problem(width: int, height: int) -> str | None:
+    """Why an image of this size is refused before decoding, or None."""
+    if width < 1 or height < 1:
+        return f"its size is {width} x {height}"
+    if width * height > MAX_PIXELS:
+        return f"{width} x {height} pixels are over the limit of {MAX_PIXELS}"
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        return f"{width} x {height} is a strip: its sides differ more than {MAX_ASPECT} times"
+    return None
+
+
+def read_image(path: Path, expected_size: tuple[int, int] | None = None) -> Tensor:
+    """Decode an image file.
+
+    Args:
+        path: Any format that PIL reads. Grayscale, palette, CMYK and 16-bit pictures are converted; transparency is
+            dropped.
+        expected_size: (height, width) that the annotations were made for; None takes any.
+
+    Returns:
+        (3, H, W) uint8 RGB.
+
+    Raises:
+        ImageError: missing, empty, truncated, not an image, too large, or of another size than expected.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise ImageError("the file is empty")
+        with warnings.catch_warnings():
+            # PIL warns of large headers and odd metadata; sizes have their own check below, and the pixels are all we
+            # take.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                _check_header(image, expected_size)
+                pixels = _rgb_pixels(image)
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError("there is no such file") from error
+    except (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError) as error:
+        # PIL's plug-ins raise all of these on damaged files.
+        raise ImageError(_reason(error)) from error
+    except Exception as error:
+        # struct.error, zlib.error, DecompressionBombError and the like share no base class below Exception.
+        raise ImageError(_reason(error)) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).split("\n")[0]
+    if "cannot identify image file" in text:
+        return "it is not an image that PIL can identify"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _check_header(image: Image.Image, expected_size: tuple[int, int] | None) -> None:
+    """Refuse by size, read from the header, before any pixel is decoded."""
+    problem = size_problem(image.width, image.height)
+    if problem:
+        raise ImageError(problem)
+    if expected_size is None or (image.height, image.width) == tuple(expected_size):
+        return
+    height, width = expected_size
+    hint = ""
+    if (image.width, image.height) == (height, width):
+        hint = " (turned by a quarter: annotations must belong to the stored pixels, EXIF orientation is ignored)"
+    raise ImageError(f"the file is {image.width} x {image.height}, the annotations say {width} x {height}{hint}")
+
+
+def _rgb_pixels(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8, writable."""
+    if image.mode.startswith("I"):
+        # 16-bit grayscale ("I;16", or "I" for some files): PIL's own conversion would clip at 255 instead of scaling.
+        gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return np.repeat(((gray + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode == "F":
+        raise ImageError("floating-point pixels have no known range")
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,236 @@
+"""Batches from worker processes, in the order of the stream; errors name the worker and the sample."""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from permafrost.data.errors import DataError
+from permafrost.data.sampler import GlobalStream, check_division
+from permafrost.data.types import Batch, Sample, SampleKey
+
+_PADDING_EPOCH = -1
+
+
+class KeyedDataset(Protocol):
+    """What loaders read: samples by key."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: SampleKey) -> Sample: ...
+
+
+class WorkerError(RuntimeError):
+    """A data worker died, hung, or raised something unforeseen; says which worker and which samples."""
+
+
+@dataclass
+class _Failure:
+    """An exception on its way out of a worker: torch would wrap the message into a traceback."""
+
+    worker: int | None
+    key: SampleKey
+    error: str
+    trace: str
+    by_user: bool
+
+    def raise_it(self) -> None:
+        place = "the main process" if self.worker is None else f"data worker {self.worker}"
+        where = f"sample {self.key.index} of epoch {self.key.epoch}, in {place}"
+        if self.by_user:
+            raise DataError(f"{self.error} ({where})")
+        raise WorkerError(f"{where}: {self.error}\n{self.trace}")
+
+
+class _Guarded(Dataset):
+    """The data set as workers see it: an exception becomes a value."""
+
+    def __init__(self, dataset: KeyedDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: SampleKey) -> Sample | _Failure:
+        try:
+            return self.dataset[key]
+        except Exception as error:
+            info = get_worker_info()
+            text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+            return _Failure(
+                info.id if info else None, key, text, traceback.format_exc(), by_user=isinstance(error, DataError)
+            )
+
+
+def collate(samples: Sequence[Sample | _Failure]) -> Batch | _Failure:
+    """Stack samples of one size into a batch; the first failure, if any, takes its place."""
+    for sample in samples:
+        if isinstance(sample, _Failure):
+            return sample
+    return Batch(
+        images=torch.stack([sample.image for sample in samples]),
+        targets=[sample.target for sample in samples],
+        keys=[sample.key for sample in samples],
+        replaced=[entry for sample in samples for entry in sample.replaced],
+        is_padding=all(sample.key.epoch == _PADDING_EPOCH for sample in samples),
+    )
+
+
+def _init_worker(worker: int) -> None:
+    # One thread each: workers are the parallelism. An interrupt is the main process's to handle; it ends the workers.
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class BatchLoader:
+    """Iterable over batches of given keys, each time from the start.
+
+    Args:
+        dataset: Samples by key.
+        batches: The keys of every batch, in order; read lazily.
+        num_workers: Processes; 0 loads in this one.
+        timeout: Seconds without a batch from the workers that are an error; 0 waits for ever.
+    """
+
+    def __init__(
+        self, dataset: KeyedDataset, batches: Sequence[list[SampleKey]], num_workers: int = 0, timeout: float = 300.0
+    ) -> None:
+        self.batches = batches
+        self.num_workers = num_workers
+        self.timeout = timeout
+        self._loader = DataLoader(
+            _Guarded(dataset),
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=collate,
+            timeout=timeout if num_workers else 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_init_worker,
+            persistent_workers=num_workers > 0,
+            # A generator of its own: the default one draws the workers' base seed from torch's global state.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        iterator = iter(self._loader)
+        for position in range(len(self.batches)):
+            try:
+                batch = next(iterator)
+            except RuntimeError as error:
+                raise self._explained(error, position, iterator) from error
+            if isinstance(batch, _Failure):
+                batch.raise_it()
+            yield batch
+
+    def _explained(self, error: RuntimeError, position: int, iterator: object) -> Exception:
+        """A worker that died or hung, in words: torch names neither the worker's number nor what it was loading."""
+        text = str(error).split("\n")[0]
+        workers = getattr(iterator, "_workers", [])
+        dead = [f"{number} (pid {worker.pid})" for number, worker in enumerate(workers) if not worker.is_alive()]
+        indices = [key.index for key in self.batches[position]]
+        due = f"batch {position} was due from worker {position % max(1, self.num_workers)}: samples {indices}"
+        if dead:
+            what = f"data worker {', '.join(dead)} died"
+            hint = "killed from outside, or out of memory (shared memory too: /dev/shm)"
+            return WorkerError(f"{what}; {due}. A worker that ends like this was {hint}. torch says: {text}")
+        if "timed out" in text:
+            return WorkerError(f"no data for {self.timeout:g} s (loop.worker_timeout); {due}. torch says: {text}")
+        return WorkerError(f"{due}. torch says: {text}")
+
+
+class _TrainBatches(Sequence):
+    """The keys of one rank's micro-batches from one step on."""
+
+    def __init__(
+        self,
+        stream: GlobalStream,
+        global_batch: int,
+        rank: int,
+        world_size: int,
+        accumulation: int,
+        start: int,
+        num: int,
+    ) -> None:
+        self.stream, self.start, self.num_steps = stream, start, num
+        self.layout = (global_batch, rank, world_size, accumulation)
+
+    def __len__(self) -> int:
+        return self.num_steps * self.layout[-1]
+
+    def __getitem__(self, index: int) -> list[SampleKey]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        step, part = divmod(index, self.layout[-1])
+        return self.stream.step_keys(self.start + step, *self.layout)[part]
+
+
+def train_loader(
+    dataset: KeyedDataset,
+    stream: GlobalStream,
+    *,
+    global_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulation: int = 1,
+    start_step: int = 0,
+    num_steps: int,
+    num_workers: int = 0,
+    timeout: float = 300.0,
+) -> BatchLoader:
+    """This rank's training batches of steps start_step to num_steps - 1, `accumulation` of them per step.
+
+    Args:
+        dataset: Samples by key.
+        stream: The order of samples.
+        global_batch: Images per step over all ranks and micro-batches.
+        rank: This rank.
+        world_size: Number of ranks.
+        accumulation: Micro-batches per step on each rank.
+        start_step: First step; above 0 when resuming.
+        num_steps: Steps of the whole run.
+        num_workers: Worker processes.
+        timeout: Seconds without a batch that are an error.
+
+    Raises:
+        DataError: the global batch does not divide; while iterating, data cannot be read.
+        WorkerError: while iterating, a worker died or hung.
+    """
+    check_division(global_batch, world_size, accumulation)
+    remaining = max(0, num_steps - start_step)
+    batches = _TrainBatches(stream, global_batch, rank, world_size, accumulation, start_step, remaining)
+    return BatchLoader(dataset, batches, num_workers, timeout)
+
+
+def val_loader(
+    dataset: KeyedDataset,
+    *,
+    batch_size: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    timeout: float = 300.0,
+) -> BatchLoader:
+    """This rank's evaluation batches, every image once over all ranks, equally many batches on each.
+
+    Batches are dealt out in turn; a rank that runs short repeats the first batch with `is_padding` set, so that
+    collective operations stay in step; its results are to be dropped. Samples have seed 0 and, unless padding, epoch
+    0. It can be iterated again and again.
+    """
+    indices = range(len(dataset))
+    chunks = [
+        [SampleKey(0, 0, index) for index in indices[start : start + batch_size]]
+        for start in range(0, len(dataset), batch_size)
+    ]
+    rounds = -(-len(chunks) // world_size)
+    padding = [SampleKey(0, _PADDING_EPOCH, key.index) for key in chunks[0]] if chunks else []
+    chunks += [padding] * (rounds * world_size - len(chunks))
+    return BatchLoader(dataset, chunks[rank::world_size], num_workers, timeout)

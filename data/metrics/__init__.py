@@ -1,0 +1,1 @@
+"""Scores of finished predictions against ground truth."""

@@ -1,0 +1,176 @@
+"""Geometry and colour: from an image on disk with its masks to the fixed square that the network sees.
+
+Training is large-scale jitter with a fixed-size crop (Ghiasi et al., Simple Copy-Paste, CVPR 2021): the image is
+resized by a random factor of what fits the square, then a square is cropped where it is larger and padded at the
+bottom and right where it is smaller. Evaluation fits the whole image into the square. All randomness is drawn from
+the generator that is passed in, always the same number of draws, so a sample is a pure function of its key.
+
+Padding takes PAD_COLOR, the mean colour of photographs, not black: after the backbone's normalisation it is close to
+0, which is what detection code pads with after normalising, and it draws no edge along the image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import InterpolationMode, functional
+
+from permafrost.data.config import JitterConfig
+
+PAD_COLOR = (124, 116, 104)
+"""RGB of the padding: the mean of ImageNet, 255 * (0.485, 0.456, 0.406)."""
+
+
+@dataclass
+class Scene:
+    """An image with what is annotated in it; N objects, C crowd regions.
+
+    Attributes:
+        image: (3, H, W) uint8.
+        masks: (N, H, W) uint8, 0 or 1.
+        crowd_boxes: (C, 4) float32, xyxy.
+    """
+
+    image: Tensor
+    masks: Tensor
+    crowd_boxes: Tensor
+
+
+@dataclass
+class NetworkInput:
+    """A scene inside the square.
+
+    Attributes:
+        image: (3, S, S) uint8.
+        masks: (N', S, S) bool.
+        boxes: (N', 4) float32, xyxy: the tight boxes of the masks.
+        kept: (N',) int64, which of the scene's objects these are.
+        ignore_boxes: (C', 4) float32, xyxy.
+        size: (height, width) of the image inside the square.
+    """
+
+    image: Tensor
+    masks: Tensor
+    boxes: Tensor
+    kept: Tensor
+    ignore_boxes: Tensor
+    size: tuple[int, int]
+
+
+def boxes_of_masks(masks: Tensor) -> Tensor:
+    """Tight boxes (N, 4) float32 xyxy of masks (N, H, W).
+
+    The right and lower edges lie behind the last pixel: one pixel has a box of side 1. Empty masks give zeros.
+    """
+    _, height, width = masks.shape
+    columns, rows = masks.amax(dim=1).to(torch.uint8), masks.amax(dim=2).to(torch.uint8)
+    filled = columns.amax(dim=1)
+    left, top = columns.argmax(dim=1), rows.argmax(dim=1)
+    right, bottom = width - columns.flip(1).argmax(dim=1), height - rows.flip(1).argmax(dim=1)
+    return torch.stack([left, top, right * filled, bottom * filled], dim=1).float()
+
+
+class JitterTransform:
+    """Large-scale jitter for training.
+
+    Args:
+        image_size: Side S of the square, pixels.
+        jitter: Ranges and probabilities.
+    """
+
+    def __init__(self, image_size: int, jitter: JitterConfig) -> None:
+        self.image_size = image_size
+        self.jitter = jitter
+
+    def __call__(self, scene: Scene, generator: torch.Generator) -> NetworkInput:
+        """Transform a scene by random choices drawn from `generator`."""
+        jitter, square = self.jitter, self.image_size
+        scale_draw, top_draw, left_draw, flip_draw, *color_draws = torch.rand(7, generator=generator).tolist()
+        low, high = jitter.scale_range
+        height, width = scene.image.shape[-2:]
+        scaled = _fitted_size(height, width, square * (low + (high - low) * scale_draw))
+        size = (min(scaled[0], square), min(scaled[1], square))
+        # The draws are below 1, so every offset from 0 to the overhang is equally likely.
+        top, left = int(top_draw * (scaled[0] - size[0] + 1)), int(left_draw * (scaled[1] - size[1] + 1))
+        scene = _crop(_resize(scene, scaled), top, left, size)
+        if flip_draw < jitter.flip:
+            scene = _flip(scene)
+        if jitter.color > 0:
+            scene.image = _jitter_color(scene.image, jitter.color, color_draws)
+        return _pad(scene, square, jitter.min_box_side)
+
+
+class FitTransform:
+    """The whole image, resized to fit the square: evaluation.
+
+    Args:
+        image_size: Side S of the square, pixels.
+    """
+
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+
+    def __call__(self, scene: Scene, generator: torch.Generator | None = None) -> NetworkInput:
+        """Transform a scene; nothing is random."""
+        size = _fitted_size(*scene.image.shape[-2:], self.image_size)
+        return _pad(_resize(scene, size), self.image_size, min_box_side=0.0)
+
+
+def _fitted_size(height: int, width: int, side: float) -> tuple[int, int]:
+    """Size whose longer side is `side` pixels, aspect ratio kept, no side below 1."""
+    ratio = side / max(height, width)
+    return max(1, round(height * ratio)), max(1, round(width * ratio))
+
+
+def _resize(scene: Scene, size: tuple[int, int]) -> Scene:
+    if tuple(scene.image.shape[-2:]) == size:
+        return scene
+    image = functional.resize(scene.image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
+    # As an image, not as a tv_tensors.Mask: those are resized with `nearest`, which moves them by up to half a source
+    # pixel.
+    masks = functional.resize(scene.masks, list(size), interpolation=InterpolationMode.NEAREST_EXACT)
+    return Scene(image, masks, functional.resize(_as_boxes(scene), list(size)).as_subclass(Tensor))
+
+
+def _crop(scene: Scene, top: int, left: int, size: tuple[int, int]) -> Scene:
+    if tuple(scene.image.shape[-2:]) == size:
+        return scene
+    image = functional.crop(scene.image, top, left, *size)
+    masks = functional.crop(scene.masks, top, left, *size)
+    return Scene(image, masks, functional.crop(_as_boxes(scene), top, left, *size).as_subclass(Tensor))
+
+
+def _flip(scene: Scene) -> Scene:
+    boxes = functional.horizontal_flip(_as_boxes(scene)).as_subclass(Tensor)
+    return Scene(functional.horizontal_flip(scene.image), functional.horizontal_flip(scene.masks), boxes)
+
+
+def _as_boxes(scene: Scene) -> tv_tensors.BoundingBoxes:
+    return tv_tensors.BoundingBoxes(scene.crowd_boxes, format="XYXY", canvas_size=tuple(scene.image.shape[-2:]))
+
+
+def _jitter_color(image: Tensor, strength: float, draws: list[float]) -> Tensor:
+    """Brightness, contrast and saturation, each by a factor in 1 - strength to 1 + strength; draws are in [0, 1)."""
+    adjust = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
+    for change, draw in zip(adjust, draws):
+        image = change(image, 1 + strength * (2 * draw - 1))
+    return image
+
+
+def _pad(scene: Scene, square: int, min_box_side: float) -> NetworkInput:
+    """Put a scene into the upper left of the square, drop what is gone, derive the boxes."""
+    height, width = scene.image.shape[-2:]
+    image = torch.tensor(PAD_COLOR, dtype=torch.uint8)[:, None, None].repeat(1, square, square)
+    image[:, :height, :width] = scene.image
+    boxes = boxes_of_masks(scene.masks)
+    sides = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1)
+    kept = torch.nonzero((sides > 0) & (sides >= min_box_side))[:, 0]
+    masks = torch.zeros((len(kept), square, square), dtype=torch.bool)
+    masks[:, :height, :width] = scene.masks[kept].bool()
+    limits = torch.tensor([width, height, width, height], dtype=torch.float32)
+    ignore = torch.minimum(scene.crowd_boxes.clamp(min=0), limits)
+    ignore = ignore[(ignore[:, 2:] > ignore[:, :2]).all(dim=1)]
+    return NetworkInput(image, masks, boxes[kept], kept, ignore, (height, width))

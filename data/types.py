@@ -1,0 +1,144 @@
+"""What data sets hand to heads, and heads to metrics. Shapes: B batch, H W size, N objects, M mask side."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SampleKey:
+    """Where a sample stands in the stream: everything random about it is a function of these three numbers.
+
+    Augmentation in a worker and sampling inside a head draw from generators derived from the key, so the result does
+    not depend on the number of workers, ranks or nodes, nor on what ran before.
+    """
+
+    seed: int
+    epoch: int
+    index: int
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A fresh CPU generator for one named purpose; equal keys and purposes give equal streams."""
+        digest = hashlib.sha256(f"{self.seed}/{self.epoch}/{self.index}/{purpose}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+
+
+@dataclass
+class DetectionTarget:
+    """Ground truth of one image, in pixels of the network's input.
+
+    Attributes:
+        image_id: the data set's own id.
+        boxes: (N, 4) float32, xyxy.
+        labels: (N,) int64 in 0..K-1 (contiguous; the data set maps them to its category ids).
+        masks: (N, H, W) bool, of the input's size.
+        ignore_boxes: (C, 4) float32, xyxy: crowd regions, neither positive nor negative.
+        size: (height, width) of the image inside the padded input; what lies beyond is padding.
+        original_size: (height, width) of the image on disk.
+    """
+
+    image_id: int
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor
+    ignore_boxes: Tensor
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+
+    def to(self, device: torch.device | str) -> DetectionTarget:
+        """The same target with its tensors on `device`."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> DetectionTarget:
+        """The same target with its tensors in page-locked memory, from where copies to a GPU are asynchronous."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> DetectionTarget:
+        changed = {name: change(getattr(self, name)) for name in ("boxes", "labels", "masks", "ignore_boxes")}
+        return replace(self, **changed)
+
+
+@dataclass
+class Sample:
+    """One image as a data set gives it.
+
+    Attributes:
+        image: (3, H, W) uint8.
+        target: what is known about it; DetectionTarget for detection.
+        key: where it stands in the stream.
+        replaced: files that could not be read and in whose place this image stands: (path, reason).
+    """
+
+    image: Tensor
+    target: Any
+    key: SampleKey
+    replaced: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class DetectionResult:
+    """What a detection head found in one image, in pixels of the network's input.
+
+    Attributes:
+        image_id: the data set's own id.
+        boxes: (N, 4) float32, xyxy, clipped to `size`.
+        labels: (N,) int64 in 0..K-1.
+        scores: (N,) float32 in [0, 1], descending.
+        masks: (N, M, M) float32 probabilities on the box's own grid, or None for a head without masks.
+        size: (height, width) of the image inside the padded input.
+        original_size: (height, width) of the image on disk; boxes scale by original_size / size.
+    """
+
+    image_id: int
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+    masks: Tensor | None
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+
+    def cpu(self) -> DetectionResult:
+        """The same result with its tensors in host memory."""
+        masks = None if self.masks is None else self.masks.cpu()
+        return DetectionResult(
+            self.image_id, self.boxes.cpu(), self.labels.cpu(), self.scores.cpu(), masks, self.size, self.original_size
+        )
+
+
+@dataclass
+class Batch:
+    """One rank's share of a step.
+
+    Attributes:
+        images: (B, 3, H, W) uint8, padded bottom and right to one size (with `transforms.PAD_COLOR`).
+        targets: one per image; DetectionTarget for detection.
+        keys: one per image.
+        replaced: files that could not be read and were replaced by a neighbour: (path, reason).
+        is_padding: True for a batch that only keeps ranks in step during evaluation; its results are dropped.
+    """
+
+    images: Tensor
+    targets: list[Any]
+    keys: list[SampleKey]
+    replaced: list[tuple[str, str]] = field(default_factory=list)
+    is_padding: bool = False
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        return Batch(
+            self.images.to(device, non_blocking=True),
+            [target.to(device) for target in self.targets],
+            self.keys,
+            self.replaced,
+            self.is_padding,
+        )
+
+    def pin_memory(self) -> Batch:
+        """The same batch with its tensors in page-locked memory; torch's DataLoader calls this."""
+        return replace(self, images=self.images.pin_memory(), targets=[target.pin_memory() for target in self.targets])

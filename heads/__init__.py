@@ -1,0 +1,34 @@
+"""Heads: what is trained on a frozen backbone's feature maps. Names load on first use, so that importing the package needs no torch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    "BoxHeadConfig": "permafrost.heads.config",
+    "FPNConfig": "permafrost.heads.config",
+    "Head": "permafrost.heads.base",
+    "HeadError": "permafrost.heads.errors",
+    "LossCounts": "permafrost.heads.base",
+    "MaskHeadConfig": "permafrost.heads.config",
+    "MaskRCNN": "permafrost.heads.detection.mask_rcnn",
+    "MaskRCNNConfig": "permafrost.heads.config",
+    "PoolingConfig": "permafrost.heads.config",
+    "RPNConfig": "permafrost.heads.config",
+    "world_mean_counts": "permafrost.heads.base",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,52 @@
+"""The contract of a head: features and a batch in; named losses out in training, typed results out in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from permafrost.data.types import Batch, DetectionResult
+
+LossCounts = Callable[[str, Tensor], Tensor]
+"""counts(name, n): turns this rank's count `n` (0-dim) into the denominator this rank must divide its *sum* by, so that the mean of
+the ranks' (and accumulated micro-batches') losses is the global sum over the global count. Every rank asks for the same names in the
+same order, once each in a forward."""
+
+
+def world_mean_counts(name: str, count: Tensor) -> Tensor:
+    """The default LossCounts: the mean of `count` over all ranks, at least a share of 1.
+
+    Engines average gradients over ranks, so sum_r(loss_r) / world with loss_r = sum_r / (total / world) is sum / total. The floor of
+    1 / world keeps a global batch without any positive at loss 0 instead of 0 / 0.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return count.float().clamp(min=1.0)
+    total = count.detach().float().reshape(1)
+    dist.all_reduce(total)
+    return total.clamp(min=1.0)[0] / dist.get_world_size()
+
+
+class Head(nn.Module):
+    """What is trained. Built from a FeatureSpec, by keyword; never sees the backbone class.
+
+    A head's graph does not depend on the data: every parameter gets a gradient and every submodule runs equally often in each
+    forward, on every rank (a branch without positives is a zero-weighted pass, not a skipped one), since ZeRO aborts or hangs otherwise.
+    Its random choices draw from `batch.keys[i].generator(purpose)`, never from global state.
+    """
+
+    def forward(
+        self, features: Sequence[Tensor], batch: Batch, counts: LossCounts = world_mean_counts
+    ) -> dict[str, Tensor] | list[DetectionResult]:
+        """Losses in training mode, results in evaluation mode.
+
+        Args:
+            features: one (B, C_i, H/s_i, W/s_i) map per level, in the backbone's dtype.
+            batch: the images' targets and keys; in evaluation only sizes and ids are read from the targets.
+            counts: see LossCounts.
+
+        Returns:
+            training: named float32 scalars whose sum is the loss; evaluation: one result per image.
+        """
+        raise NotImplementedError

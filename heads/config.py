@@ -1,0 +1,217 @@
+"""Configurations of heads: values only, no torch; `build` makes the live head.
+
+Defaults are the public Mask R-CNN recipe of the Swin papers' detection code (AdamW, FPN 256, 2fc box head, 4-conv mask head).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from permafrost.heads.errors import HeadError
+
+if TYPE_CHECKING:
+    from permafrost.heads.detection.mask_rcnn import MaskRCNN
+    from permafrost.model.spec import FeatureSpec
+
+
+def _require(condition: bool, name: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise HeadError(f"{name} is {value!r}: {remedy}")
+
+
+def _require_counts(prefix: str, config: object, names: Sequence[str], least: int) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= least, f"{prefix}.{name}", value, f"it must be at least {least}")
+
+
+def _require_share(name: str, value: float) -> None:
+    _require(0.0 < value <= 1.0, name, value, "give a share above 0 and at most 1")
+
+
+@dataclass
+class FPNConfig:
+    """The feature pyramid: one level per backbone map, coarser ones by subsampling the last."""
+
+    channels: int = 256
+    num_extra_levels: int = 1
+    """Levels below the coarsest map, each half as large as the one before: 1 is P6 on top of P2..P5. Proposals only."""
+    level_norm: bool = True
+    """A trained LayerNorm over the channels of every backbone map (the backbone's own outputs are raw)."""
+
+    def __post_init__(self) -> None:
+        _require_counts("neck", self, ("channels",), 1)
+        _require_counts("neck", self, ("num_extra_levels",), 0)
+
+
+@dataclass
+class RPNConfig:
+    """The region proposal network."""
+
+    anchor_scale: float = 8.0
+    """Side of the square anchor in strides of its level."""
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height over width, at the same area."""
+    num_convs: int = 1
+    """3x3 convolutions of the pyramid's width before the two predictors."""
+    positive_iou: float = 0.7
+    negative_iou: float = 0.3
+    num_samples: int = 256
+    """Anchors per image in the loss."""
+    positive_fraction: float = 0.5
+    """Largest share of positive ones among them."""
+    num_pre_nms_train: int = 2000
+    """Best anchors per level that enter non-maximum suppression, in training."""
+    num_pre_nms_test: int = 1000
+    num_proposals_train: int = 1000
+    """Proposals per image that leave it, in training; ground-truth boxes are added to them."""
+    num_proposals_test: int = 1000
+    nms_iou: float = 0.7
+    smooth_l1_beta: float = 0.0
+    """Where the box loss turns from squared to absolute; 0 is plain L1."""
+
+    def __post_init__(self) -> None:
+        _require(self.anchor_scale > 0, "rpn.anchor_scale", self.anchor_scale, "it must be above 0")
+        _require(
+            len(self.aspect_ratios) > 0 and all(ratio > 0 for ratio in self.aspect_ratios),
+            "rpn.aspect_ratios",
+            self.aspect_ratios,
+            "give at least one ratio (height over width), each above 0",
+        )
+        _require_counts("rpn", self, ("num_convs",), 0)
+        names = ("num_pre_nms_train", "num_pre_nms_test", "num_proposals_train", "num_proposals_test")
+        _require_counts("rpn", self, names, 1)
+        _require(
+            0.0 <= self.negative_iou <= self.positive_iou <= 1.0,
+            "rpn.negative_iou",
+            self.negative_iou,
+            f"it must lie between 0 and rpn.positive_iou ({self.positive_iou}), which is at most 1",
+        )
+        _require_share("rpn.nms_iou", self.nms_iou)
+        _check_sampling("rpn", self.num_samples, self.positive_fraction)
+        _require(self.smooth_l1_beta >= 0, "rpn.smooth_l1_beta", self.smooth_l1_beta, "use 0 for plain L1")
+
+
+@dataclass
+class PoolingConfig:
+    """RoIAlign, shared by the box and the mask branch."""
+
+    sampling_ratio: int = 0
+    """Points per bin and direction; 0 takes as many as the box covers feature pixels. A fixed 2 is quicker."""
+    canonical_size: float = 224.0
+    """Side of a box, in pixels, that is pooled from the level of stride 16; half of it goes one level finer."""
+    aligned: bool = True
+    """Pixel centres at half coordinates. False is the first RoIAlign, shifted by half a feature pixel, which torchvision keeps."""
+
+    def __post_init__(self) -> None:
+        _require_counts("pooling", self, ("sampling_ratio",), 0)
+        _require(
+            self.canonical_size > 0, "pooling.canonical_size", self.canonical_size, "give a side in pixels above 0"
+        )
+
+
+@dataclass
+class BoxHeadConfig:
+    """The second stage's classifier and box regressor."""
+
+    resolution: int = 7
+    """Side of the pooled region."""
+    num_convs: int = 0
+    conv_channels: int = 256
+    num_fc: int = 2
+    fc_channels: int = 1024
+    positive_iou: float = 0.5
+    """Overlap with a ground-truth box from which a proposal is positive; below it is background."""
+    num_samples: int = 512
+    """Proposals per image in the loss."""
+    positive_fraction: float = 0.25
+    regression_stds: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2)
+    """What (dx, dy, log dw, log dh) are divided by to become the regressor's targets."""
+    smooth_l1_beta: float = 0.0
+    score_threshold: float = 0.05
+    nms_iou: float = 0.5
+    num_detections: int = 100
+    """Detections kept per image."""
+
+    def __post_init__(self) -> None:
+        _require_counts("box", self, ("resolution", "conv_channels", "fc_channels", "num_detections"), 1)
+        _require_counts("box", self, ("num_convs",), 0)
+        _require_counts("box", self, ("num_fc",), 1)
+        _require_share("box.positive_iou", self.positive_iou)
+        _require_share("box.nms_iou", self.nms_iou)
+        _require(
+            0.0 <= self.score_threshold < 1.0,
+            "box.score_threshold",
+            self.score_threshold,
+            "give a probability from 0 to below 1",
+        )
+        _require(
+            len(self.regression_stds) == 4 and all(std > 0 for std in self.regression_stds),
+            "box.regression_stds",
+            self.regression_stds,
+            "give four numbers above 0",
+        )
+        _check_sampling("box", self.num_samples, self.positive_fraction)
+        _require(self.smooth_l1_beta >= 0, "box.smooth_l1_beta", self.smooth_l1_beta, "use 0 for plain L1")
+
+
+@dataclass
+class MaskHeadConfig:
+    """The mask branch: convolutions, one deconvolution that doubles the grid, one map per class."""
+
+    resolution: int = 14
+    """Side of the pooled region; masks are twice as large."""
+    num_convs: int = 4
+    channels: int = 256
+
+    def __post_init__(self) -> None:
+        _require_counts("mask", self, ("resolution", "channels"), 1)
+        _require_counts("mask", self, ("num_convs",), 0)
+
+
+def _check_sampling(prefix: str, num_samples: int, positive_fraction: float) -> None:
+    _require(num_samples >= 1, f"{prefix}.num_samples", num_samples, "it must be at least 1")
+    _require_share(f"{prefix}.positive_fraction", positive_fraction)
+    _require(
+        int(num_samples * positive_fraction) >= 1,
+        f"{prefix}.positive_fraction",
+        positive_fraction,
+        f"of {prefix}.num_samples {num_samples} it leaves no room for a positive sample: raise either",
+    )
+
+
+@dataclass
+class MaskRCNNConfig:
+    """Mask R-CNN on a feature pyramid (He et al. 2017; Lin et al. 2017)."""
+
+    neck: FPNConfig = field(default_factory=FPNConfig)
+    rpn: RPNConfig = field(default_factory=RPNConfig)
+    pooling: PoolingConfig = field(default_factory=PoolingConfig)
+    box: BoxHeadConfig = field(default_factory=BoxHeadConfig)
+    mask: MaskHeadConfig = field(default_factory=MaskHeadConfig)
+    ignore_overlap: float = 0.5
+    """An anchor or proposal that has more than this share of its own area inside a crowd region is not used as a negative."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0.0 <= self.ignore_overlap <= 1.0,
+            "ignore_overlap",
+            self.ignore_overlap,
+            "give a share from 0 to 1 (1 ignores nothing)",
+        )
+
+    def build(self, *, spec: FeatureSpec, classes: Sequence[str]) -> MaskRCNN:
+        """The live head, initialised from torch's global generator.
+
+        Args:
+            spec: the backbone's maps; strides are powers of two and each doubles the one before.
+            classes: names of the K classes, in the order of the labels.
+
+        Raises:
+            HeadError: the spec's strides do not double, or there is no class.
+        """
+        from permafrost.heads.detection.mask_rcnn import build_mask_rcnn
+
+        return build_mask_rcnn(self, spec=spec, classes=classes)

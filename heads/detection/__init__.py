@@ -1,0 +1,1 @@
+"""Detection heads and the parts they are made of."""

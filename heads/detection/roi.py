@@ -1,0 +1,302 @@
+"""The second stage: which proposals to learn from, the box branch and the mask branch.
+
+Shapes: B images, R boxes of all images together, S samples per image, C channels of the pyramid, K classes, M side of a mask. Labels are
+0..K-1; the classifier's last output, K, is the background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.ops import batched_nms
+
+from permafrost.data.types import Batch
+from permafrost.heads.base import LossCounts
+from permafrost.heads.config import BoxHeadConfig, MaskHeadConfig, PoolingConfig
+from permafrost.heads.detection.boxes import box_loss, clip_boxes, image_sizes, larger_than
+from permafrost.heads.detection.pooling import RegionPooling, project_masks
+from permafrost.heads.detection.sampling import POSITIVE, drop_ignored, match_boxes, sample_balanced
+
+MIN_DETECTION_SIDE = 1e-2
+"""Pixels; thinner boxes have been clipped to nothing."""
+
+
+@dataclass
+class RegionSamples:
+    """The proposals of each image that enter the loss, positive ones first.
+
+    Attributes:
+        boxes: (B, S, 4) xyxy.
+        gt_boxes: (B, S, 4) the matched ground truth; `boxes` itself where not positive.
+        gt_index: (B, S) int64 position of the matched object in its image; 0 where not positive.
+        labels: (B, S) int64 in 0..K-1 where positive, else K.
+        is_positive: (B, S) bool.
+        is_valid: (B, S) bool; the rest fills up images with too few proposals and has no weight.
+    """
+
+    boxes: Tensor
+    gt_boxes: Tensor
+    gt_index: Tensor
+    labels: Tensor
+    is_positive: Tensor
+    is_valid: Tensor
+
+
+@dataclass
+class Detections:
+    """Final boxes of one image, by falling score: (N, 4) xyxy, (N,) int64 in 0..K-1, (N,) in [0, 1]."""
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+
+
+@torch.no_grad()
+def sample_regions(
+    proposals: Sequence[Tensor], batch: Batch, config: BoxHeadConfig, *, num_classes: int, ignore_overlap: float
+) -> RegionSamples:
+    """Adds the ground truth to the proposals, matches them and draws samples from each image's own generator ("roi").
+
+    Args:
+        proposals: one (R_i, 4) xyxy tensor per image.
+        batch: targets and keys.
+        config: thresholds and sizes.
+        num_classes: K, the background's label.
+        ignore_overlap: share of its area inside a crowd region from which a proposal is no negative.
+    """
+    candidates, matches, assignments, classes = [], [], [], []
+    for found, target in zip(proposals, batch.targets):
+        gt_boxes = target.boxes.to(found.dtype)
+        boxes = torch.cat([found, gt_boxes])
+        index, assignment = match_boxes(
+            boxes, gt_boxes, positive_iou=config.positive_iou, negative_iou=config.positive_iou
+        )
+        ignored = target.ignore_boxes.to(found.dtype)
+        assignment = drop_ignored(assignment, boxes, ignored, overlap=ignore_overlap)
+        if len(gt_boxes):
+            is_positive = assignment == POSITIVE
+            matches.append(gt_boxes[index].where(is_positive[:, None], boxes))
+            classes.append(target.labels[index].where(is_positive, num_classes))
+            index = index.where(is_positive, 0)
+        else:
+            matches.append(boxes)
+            classes.append(torch.full_like(index, num_classes))
+        candidates.append((boxes, index))
+        assignments.append(assignment)
+
+    samples = sample_balanced(
+        assignments,
+        batch.keys,
+        "roi",
+        num_samples=config.num_samples,
+        positive_fraction=config.positive_fraction,
+    )
+
+    def sampled(values: list[Tensor], fill: float) -> Tensor:
+        padded = pad_sequence(values, batch_first=True, padding_value=fill)
+        rows = torch.arange(len(padded), device=padded.device)[:, None]
+        return padded[rows, samples.index]
+
+    return RegionSamples(
+        boxes=sampled([boxes for boxes, _ in candidates], 0.0),
+        gt_boxes=sampled(matches, 0.0),
+        gt_index=sampled([index for _, index in candidates], 0),
+        labels=sampled(classes, num_classes),
+        is_positive=samples.is_positive,
+        is_valid=samples.is_valid,
+    )
+
+
+class BoxBranch(nn.Module):
+    """Pools each proposal, classifies it and regresses one box per class.
+
+    Args:
+        channels: C.
+        strides: pixels per cell of the pooled levels.
+        num_classes: K.
+        config: see BoxHeadConfig.
+        pooling: see PoolingConfig.
+    """
+
+    def __init__(
+        self, *, channels: int, strides: Sequence[int], num_classes: int, config: BoxHeadConfig, pooling: PoolingConfig
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.config = config
+        self.coder = BoxCoder(weights=tuple(1.0 / std for std in config.regression_stds))
+        self.pool = RegionPooling(resolution=config.resolution, strides=strides, config=pooling)
+        conv_widths = [channels] + [config.conv_channels] * config.num_convs
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(conv_widths, conv_widths[1:]))
+        fc_widths = [conv_widths[-1] * config.resolution**2] + [config.fc_channels] * config.num_fc
+        self.fcs = nn.ModuleList(nn.Linear(a, b) for a, b in zip(fc_widths, fc_widths[1:]))
+        self.classifier = nn.Linear(fc_widths[-1], num_classes + 1)
+        self.regressor = nn.Linear(fc_widths[-1], num_classes * 4)
+        for conv in self.convs:
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        for fc in self.fcs:
+            nn.init.kaiming_uniform_(fc.weight, a=1)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.normal_(self.regressor.weight, std=0.001)
+        for layer in (*self.convs, *self.fcs, self.classifier, self.regressor):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, levels: Sequence[Tensor], boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and encoded boxes, in the boxes' dtype.
+
+        Args:
+            levels: (B, C, H_i, W_i) maps.
+            boxes: (R, 4) xyxy.
+            image_index: (R,) int64.
+
+        Returns:
+            (R, K + 1) logits and (R, K, 4) deltas.
+        """
+        x = self.pool(levels, boxes, image_index)
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        x = x.flatten(1)
+        for fc in self.fcs:
+            x = F.relu(fc(x))
+        # The two small layers decide ranks and pixels: they run in the parameters' precision under autocast, too.
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            x = x.to(self.classifier.weight.dtype)
+            logits, deltas = self.classifier(x), self.regressor(x)
+        return logits.to(boxes.dtype), deltas.to(boxes.dtype).view(-1, self.num_classes, 4)
+
+    def loss(self, logits: Tensor, deltas: Tensor, samples: RegionSamples, counts: LossCounts) -> dict[str, Tensor]:
+        """Cross-entropy of all samples and the box loss of the positive ones, over the count `roi_samples`.
+
+        Args:
+            logits: (B * S, K + 1).
+            deltas: (B * S, K, 4).
+            samples: what they were computed from.
+            counts: see LossCounts.
+        """
+        labels = samples.labels.flatten()
+        classifier = F.cross_entropy(logits, labels, reduction="none")
+        classifier = classifier.masked_fill(~samples.is_valid.flatten(), 0.0).sum()
+
+        is_positive = samples.is_positive.flatten()
+        rows = torch.arange(len(labels), device=labels.device)
+        of_class = deltas[rows, labels.clamp(max=self.num_classes - 1)]
+        # Any box with an area keeps the targets of the rows finite that are not positive.
+        unit = samples.boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
+        gt_boxes = samples.gt_boxes.flatten(0, 1).where(is_positive[:, None], unit)
+        boxes = samples.boxes.flatten(0, 1).where(is_positive[:, None], unit)
+        regression = box_loss(
+            of_class, self.coder.encode_single(gt_boxes, boxes), is_positive, beta=self.config.smooth_l1_beta
+        )
+
+        count = counts("roi_samples", samples.is_valid.sum())
+        return {"loss_classifier": classifier / count, "loss_box": regression / count}
+
+    @torch.no_grad()
+    def detect(self, logits: Tensor, deltas: Tensor, proposals: Sequence[Tensor], batch: Batch) -> list[Detections]:
+        """Boxes of every class above the score threshold, thinned out class by class, the best of each image.
+
+        Args:
+            logits: (R, K + 1).
+            deltas: (R, K, 4).
+            proposals: one (R_i, 4) tensor per image; R is their sum.
+            batch: for the images' sizes.
+        """
+        config = self.config
+        counts = [len(found) for found in proposals]
+        scores = logits.softmax(dim=-1)[:, :-1]
+        boxes = self.coder.decode_single(deltas.flatten(1), torch.cat(list(proposals))).view_as(deltas)
+        sizes = image_sizes(batch.targets, like=boxes)
+
+        results = []
+        for i, (image_boxes, image_scores) in enumerate(zip(boxes.split(counts), scores.split(counts))):
+            image_boxes = clip_boxes(image_boxes, sizes[i])
+            keep = (image_scores > config.score_threshold) & larger_than(image_boxes, MIN_DETECTION_SIDE)
+            row, label = keep.nonzero(as_tuple=True)
+            found, found_scores = image_boxes[row, label], image_scores[row, label]
+            best = batched_nms(found, found_scores, label, config.nms_iou)[: config.num_detections]
+            results.append(Detections(boxes=found[best], labels=label[best], scores=found_scores[best]))
+        return results
+
+
+class MaskBranch(nn.Module):
+    """Pools each box and draws one mask per class on a grid of twice the pooled resolution.
+
+    Args:
+        channels: C.
+        strides: pixels per cell of the pooled levels.
+        num_classes: K.
+        config: see MaskHeadConfig.
+        pooling: see PoolingConfig.
+    """
+
+    def __init__(
+        self, *, channels: int, strides: Sequence[int], num_classes: int, config: MaskHeadConfig, pooling: PoolingConfig
+    ) -> None:
+        super().__init__()
+        self.aligned = pooling.aligned
+        self.pool = RegionPooling(resolution=config.resolution, strides=strides, config=pooling)
+        widths = [channels] + [config.channels] * config.num_convs
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+        self.upsample = nn.ConvTranspose2d(widths[-1], config.channels, 2, stride=2)
+        self.predictor = nn.Conv2d(config.channels, num_classes, 1)
+        for layer in (*self.convs, self.upsample):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.predictor.weight, std=0.001)
+        for layer in (*self.convs, self.upsample, self.predictor):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, levels: Sequence[Tensor], boxes: Tensor, image_index: Tensor, labels: Tensor) -> Tensor:
+        """Logits of the mask of each box's own class.
+
+        Args:
+            levels: (B, C, H_i, W_i) maps.
+            boxes: (R, 4) xyxy; R may be 0.
+            image_index: (R,) int64.
+            labels: (R,) int64 in 0..K-1.
+
+        Returns:
+            (R, M, M) in the boxes' dtype.
+        """
+        x = self.pool(levels, boxes, image_index)
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        x = self.predictor(F.relu(self.upsample(x)))
+        return x[torch.arange(len(x), device=x.device), labels].to(boxes.dtype)
+
+    def loss(
+        self, levels: Sequence[Tensor], samples: RegionSamples, batch: Batch, counts: LossCounts
+    ) -> dict[str, Tensor]:
+        """Binary cross-entropy per mask cell of the positive samples, over the count `mask_samples` (their number).
+
+        Without a positive sample the branch runs on no region at all: its parameters get gradients of zero.
+        """
+        image_index, slot = samples.is_positive.nonzero(as_tuple=True)
+        boxes = samples.boxes[image_index, slot]
+        gt_index = samples.gt_index[image_index, slot]
+        logits = self(levels, boxes, image_index, samples.labels[image_index, slot])
+
+        per_image = image_index.bincount(minlength=len(batch.targets)).tolist()
+        targets = torch.cat(
+            [
+                project_masks(target.masks, own, index, resolution=logits.shape[-1], aligned=self.aligned)
+                for target, own, index in zip(batch.targets, boxes.split(per_image), gt_index.split(per_image))
+            ]
+        )
+        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        total = loss.sum() / (logits.shape[-1] * logits.shape[-2])
+        return {"loss_mask": total / counts("mask_samples", samples.is_positive.sum())}
+
+
+def join(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(R, 4) boxes of all images, and the (R,) int64 image of each."""
+    counts = torch.tensor([len(own) for own in boxes]).to(boxes[0].device)
+    image_index = torch.arange(len(boxes), device=counts.device).repeat_interleave(
+        counts, output_size=sum(map(len, boxes))
+    )
+    return torch.cat(list(boxes)), image_index

@@ -1,0 +1,5 @@
+"""What a user can get wrong about a head."""
+
+
+class HeadError(ValueError):
+    """A head's configuration cannot be built, or its weights do not fit: says which field, what was found, what to do."""

@@ -1,0 +1,84 @@
+"""Feature pyramid network (Lin et al. 2017, "Feature Pyramid Networks for Object Detection")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from permafrost.heads.errors import HeadError
+from permafrost.heads.necks.level_norm import LevelNorm
+
+if TYPE_CHECKING:
+    from permafrost.model.spec import FeatureSpec
+
+
+class FPN(nn.Module):
+    """Lateral 1x1 convolutions, a top-down path of nearest-neighbour sums, and a 3x3 convolution per level.
+
+    Attributes:
+        strides: pixels per cell of every output level: the backbone's, then the extra ones.
+        num_backbone_levels: how many of the outputs have a backbone map; regions are pooled from these.
+
+    Args:
+        spec: the backbone's maps, finest first; each stride doubles the one before.
+        channels: width of every output level.
+        num_extra_levels: levels subsampled from the coarsest one, each by 2.
+        level_norm: whether a LevelNorm stands before each lateral convolution.
+
+    Raises:
+        HeadError: the strides do not double.
+    """
+
+    def __init__(
+        self, *, spec: FeatureSpec, channels: int = 256, num_extra_levels: int = 1, level_norm: bool = True
+    ) -> None:
+        super().__init__()
+        strides = tuple(spec.strides)
+        if any(coarse != 2 * fine for fine, coarse in zip(strides, strides[1:])):
+            raise HeadError(
+                f"neck: the backbone's strides are {strides}; a feature pyramid needs each to be twice the one before: "
+                "choose consecutive levels of the backbone"
+            )
+        self.num_backbone_levels = len(strides)
+        self.num_extra_levels = num_extra_levels
+        self.strides = strides + tuple(strides[-1] * 2 ** (i + 1) for i in range(num_extra_levels))
+        self.level_norms = nn.ModuleList(LevelNorm(c) for c in spec.channels) if level_norm else None
+        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in spec.channels)
+        self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in spec.channels)
+        for conv in (*self.lateral, *self.output):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The pyramid, finest level first.
+
+        Args:
+            features: one (B, C_i, H_i, W_i) map per backbone level, in any floating dtype.
+
+        Returns:
+            one (B, channels, H_i, W_i) map per level, in the compute dtype (autocast's, else the parameters'), channels_last.
+        """
+        if len(features) != self.num_backbone_levels:
+            raise HeadError(
+                f"neck: {len(features)} feature maps came in, the head was built for {self.num_backbone_levels}: "
+                "build it from the FeatureSpec of the backbone that feeds it"
+            )
+        inner = [conv(x) for conv, x in zip(self.lateral, self._normalised(features))]
+        for i in range(len(inner) - 2, -1, -1):
+            inner[i] = inner[i] + F.interpolate(inner[i + 1], size=inner[i].shape[-2:], mode="nearest")
+        pyramid = [conv(x) for conv, x in zip(self.output, inner)]
+        for _ in range(self.num_extra_levels):
+            pyramid.append(F.max_pool2d(pyramid[-1], kernel_size=1, stride=2))
+        return pyramid
+
+    def _normalised(self, features: Sequence[Tensor]) -> list[Tensor]:
+        if self.level_norms is not None:
+            return [norm(x) for norm, x in zip(self.level_norms, features)]
+        # Under autocast the convolution casts for itself, and a bf16 map needs no detour over float32.
+        if torch.is_autocast_enabled(features[0].device.type):
+            return list(features)
+        return [x.to(self.lateral[0].weight.dtype) for x in features]

@@ -1,0 +1,122 @@
+"""From an Experiment's values to live objects, in the order in which a user's mistake shows up soonest: data, backbone, heads."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from permafrost.launcher.errors import USER_ERRORS, LaunchError, RecipeError
+from permafrost.launcher.experiment import Experiment
+from permafrost.launcher.mesh import World
+
+if TYPE_CHECKING:
+    from permafrost.data.coco import CocoDetection
+    from permafrost.heads.base import Head
+    from permafrost.model.frozen import FrozenBackbone
+    from permafrost.model.spec import FeatureSpec
+
+T = TypeVar("T")
+
+
+@dataclass
+class TrainingParts:
+    """What a training is made of, before engines take the heads over."""
+
+    train_set: CocoDetection
+    val_set: CocoDetection
+    backbone: FrozenBackbone
+    heads: dict[str, Head]
+
+
+def build_parts(experiment: Experiment, world: World) -> TrainingParts:
+    """Data sets, backbone and freshly initialised heads; collective, and the same on every rank.
+
+    Raises:
+        DataError, WeightsError, BackboneError, HeadError: what cannot be built, on every rank.
+        RecipeError: the two splits have different classes.
+        LaunchError: the ranks do not see the same recipe, data or weights.
+    """
+    # A built-in world is written by the main rank; the others find it there.
+    train_set = main_first(world, experiment.data.build_train)
+    val_set = main_first(world, experiment.data.build_val)
+    if list(train_set.classes) != list(val_set.classes):
+        raise RecipeError(
+            f"data: the training annotations have the classes {', '.join(train_set.classes)}, the validation annotations "
+            f"{', '.join(val_set.classes)}: they must be the same, in the same order of category ids"
+        )
+    backbone = experiment.backbone.build(world.device)
+    require_agreement(
+        world,
+        {
+            "recipe": repr(experiment),
+            "training set": train_set.fingerprint,
+            "validation set": val_set.fingerprint,
+            "backbone": backbone.fingerprint,
+        },
+    )
+    return TrainingParts(train_set, val_set, backbone, build_heads(experiment, backbone.spec, train_set.classes))
+
+
+def build_heads(experiment: Experiment, spec: FeatureSpec, classes: Sequence[str]) -> dict[str, Head]:
+    """Every head of the experiment with its initial weights.
+
+    These are a function of the run's seed and the head's name alone: a head that trains beside others starts as it would by itself.
+    """
+    heads = {}
+    for name, config in experiment.heads.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(experiment.loop.seed, name))
+            heads[name] = config.model.build(spec=spec, classes=list(classes))
+    return heads
+
+
+def seed_of(seed: int, purpose: str) -> int:
+    """A seed of its own for a named purpose."""
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") & (2**63 - 1)
+
+
+def on_main(world: World, make: Callable[[], T]) -> T:
+    """What `make` returns on the main rank, on every rank; a user's mistake found there is raised everywhere. Collective."""
+    outcome: tuple[str, Any] | None = None
+    if world.is_main:
+        try:
+            outcome = ("value", make())
+        except USER_ERRORS as error:
+            outcome = ("error", error)
+    kind, content = world.broadcast_object(outcome)
+    if kind == "error":
+        raise content
+    return content
+
+
+def main_first(world: World, make: Callable[[], T]) -> T:
+    """`make()` on every rank, but on the main rank first; a user's mistake found there is raised everywhere. Collective."""
+    made: list[T] = []
+    on_main(world, lambda: made.append(make()))
+    return made[0] if world.is_main else make()
+
+
+def require_agreement(world: World, facts: Mapping[str, str]) -> None:
+    """Refuse ranks that would train on different things. Collective.
+
+    Raises:
+        LaunchError: on every rank, naming what differs and where.
+    """
+    everyone = world.gather_objects(dict(facts))
+
+    def check() -> None:
+        assert everyone is not None
+        for what, value in facts.items():
+            odd = [rank for rank, own in enumerate(everyone) if own[what] != value]
+            if odd:
+                raise LaunchError(
+                    f"the {what} of rank {', '.join(map(str, odd))} is not that of rank 0: give every process the same command, files "
+                    "and version of permafrost"
+                )
+
+    on_main(world, check)

@@ -1,0 +1,116 @@
+"""The `permafrost` command. Imports what a command needs when it runs, so that --help answers at once.
+
+Exit codes: 0 done; 1 the work itself failed (a head stopped by non-finite losses, a machine that `doctor` finds wanting); 2 a mistake
+in the command, recipe or input files, printed as `error: ...`; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from permafrost.launcher.experiment import Experiment
+    from permafrost.launcher.recipes import Recipe
+
+COMMANDS = {
+    "train": ("RECIPE [--field value ...]", "train a recipe's heads on its frozen backbone"),
+    "evaluate": ("RUN", "score a run's heads on its validation split"),
+    "predict": ("RUN INPUT... --output DIR", "draw and list what a run finds in images"),
+    "pretrain": ("RECIPE [--field value ...]", "train a backbone that others freeze"),
+    "recipes": ("", "list the recipes that come with permafrost"),
+    "check-data": ("RECIPE [--field value ...]", "look for faults in a recipe's data, draw training samples"),
+    "doctor": ("", "show versions and devices, and what is missing here"),
+}
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code.
+
+    Args:
+        argv: the arguments without the program's name; None takes this process's.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help_text(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else USAGE_ERROR
+    if argv[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"permafrost {version('permafrost')}")
+        return 0
+    command = argv[0]
+    if command not in COMMANDS:
+        from permafrost.launcher.recipes import did_you_mean
+
+        known = ", ".join(COMMANDS)
+        print(f"error: there is no command {command!r}: {did_you_mean(command, list(COMMANDS))} Commands: {known}", file=sys.stderr)
+        return USAGE_ERROR
+
+    from permafrost.launcher.errors import USER_ERRORS, HeadStopped
+
+    try:
+        module = importlib.import_module(f"permafrost.launcher.commands.{command.replace('-', '_')}")
+        return module.run(argv[1:])
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except HeadStopped as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe (`permafrost recipes | head`) has seen enough; Python must not complain at exit about what is unwritten.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as stop:
+        # argparse and tyro have printed their message and leave this way; in-process callers get the code.
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+
+
+def help_text() -> str:
+    """What `permafrost --help` prints."""
+    calls = {name: f"permafrost {name} {arguments}".rstrip() for name, (arguments, _) in COMMANDS.items()}
+    width = max(map(len, calls.values()))
+    return "\n".join(
+        [
+            "Train task heads on giant frozen vision backbones.",
+            "",
+            *(f"  {calls[name]:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()),
+            "",
+            "`permafrost COMMAND --help` shows a command's options, `permafrost train RECIPE --help` every field of a recipe.",
+            "To begin: permafrost train quickstart",
+        ]
+    )
+
+
+def parse_experiment(recipe: str | Recipe, args: Sequence[str], *, description: str = "", command: str = "train") -> Experiment:
+    """A recipe's experiment with the command line's overrides.
+
+    Args:
+        recipe: a name that find_recipe knows, or the function itself.
+        args: `--field.sub value` pairs; `--local_rank=N`, which the deepspeed launcher adds to every process's arguments, is ignored.
+        description: printed by --help after the recipe's own text.
+        command: whose arguments these are, for messages.
+
+    Raises:
+        RecipeError: no such recipe or field (with the nearest names), or values that contradict each other.
+        SystemExit: with 2 for a value of the wrong type (the message is on stderr), with 0 after --help.
+    """
+    from permafrost.launcher.commands.arguments import without_local_rank
+    from permafrost.launcher.experiment import Experiment
+    from permafrost.launcher.overrides import parse_recipe
+
+    return parse_recipe(recipe, without_local_rank(args), kind=Experiment, command=command, description=description)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""`permafrost check-data`: what is wrong with a recipe's data, and how its training samples look."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from permafrost.data.errors import DataError
+from permafrost.launcher.cli import parse_experiment
+from permafrost.launcher.commands.arguments import split_recipe
+
+if TYPE_CHECKING:
+    from permafrost.launcher.experiment import Experiment
+
+LISTED = 100
+PROGRESS_SECONDS = 10.0
+COLUMNS = 4
+EPILOG = """Exit code 0: a run can start, though there may be warnings; 2: it cannot.
+
+  permafrost check-data quickstart --draw 16 --output samples.png
+  permafrost check-data coco:swinv2_base_fpn --data.root /path/to/coco"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Options of the command itself."""
+    parser = argparse.ArgumentParser(
+        prog="permafrost check-data",
+        usage="permafrost check-data RECIPE [--field.sub value ...] [--draw N] [--output FILE.png] [--quick] [--all]",
+        description="Look for faults in the annotations and images of a recipe's two splits. Nothing of the data is changed.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--draw", type=positive, metavar="N", help="draw the first N augmented training samples with their labels on a sheet")
+    parser.add_argument("--output", type=png_file, metavar="FILE.png", help="the sheet's file (default: <recipe's name>_samples.png)")
+    parser.add_argument("--quick", action="store_true", help="only see that image files are there, do not decode them")
+    parser.add_argument("--all", action="store_true", help=f"list every finding, not the first {LISTED}")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Check and draw; returns 0, or 2 when a run could not start with this data."""
+    options, recipe, fields = split_recipe(make_parser(), argv)
+    description = "Besides these fields: --draw N, --output FILE.png, --quick, --all (see `permafrost check-data --help`)."
+    experiment = parse_experiment(recipe, fields, description=description, command="check-data")
+
+    from permafrost.data.check import check_coco
+
+    findings = check_coco(experiment.data, decode_images=not options.quick, on_progress=progress_printer())
+    fatal = [finding for finding in findings if finding.fatal]
+    shown = sorted(findings, key=lambda finding: not finding.fatal)
+    for finding in shown if options.all else shown[:LISTED]:
+        print(f"{'error' if finding.fatal else 'warning'}: {finding}")
+    if len(findings) > LISTED and not options.all:
+        print(f"... and {len(findings) - LISTED} more; --all lists them")
+    if fatal:
+        raise DataError(f"a run of {recipe} cannot start: {len(fatal)} of these {len(findings)} findings must be mended first")
+    train_set, val_set = experiment.data.build_train(), experiment.data.build_val()
+    for note in [*train_set.notes, *val_set.notes]:
+        print(f"note: {note}")
+    print(f"{len(train_set)} training and {len(val_set)} validation images, {len(train_set.classes)} classes: {', '.join(train_set.classes)}")
+    print(f"{len(findings)} warnings: a run can start" if findings else "no faults found")
+    if options.draw:
+        target = options.output or Path(f"{experiment.name}_samples.png")
+        draw_samples(experiment, options.draw, target)
+        print(f"the run's first {options.draw} training samples: {target}")
+    return 0
+
+
+def draw_samples(experiment: Experiment, num_samples: int, target: Path) -> None:
+    """Write a sheet of the first samples of the recipe's training stream, as the network sees them, with their labels.
+
+    Raises:
+        DataError: the sheet cannot be written.
+    """
+    from PIL import Image
+
+    from permafrost.data.draw import captioned, contact_sheet, draw_detections
+    from permafrost.data.sampler import GlobalStream
+
+    train_set = experiment.data.build_train()
+    stream = GlobalStream(len(train_set), experiment.loop.seed)
+    pictures = []
+    for position in range(num_samples):
+        sample = train_set[stream.key(position)]
+        labelled = sample.target
+        picture = draw_detections(sample.image, labelled.boxes, labelled.labels, labelled.masks, None, train_set.classes)
+        pictures.append(captioned(picture, f"image {labelled.image_id}, {len(labelled.boxes)} objects"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(contact_sheet(pictures, columns=COLUMNS)).save(target)
+    except OSError as error:
+        raise DataError(f"--output {target} cannot be written: {error.strerror or error}") from None
+
+
+def progress_printer() -> Callable[[int, int], None]:
+    """A function that prints how many images are checked, every few seconds."""
+    last = time.monotonic()
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_SECONDS:
+            last = time.monotonic()
+            print(f"checked {done} of {total} images", flush=True)
+
+    return on_progress
+
+
+def positive(text: str) -> int:
+    """For argparse: a number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of samples: give 1 or more")
+    return int(text)
+
+
+def png_file(text: str) -> Path:
+    """For argparse: a path that ends in .png."""
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    return Path(text)

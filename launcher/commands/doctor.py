@@ -1,0 +1,18 @@
+"""`permafrost doctor`: what is here and what is missing."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from permafrost.launcher.commands.arguments import parse
+from permafrost.launcher.doctor import can_run_quickstart, diagnose, format_report
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print the report; returns 0 if the quickstart could run here, else 1."""
+    description = "Show versions and devices, what is missing, and what it is needed for. Exit code 0 if the quickstart could run here, else 1."
+    parse(argparse.ArgumentParser(prog="permafrost doctor", description=description), argv)
+    report = diagnose()
+    print(format_report(report))
+    return 0 if can_run_quickstart(report) else 1

@@ -1,0 +1,26 @@
+"""`permafrost evaluate`: score a trained run on its validation split."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from permafrost.launcher.commands.arguments import add_checkpoint, add_device, num_workers, parse
+
+
+def run(argv: Sequence[str]) -> int:
+    """Evaluate; returns 0."""
+    parser = argparse.ArgumentParser(
+        prog="permafrost evaluate",
+        description="Score a run's heads on its validation split; writes evaluation.json and results_HEAD.json into the run folder.",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run folder, as `permafrost train` printed it")
+    add_checkpoint(parser)
+    parser.add_argument("--num-workers", type=num_workers, metavar="N", help="data workers (default: as in the run's recipe)")
+    add_device(parser)
+    options = parse(parser, argv)
+
+    from permafrost.launcher.evaluate import evaluate_run
+
+    evaluate_run(options.run, which=options.checkpoint, device=options.device, num_workers=options.num_workers)
+    return 0

@@ -1,0 +1,43 @@
+"""`permafrost predict`: a trained run on images of one's own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from permafrost.launcher.commands.arguments import add_checkpoint, add_device, parse, probability
+
+
+def run(argv: Sequence[str]) -> int:
+    """Predict; returns 0 when every input was read, 1 when some were not, 2 when none was."""
+    parser = argparse.ArgumentParser(
+        prog="permafrost predict",
+        description="Draw what a run finds in images, and list it in COCO's results format (predictions.json).",
+        epilog="Exit code 0: every input was read; 1: some could not be, the others are done; 2: none could be.",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run folder, as `permafrost train` printed it")
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="image files, folders with images, or quoted patterns such as 'in/*.jpg'")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the pictures and predictions.json go")
+    parser.add_argument("--score-threshold", type=probability, default=0.5, metavar="P", help="least score shown and listed (default: 0.5)")
+    parser.add_argument("--head", metavar="NAME", help="which head, when the run has several")
+    add_checkpoint(parser)
+    add_device(parser)
+    options = parse(parser, argv)
+
+    from permafrost.launcher.predict import predict_run
+
+    done = predict_run(
+        options.run,
+        options.inputs,
+        options.output,
+        head=options.head,
+        which=options.checkpoint,
+        score_threshold=options.score_threshold,
+        device=options.device,
+    )
+    if done.failures:
+        num_failed, num_read = len(done.failures), len(done.pictures)
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in done.failures.items())
+        print(f"error: {num_failed} of {num_failed + num_read} inputs could not be read:{listed}", file=sys.stderr)
+    return 0 if not done.failures else 1 if done.pictures else 2

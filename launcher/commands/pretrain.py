@@ -1,0 +1,45 @@
+"""`permafrost pretrain`: supervised pretraining of a backbone that others freeze."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+
+from permafrost.launcher.commands.arguments import add_device, add_resume, split_recipe
+from permafrost.launcher.overrides import parse_recipe
+from permafrost.launcher.pretrain_config import PretrainExperiment
+
+EPILOG = """RECIPE is a pretraining recipe from `permafrost recipes`, package.module:function, or file.py:function.
+Its fields are options: `permafrost pretrain RECIPE --help` shows each with its type and default.
+
+  permafrost pretrain nano_glyphs_debug"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Options of the command itself."""
+    parser = argparse.ArgumentParser(
+        prog="permafrost pretrain",
+        usage="permafrost pretrain RECIPE [--field value ...] [--output DIR] [--resume auto|must|never] [--device DEVICE]",
+        description="Train a backbone by classification; its weights are what `backbone.weights` of other recipes names.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add_resume(parser)
+    add_device(parser)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Pretrain; returns 0."""
+    options, recipe, fields = split_recipe(make_parser(), argv)
+    description = "Besides these fields: --resume auto|must|never, --device auto|cpu|cuda|cuda:N (see `permafrost pretrain --help`)."
+    experiment = parse_recipe(recipe, fields, kind=PretrainExperiment, command="pretrain", description=description)
+
+    from permafrost.launcher.pretrain import run as pretrain
+
+    command = shlex.join(["permafrost", "pretrain", *argv])
+    pretrain(experiment, resume=options.resume, device=options.device, command=command)
+    return 0

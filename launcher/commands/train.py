@@ -1,0 +1,50 @@
+"""`permafrost train`: also what `python -m permafrost.launcher.train` runs under torchrun, deepspeed, accelerate and srun."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from permafrost.launcher.cli import parse_experiment
+from permafrost.launcher.commands.arguments import add_device, add_resume, split_recipe
+
+EPILOG = """RECIPE is a name from `permafrost recipes`, package.module:function, or file.py:function.
+Its fields are options: `permafrost train RECIPE --help` shows each with its type and default.
+
+  permafrost train quickstart
+  permafrost train quickstart --loop.num-steps 50 --heads.detection.optimizer.learning-rate 2e-4
+
+The same command again continues the run where its last checkpoint left it.
+Several processes: torchrun, deepspeed --module, accelerate launch -m or srun with `permafrost.launcher.train RECIPE ...`."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Options of the command itself."""
+    parser = argparse.ArgumentParser(
+        prog="permafrost train",
+        usage="permafrost train RECIPE [--field.sub value ...] [--output DIR] [--resume auto|must|never] [--device DEVICE]",
+        description="Train the heads of a recipe on its frozen backbone.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add_resume(parser)
+    add_device(parser)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train; returns 0.
+
+    Raises:
+        HeadStopped: non-finite losses stopped a head; the program exits with 1.
+    """
+    options, recipe, fields = split_recipe(make_parser(), argv)
+    description = "Besides these fields: --resume auto|must|never, --device auto|cpu|cuda|cuda:N (see `permafrost train --help`)."
+    experiment = parse_experiment(recipe, fields, description=description)
+
+    from permafrost.launcher.train import train
+
+    train(experiment, resume=options.resume, device=options.device)
+    return 0

@@ -1,0 +1,259 @@
+"""The engine of a head: how gradients are averaged, clipped and stepped, behind one small interface.
+
+Two implementations stand on existing engines: Accelerate (one process, or DDP on one node) and DeepSpeed (ZeRO 1, 2,
+3). Both are given the head only. What they hold moves between them, and between numbers of processes, as a HeadState.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from permafrost.launcher.errors import CheckpointError, LaunchError
+
+if TYPE_CHECKING:
+    from permafrost.data.types import Batch
+    from permafrost.heads.base import Head, LossCounts
+    from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
+    from permafrost.launcher.mesh import World
+
+
+@dataclass
+class HeadState:
+    """Everything that continues a head's training, whoever trained it so far: full CPU tensors in the head's own names.
+
+    Attributes:
+        parameters: as in head.named_parameters(), float32 (the dtype of the head's parameters).
+        buffers: as in head.state_dict() without the parameters, each in its own dtype.
+        exp_avg: AdamW's first moments, one per parameter.
+        exp_avg_sq: AdamW's second moments, one per parameter.
+        step: optimizer steps taken so far; AdamW's bias correction depends on it. At 0 the moments are zero.
+    """
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    step: int
+
+    def require_fit(self, shapes: Mapping[str, Sequence[int]], buffer_shapes: Mapping[str, Sequence[int]]) -> None:
+        """Check this state against the names and shapes of a head.
+
+        Raises:
+            CheckpointError: listing what is missing, unexpected or of another shape.
+        """
+        parts = (
+            ("parameters", self.parameters, shapes),
+            ("exp_avg", self.exp_avg, shapes),
+            ("exp_avg_sq", self.exp_avg_sq, shapes),
+            ("buffers", self.buffers, buffer_shapes),
+        )
+        for part, found, expected in parts:
+            problems = [f"{name} is missing" for name in expected if name not in found]
+            problems += [f"{name} is unexpected" for name in found if name not in expected]
+            problems += [
+                f"{name} has shape {tuple(found[name].shape)}, the head's is {tuple(shape)}"
+                for name, shape in expected.items()
+                if name in found and tuple(found[name].shape) != tuple(shape)
+            ]
+            if problems:
+                shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+                raise CheckpointError(
+                    f"the state's {part} do not fit this head: {shown}. A head of another configuration saved it"
+                )
+        if self.step < 0:
+            raise CheckpointError(f"the state's step is {self.step}: it counts optimizer steps and cannot be negative")
+
+
+@dataclass
+class StepReport:
+    """What one optimizer step did.
+
+    Attributes:
+        grad_norm: global L2 norm of the gradient before clipping; None where the engine does not know it.
+        skipped: the gradient was not finite, so nothing was changed.
+    """
+
+    grad_norm: float | None
+    skipped: bool
+
+
+class Engine(Protocol):
+    """Trains one head. Every method is called by all ranks, in the same order."""
+
+    name: str
+    """For the start-up lines, e.g. "accelerate (DDP over 2 processes, bfloat16, 1 micro-batch(es) a step)"."""
+    precision: str
+    """Of the head's compute: "float32" or "bfloat16"."""
+    head: Head
+    """The raw module, for names; under ZeRO 3 its parameters are empty between steps."""
+
+    def __call__(self, features: Sequence[Tensor], batch: Batch, counts: LossCounts) -> Any:
+        """The head's losses (training mode) or results (evaluation mode, no gradients), under autocast by precision."""
+
+    def train(self, mode: bool = True) -> None:
+        """Switch the head between training and evaluation."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate one micro-batch's gradients, divided by the number of micro-batches."""
+
+    def step(self, learning_rate: float) -> StepReport:
+        """Clip, step with this learning rate and clear the gradients, after one `backward` per micro-batch."""
+
+    def skip_step(self) -> None:
+        """Drop the gradients of this step, after any number of its `backward` calls; nothing else changes."""
+
+    def export_state(self) -> HeadState:
+        """The full state, on every rank. Between steps only."""
+
+    def import_state(self, state: HeadState) -> None:
+        """Continue exactly from a state; every rank passes the same full one. Between steps only.
+
+        Raises:
+            CheckpointError: the state is another head's.
+        """
+
+
+def choose_engine(config: EngineConfig, environ: Mapping[str, str] | None = None) -> tuple[str, str]:
+    """("accelerate" or "deepspeed", the reason in words).
+
+    Raises:
+        LaunchError: the recipe and Accelerate's launcher ask for different engines.
+    """
+    environ = os.environ if environ is None else environ
+    launcher_wants_deepspeed = (
+        is_true(environ.get("ACCELERATE_USE_DEEPSPEED"))
+        or environ.get("ACCELERATE_DISTRIBUTED_TYPE", "").upper() == "DEEPSPEED"
+    )
+    if config.kind == "accelerate":
+        if config.deepspeed_config is not None:
+            raise LaunchError(
+                f"engine.kind is 'accelerate' but engine.deepspeed_config is {config.deepspeed_config!r}: set kind to "
+                "'deepspeed' or 'auto', or leave deepspeed_config out"
+            )
+        if launcher_wants_deepspeed:
+            raise LaunchError(
+                "engine.kind is 'accelerate' but Accelerate's configuration says distributed_type: DEEPSPEED. Set kind "
+                "to "
+                "'auto' or 'deepspeed', or change the configuration given to accelerate launch"
+            )
+        return "accelerate", "the recipe says engine.kind = 'accelerate'"
+    if config.kind == "deepspeed":
+        return "deepspeed", "the recipe says engine.kind = 'deepspeed'"
+    if config.deepspeed_config is not None:
+        return "deepspeed", f"engine.deepspeed_config is {config.deepspeed_config!r}"
+    if launcher_wants_deepspeed:
+        return "deepspeed", "Accelerate's distributed_type is DEEPSPEED"
+    return "accelerate", "nothing asks for DeepSpeed"
+
+
+def build_engine(
+    head: Head,
+    *,
+    optimizer: OptimizerConfig,
+    engine: EngineConfig,
+    world: World,
+    global_batch: int,
+    environ: MutableMapping[str, str] | None = None,
+) -> Engine:
+    """The engine that `choose_engine` picks, around a head that is moved to the world's device.
+
+    Args:
+        head: with the same values on every rank (built from the run's seed, or about to get an imported state).
+        optimizer: AdamW's numbers; the learning rate arrives with each step.
+        engine: the recipe's engine section.
+        world: this process among the others.
+        global_batch: images per optimizer step over all ranks and micro-batches.
+        environ: what to read the launcher's wishes from; None is os.environ.
+
+    Raises:
+        LaunchError: the pieces contradict each other.
+    """
+    environ = os.environ if environ is None else environ
+    kind, _ = choose_engine(engine, environ)
+    size = micro_batch_size(global_batch=global_batch, world_size=world.world_size, accumulation=engine.accumulation)
+    require_trainable(head)
+    if kind == "accelerate":
+        from permafrost.launcher.engines.accelerate import AccelerateEngine
+
+        return AccelerateEngine(head, optimizer=optimizer, engine=engine, world=world, environ=environ)
+    from permafrost.launcher.engines.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(head, optimizer=optimizer, engine=engine, world=world, micro_batch=size, environ=environ)
+
+
+def micro_batch_size(*, global_batch: int, world_size: int, accumulation: int) -> int:
+    """Images of one forward on one rank.
+
+    Raises:
+        LaunchError: the global batch does not divide.
+    """
+    size, rest = divmod(global_batch, world_size * accumulation)
+    if rest or not size:
+        raise LaunchError(
+            f"loop.global_batch {global_batch} does not divide over {world_size} process(es) x engine.accumulation "
+            f"{accumulation}: take a multiple of {world_size * accumulation}, or change either of the two"
+        )
+    return size
+
+
+def split_decay(head: nn.Module, no_decay: Sequence[str]) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """(decayed, not decayed) parameters by name: the latter have one dimension or a part of `no_decay` in the name."""
+    decayed: dict[str, nn.Parameter] = {}
+    not_decayed: dict[str, nn.Parameter] = {}
+    for name, parameter in head.named_parameters():
+        free = parameter.ndim <= 1 or any(part in name for part in no_decay)
+        (not_decayed if free else decayed)[name] = parameter
+    return decayed, not_decayed
+
+
+def require_trainable(head: nn.Module) -> None:
+    """Check that every parameter of a head is trained: ZeRO aborts over those that get no gradient.
+
+    Raises:
+        LaunchError: naming the first that is frozen, or that there is none.
+    """
+    num_parameters = 0
+    for name, parameter in head.named_parameters():
+        num_parameters += 1
+        if not parameter.requires_grad:
+            raise LaunchError(
+                f"the head's parameter {name} is frozen: a head is what trains, so register fixed values as buffers"
+            )
+    if not num_parameters:
+        raise LaunchError("the head has no parameters: there is nothing to train")
+
+
+def resolve_precision(precision: str, device_type: str) -> str:
+    """What "auto" stands for: bfloat16 on CUDA, and float32 on a CPU, where bfloat16 is several times slower."""
+    if precision == "auto":
+        return "bfloat16" if device_type == "cuda" else "float32"
+    return precision
+
+
+def persistent_buffers(head: nn.Module) -> list[str]:
+    """Names of the buffers that belong into a checkpoint."""
+    buffers = dict(head.named_buffers())
+    return [name for name in head.state_dict() if name in buffers]
+
+
+def export_buffers(head: nn.Module, names: Iterable[str], world: World) -> dict[str, Tensor]:
+    """CPU copies of rank 0's buffers, on every rank. Collective."""
+    return world.broadcast_object({name: head.get_buffer(name).detach().to("cpu", copy=True) for name in names})
+
+
+@torch.no_grad()
+def import_buffers(head: nn.Module, names: Iterable[str], state: HeadState) -> None:
+    """Put a state's buffers back into the head."""
+    for name in names:
+        head.get_buffer(name).copy_(state.buffers[name])
+
+
+def is_true(value: str | None) -> bool:
+    """Whether an environment variable says yes."""
+    return (value or "").strip().lower() in ("1", "true", "yes", "y", "on")

@@ -1,0 +1,67 @@
+"""torch's AdamW as both engines use it: two groups, an explicit implementation, and its state as plain tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from permafrost.launcher.engine import split_decay
+
+if TYPE_CHECKING:
+    from permafrost.launcher.experiment import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def build_adamw(head: nn.Module, config: OptimizerConfig, *, device_type: str) -> torch.optim.AdamW:
+    """AdamW over the head's parameters: one group that is decayed and one that is not.
+
+    The implementation is named rather than left to torch, whose default depends on the tensors it meets: the fused
+    kernel where the parameters are on CUDA ("cuda"), the plain loop elsewhere. The learning rate arrives with each
+    step.
+    """
+    decayed, not_decayed = split_decay(head, config.no_decay)
+    groups = [
+        {"params": list(decayed.values()), "weight_decay": config.weight_decay},
+        {"params": list(not_decayed.values()), "weight_decay": 0.0},
+    ]
+    on_cuda = device_type == "cuda"
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=on_cuda,
+        foreach=False,
+    )
+
+
+def set_learning_rate(param_groups: list[dict[str, Any]], learning_rate: float) -> None:
+    """The same learning rate for every group."""
+    for group in param_groups:
+        group["lr"] = learning_rate
+
+
+def adamw_state(parameter: Tensor, group: dict[str, Any], step: int) -> dict[str, Tensor]:
+    """The state torch's AdamW keeps for one parameter after `step` steps, with zero moments, for the caller to fill.
+
+    The step lives where AdamW itself puts it: beside the parameter for its fused and capturable forms, else on the CPU.
+    """
+    beside = group["fused"] or group["capturable"]
+    return {
+        "step": torch.tensor(float(step), dtype=torch.float32, device=parameter.device if beside else "cpu"),
+        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+    }
+
+
+def single_step(steps: list[float]) -> int:
+    """The one step count that all of an optimizer's states agree on; 0 when there is none."""
+    if not steps:
+        return 0
+    assert len(set(steps)) == 1, (
+        f"the optimizer's parameters have taken different numbers of steps: {sorted(set(steps))}"
+    )
+    return int(steps[0])

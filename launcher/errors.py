@@ -1,0 +1,40 @@
+"""What a user can get wrong about a run. The command line prints these without a traceback and exits with 2."""
+
+from permafrost.data.errors import DataError
+from permafrost.heads.errors import HeadError
+from permafrost.model.errors import BackboneError, WeightsError
+
+
+class RecipeError(ValueError):
+    """A recipe or one of its fields does not exist, or its fields contradict each other."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or belongs to another head or backbone."""
+
+
+class RunFolderError(ValueError):
+    """A run folder cannot be used: it holds another recipe's run, or none where one must be, or is not writable."""
+
+
+class LaunchError(ValueError):
+    """Processes, devices or engines do not fit together: says which variable or file, and what would."""
+
+
+class HeadStopped(RuntimeError):
+    """A head stopped because its loss was not finite several times in a row; raised when everything else of the run is done.
+
+    Not a mistake in the input, hence not among USER_ERRORS: the command line prints it without a traceback and exits with 1.
+    """
+
+
+USER_ERRORS = (
+    BackboneError,
+    WeightsError,
+    DataError,
+    HeadError,
+    RecipeError,
+    CheckpointError,
+    RunFolderError,
+    LaunchError,
+)

@@ -1,0 +1,185 @@
+"""The Experiment: everything a run is made of, as plain values. A recipe is a function that returns one.
+
+No torch in here: `permafrost --help`, override parsing and the checks in `__post_init__` stay fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from permafrost.data.config import CocoDataConfig
+from permafrost.heads.config import MaskRCNNConfig
+from permafrost.launcher.errors import RecipeError
+from permafrost.model.config import BackboneConfig
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW over one head's parameters.
+
+    `learning_rate` belongs to `reference_batch` images; another global batch scales it by `batch_scaling`.
+    """
+
+    learning_rate: float = 1e-4
+    reference_batch: int = 16
+    batch_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    no_decay: tuple[str, ...] = ("norm", "bias")
+    """Parameters whose name has one of these parts, or that have one dimension, are not decayed."""
+    clip_norm: float | None = None
+    """Largest global gradient norm of this head; None clips nothing."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise RecipeError(f"optimizer.learning_rate is {self.learning_rate}: it must be above 0")
+        if self.reference_batch < 1:
+            raise RecipeError(f"optimizer.reference_batch is {self.reference_batch}: it must be at least 1 image")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise RecipeError(f"optimizer.clip_norm is {self.clip_norm}: use None to clip nothing")
+
+    def scaled_learning_rate(self, global_batch: int) -> float:
+        """The learning rate for a global batch of this many images."""
+        ratio = global_batch / self.reference_batch
+        return self.learning_rate * {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}[self.batch_scaling]
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over the run: linear warm-up, then steps or a cosine."""
+
+    kind: Literal["multistep", "cosine", "constant"] = "multistep"
+    warmup_steps: int = 500
+    warmup_factor: float = 0.001
+    milestones: tuple[float, ...] = (0.75, 0.9167)
+    """Fractions of the run at which the rate is multiplied by `decay` (27 and 33 of 36 epochs)."""
+    decay: float = 0.1
+    final_factor: float = 0.0
+    """Where the cosine ends, as a share of the full rate."""
+
+    def __post_init__(self) -> None:
+        if list(self.milestones) != sorted(self.milestones) or any(not 0 < m < 1 for m in self.milestones):
+            raise RecipeError(
+                f"schedule.milestones is {self.milestones}: give rising fractions of the run between 0 and 1"
+            )
+        if self.warmup_steps < 0:
+            raise RecipeError(f"schedule.warmup_steps is {self.warmup_steps}: it cannot be negative")
+        for name in ("warmup_factor", "decay", "final_factor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(
+                    f"schedule.{name} is {getattr(self, name)}: give a share of the full rate between 0 and 1"
+                )
+
+    def factor(self, step: int, num_steps: int) -> float:
+        """What the full rate is multiplied by at 0-based `step` of `num_steps`."""
+        import math
+
+        if step < self.warmup_steps:
+            return self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup_steps
+        if self.kind == "multistep":
+            return self.decay ** sum(step >= m * num_steps for m in self.milestones)
+        if self.kind == "cosine":
+            progress = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
+            return self.final_factor + (1 - self.final_factor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return 1.0
+
+
+@dataclass
+class HeadExperiment:
+    """One head of the run, with what trains it."""
+
+    model: MaskRCNNConfig = field(default_factory=MaskRCNNConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    metric: str = "bbox/AP"
+    """The evaluator's value that decides which checkpoint is `best`."""
+
+
+@dataclass
+class EngineConfig:
+    """Which engine steps the heads. The recipe's global batch is the one source of truth for batch sizes."""
+
+    kind: Literal["auto", "accelerate", "deepspeed"] = "auto"
+    """auto: DeepSpeed when `deepspeed_config` is given or Accelerate's distributed_type is DEEPSPEED, else Accelerate."""
+    zero_stage: Literal[1, 2, 3] | None = None
+    """DeepSpeed's ZeRO stage; None is what `deepspeed_config` or Accelerate's configuration says, else 2."""
+    deepspeed_config: str | None = None
+    """Path of a DeepSpeed JSON, or zero1, zero2, zero3 for the ones in configs/deepspeed; it may set what the recipe does not."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast of the head's compute (parameters stay float32): auto is bfloat16 on CUDA, float32 on a CPU."""
+    accumulation: int = 1
+    """Micro-batches per step on each rank."""
+
+    def __post_init__(self) -> None:
+        if self.accumulation < 1:
+            raise RecipeError(f"engine.accumulation is {self.accumulation}: it must be at least 1 micro-batch")
+
+
+@dataclass
+class LoopConfig:
+    """How long, how often, from which seed."""
+
+    num_steps: int = 90_000
+    global_batch: int = 16
+    """Images per optimizer step, over all ranks and micro-batches."""
+    seed: int = 0
+    num_workers: int = 4
+    worker_timeout: float = 300.0
+    """Seconds after which a silent data worker is an error; 0 waits for ever."""
+    log_every: int = 50
+    checkpoint_every: int = 5_000
+    evaluate_every: int | None = None
+    """Steps between evaluations; None evaluates at the end only."""
+    image_every: int = 5_000
+    """Steps between pictures of predicted against true boxes and masks in TensorBoard; 0 draws none."""
+    evaluation_batch: int = 1
+    """Images per rank and forward in evaluation."""
+    keep_checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_steps",
+            "global_batch",
+            "log_every",
+            "checkpoint_every",
+            "evaluation_batch",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"loop.{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("seed", "num_workers", "worker_timeout", "image_every"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"loop.{name} is {getattr(self, name)}: it cannot be negative")
+        if self.evaluate_every is not None and self.evaluate_every < 1:
+            raise RecipeError(
+                f"loop.evaluate_every is {self.evaluate_every}: it must be at least 1, or None for the end only"
+            )
+
+
+@dataclass
+class Experiment:
+    """A complete run: one frozen backbone, one data set, one or several heads on the same frozen forward."""
+
+    name: str
+    backbone: BackboneConfig
+    data: CocoDataConfig
+    heads: dict[str, HeadExperiment]
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    output: str | None = None
+    """The run folder; None is runs/<name>."""
+
+    def __post_init__(self) -> None:
+        if not self.heads:
+            raise RecipeError("heads is empty: name at least one head to train")
+        for name in self.heads:
+            if not name.isidentifier():
+                raise RecipeError(f"heads: {name!r} is not a valid name; use letters, digits and underscores")
+        share, rest = divmod(self.loop.global_batch, self.engine.accumulation)
+        if rest or not share:
+            raise RecipeError(
+                f"loop.global_batch {self.loop.global_batch} does not divide into engine.accumulation "
+                f"{self.engine.accumulation} micro-batches: change either"
+            )

@@ -1,0 +1,56 @@
+"""Pictures of what heads predict beside what is true, on the same few validation images each time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from permafrost.data.draw import contact_sheet, draw_detections, side_by_side
+from permafrost.data.loader import collate
+from permafrost.data.types import Batch, SampleKey
+from permafrost.heads.base import world_mean_counts
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from permafrost.data.coco import CocoDetection
+    from permafrost.launcher.engine import Engine
+    from permafrost.model.frozen import FrozenBackbone
+
+NUM_IMAGES = 4
+MIN_SCORE = 0.5
+
+
+class Pictures:
+    """Draws the first validation images; they are read once, when they are first needed."""
+
+    def __init__(self, dataset: CocoDetection, device: torch.device) -> None:
+        self._dataset = dataset
+        self._device = device
+        self._batch: Batch | None = None
+
+    def draw(self, engines: Mapping[str, Engine], backbone: FrozenBackbone) -> dict[str, np.ndarray]:
+        """A sheet (H, W, 3) uint8 for each head, by name. Collective: every rank draws the same, as some engines need all ranks."""
+        if self._batch is None:
+            count = min(NUM_IMAGES, len(self._dataset))
+            self._batch = collate([self._dataset[SampleKey(0, 0, index)] for index in range(count)])
+        batch, classes = self._batch.to(self._device), self._dataset.classes
+        sheets = {}
+        with torch.no_grad():
+            features = backbone(batch.images)
+            for name, engine in engines.items():
+                engine.train(False)
+                results = engine(features, batch, world_mean_counts)
+                engine.train(True)
+                pairs = []
+                for image, target, result in zip(self._batch.images, self._batch.targets, results):
+                    found = result.cpu()
+                    predicted = draw_detections(
+                        image, found.boxes, found.labels, found.masks, found.scores, classes, min_score=MIN_SCORE
+                    )
+                    true = draw_detections(image, target.boxes, target.labels, target.masks, None, classes)
+                    pairs.append(side_by_side(predicted, true))
+                sheets[name] = contact_sheet(pairs, columns=2)
+        return sheets

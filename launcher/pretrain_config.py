@@ -1,0 +1,83 @@
+"""What a pretraining run is made of, as plain values; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from permafrost.launcher.errors import RecipeError
+
+
+@dataclass
+class PretrainExperiment:
+    """Supervised classification of the built-in `glyphs` world: stage (i) of the pipeline, the making of B."""
+
+    name: str
+    backbone: str = "swinv2_nano"
+    """A size from the SwinV2 table."""
+    window_size: int = 8
+    image_size: int = 128
+    """Side of the pictures in pixels; the window of a stage is never larger than its map."""
+    num_train_images: int = 96_000
+    num_val_images: int = 3_000
+    world_seed: int = 0
+    num_steps: int = 8_000
+    batch_size: int = 64
+    seed: int = 0
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 400
+    weight_decay: float = 0.05
+    """Of matrices only: not of norms, biases, logit scales and the position bias MLP."""
+    clip_norm: float = 2.0
+    label_smoothing: float = 0.1
+    drop_path_rate: float = 0.05
+    ema_decay: float = 0.999
+    """Decay per step of the running average of the weights, which is what gets evaluated and, if better, shipped."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Autocast of the compute; bfloat16 pays on CUDA and on CPUs with AMX."""
+    compile: bool = False
+    """Compile the stages with torch.compile: a third faster, after a minute or two; needs a C++ compiler on a CPU."""
+    num_threads: int = 0
+    """CPU threads of torch; 0 leaves its own choice."""
+    log_every: int = 50
+    evaluate_every: int = 1_000
+    checkpoint_every: int = 500
+    output: str | None = None
+    """The run folder; None is runs/<name>."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            *("window_size", "num_train_images", "num_val_images", "num_steps", "batch_size"),
+            *("log_every", "evaluate_every", "checkpoint_every"),
+        )
+        for field in positive:
+            if getattr(self, field) < 1:
+                raise RecipeError(f"{field} is {getattr(self, field)}: it must be at least 1")
+        for field in ("learning_rate", "clip_norm"):
+            if getattr(self, field) <= 0:
+                raise RecipeError(f"{field} is {getattr(self, field)}: it must be above 0")
+        for field in ("label_smoothing", "drop_path_rate", "ema_decay"):
+            if not 0 <= getattr(self, field) < 1:
+                raise RecipeError(f"{field} is {getattr(self, field)}: it must be at least 0 and below 1")
+        if self.image_size < 32 or self.image_size % 32:
+            raise RecipeError(
+                f"image_size is {self.image_size}: it must be a multiple of 32, the stride of the last map"
+            )
+        if self.batch_size > self.num_train_images:
+            raise RecipeError(
+                f"batch_size {self.batch_size} is above num_train_images {self.num_train_images}: lower it"
+            )
+        if not 0 <= self.warmup_steps <= self.num_steps:
+            raise RecipeError(
+                f"warmup_steps is {self.warmup_steps}: it must lie between 0 and num_steps {self.num_steps}"
+            )
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The window each of the four stages really has at `image_size`: none is larger than its map."""
+        return tuple(min(self.window_size, self.image_size // stride) for stride in (4, 8, 16, 32))
+
+    @property
+    def run_folder(self) -> str:
+        """Where the run writes."""
+        return self.output or f"runs/{self.name}"

@@ -1,0 +1,259 @@
+"""The training loop: one frozen forward, then each head's losses, backward and step; checkpoints, evaluations and pictures in between.
+
+python -m permafrost.launcher.train RECIPE --field value ...      (the same as `permafrost train`, for torchrun, deepspeed, srun)
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from permafrost.data.loader import train_loader
+from permafrost.data.sampler import GlobalStream
+from permafrost.heads.base import world_mean_counts
+from permafrost.launcher.build import build_parts, on_main
+from permafrost.launcher.checkpoint import load_newest
+from permafrost.launcher.counts import RecordedCounts
+from permafrost.launcher.engine import micro_batch_size
+from permafrost.launcher.evaluate import Metrics, metrics_table
+from permafrost.launcher.mesh import init_world
+from permafrost.launcher.meters import memory_peaks
+from permafrost.launcher.monitor import Monitor
+from permafrost.launcher.pictures import Pictures
+from permafrost.launcher.run_folder import RunFolder
+from permafrost.launcher.session import Session, Trainee, conclude, evaluate, finish, open_session, save, stop_head
+from permafrost.launcher.startup import announce, count_parameters
+
+if TYPE_CHECKING:
+    from permafrost.data.types import Batch
+    from permafrost.launcher.engine import Engine
+    from permafrost.launcher.experiment import Experiment, LoopConfig
+    from permafrost.launcher.mesh import World
+
+PATIENCE = 3
+"""Steps in a row with a loss or gradient that is not finite, after which a head stops."""
+
+
+def train(experiment: Experiment, *, resume: str = "auto", device: str = "auto") -> Metrics:
+    """Train an experiment's heads, from its run folder's newest checkpoint where there is one.
+
+    Args:
+        experiment: what to train; its run folder is `output`, else runs/<name>.
+        resume: auto, must or never; see RunFolder.prepare.
+        device: auto, cpu, cuda or cuda:N.
+
+    Returns:
+        The final evaluation: of each head, the evaluator's values.
+
+    Raises:
+        HeadStopped: at the end, when a head's losses were not finite; the others have trained on.
+        ValueError: one of launcher.errors.USER_ERRORS, for what a user can mend.
+    """
+    world = init_world(device)
+    run = RunFolder.of(experiment)
+    loop, accumulation = experiment.loop, experiment.engine.accumulation
+    try:
+        micro_batch_size(global_batch=loop.global_batch, world_size=world.world_size, accumulation=accumulation)
+        on_main(world, lambda: run.prepare(experiment, resume))
+        if final := on_main(world, run.read_final):
+            if world.is_main:
+                print(f"{run} has ended after {final['step']} steps\n{metrics_table(final['metrics'])}")
+            return conclude(run, final)
+        parts = build_parts(experiment, world)
+        num_parameters = count_parameters(parts)
+        checkpoint, problems = on_main(world, lambda: load_newest(run))
+        start = checkpoint.state.step if checkpoint else 0
+        with Monitor(
+            run, num_steps=loop.num_steps, is_main=world.is_main, start_step=start, log_every=loop.log_every
+        ) as monitor:
+            session = open_session(experiment, world, run, monitor, parts, checkpoint)
+            announce(session, num_parameters, checkpoint, problems)
+            del checkpoint
+            done = train_steps(session, start)
+            final = finish(session, done)
+        return conclude(run, final)
+    finally:
+        run.close()
+        world.close()
+
+
+def train_steps(session: Session, start: int) -> int:
+    """The loop, from step `start` to the last, or until no head is left. Returns the steps done."""
+    experiment, world, parts, stopwatch = session.experiment, session.world, session.parts, session.stopwatch
+    loop, accumulation = experiment.loop, experiment.engine.accumulation
+    stream = GlobalStream(len(parts.train_set), loop.seed)
+    loader = train_loader(
+        parts.train_set,
+        stream,
+        global_batch=loop.global_batch,
+        rank=world.rank,
+        world_size=world.world_size,
+        accumulation=accumulation,
+        start_step=start,
+        num_steps=loop.num_steps,
+        num_workers=loop.num_workers,
+        timeout=loop.worker_timeout,
+    )
+    batches, pictures = iter(loader), Pictures(parts.val_set, world.device)
+    if start and evaluation_due(loop, start) and not on_main(world, lambda: session.run.has_evaluation(start)):
+        # The run ended between the checkpoint and its evaluation.
+        evaluate(session, start)
+    stopwatch.take(loop.global_batch)
+    for step in range(start, loop.num_steps):
+        with stopwatch.host("data_wait"):
+            micro_batches = [next(batches).to(world.device) for _ in range(accumulation)]
+        with stopwatch.device("backbone"), torch.no_grad():
+            features = [parts.backbone(batch.images) for batch in micro_batches]
+        with stopwatch.device("heads"):
+            losses = {
+                name: head_losses(engine, features, micro_batches, world) for name, engine in session.engines.items()
+            }
+            means = mean_over_ranks(losses, world)
+            for trainee in list(session.trainees.values()):
+                step_head(session, trainee, step, means[trainee.name], micro_batches)
+        del features, losses
+        track_replaced(session, micro_batches)
+        done = step + 1
+        stopwatch.count_step()
+        session.monitor.progress(done, shown_losses(session))
+        if done % loop.log_every == 0 or done == loop.num_steps:
+            log(session, done, stream)
+        if not session.trainees:
+            return done
+        with stopwatch.paused():
+            if done % loop.checkpoint_every == 0 or evaluation_due(loop, done):
+                save(session, done, stream.epoch(done, loop.global_batch))
+            if evaluation_due(loop, done):
+                evaluate(session, done)
+            if loop.image_every and done % loop.image_every == 0:
+                for name, sheet in pictures.draw(session.engines, parts.backbone).items():
+                    session.monitor.image(done, f"{name}/predicted_and_true", sheet)
+    return loop.num_steps
+
+
+def head_losses(
+    engine: Engine, features: Sequence[Sequence[Tensor]], micro_batches: Sequence[Batch], world: World
+) -> dict[str, Tensor]:
+    """Forward and backward of one head over a step's micro-batches.
+
+    Returns:
+        Each named loss, averaged over the micro-batches, without a graph.
+    """
+    counts = world_mean_counts
+    if len(micro_batches) > 1:
+        # The denominators belong to the whole step, so all of it is counted before the first backward.
+        counts = RecordedCounts(world, len(micro_batches))
+        with torch.no_grad(), buffers_restored(engine.head):
+            for maps, batch in zip(features, micro_batches):
+                engine(maps, batch, counts.record)
+        counts.fix()
+    means: dict[str, Tensor] = {}
+    for maps, batch in zip(features, micro_batches):
+        losses = engine(maps, batch, counts)
+        engine.backward(torch.stack(list(losses.values())).sum())
+        for name, loss in losses.items():
+            means[name] = means.get(name, 0) + loss.detach() / len(micro_batches)
+    return means
+
+
+@contextmanager
+def buffers_restored(module: nn.Module) -> Iterator[None]:
+    """Undo what a forward does to buffers, such as the running statistics of a norm."""
+    kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in module.named_buffers():
+            buffer.copy_(kept[name])
+
+
+def mean_over_ranks(losses: dict[str, dict[str, Tensor]], world: World) -> dict[str, dict[str, float]]:
+    """The losses of all heads as numbers that every rank agrees on: one synchronisation with the device, one reduction."""
+    flat = {f"{head}/{name}": loss for head, own in losses.items() for name, loss in own.items()}
+    values = torch.stack([loss.float() for loss in flat.values()]).tolist()
+    means = world.all_reduce_mean(dict(zip(flat, values)))
+    return {head: {name: means[f"{head}/{name}"] for name in own} for head, own in losses.items()}
+
+
+def step_head(
+    session: Session, trainee: Trainee, step: int, losses: dict[str, float], micro_batches: Sequence[Batch]
+) -> None:
+    """One optimizer step of one head. If something is not finite it is skipped; after the third in a row the head stops."""
+    total = sum(losses.values())
+    grad_norm, is_good = None, False
+    if math.isfinite(total):
+        report = trainee.engine.step(trainee.rate(step, session.experiment.loop.num_steps))
+        grad_norm, is_good = report.grad_norm, not report.skipped
+    else:
+        trainee.engine.skip_step()
+    if is_good:
+        trainee.in_a_row, trainee.evidence = 0, []
+        values = {"loss": total, **losses, **({} if grad_norm is None else {"grad_norm": grad_norm})}
+        session.window.add({f"{trainee.name}/{name}": value for name, value in values.items()})
+        return
+    trainee.skipped += 1
+    trainee.in_a_row += 1
+    samples = [
+        {"epoch": key.epoch, "index": key.index, "image_id": target.image_id}
+        for batch in micro_batches
+        for key, target in zip(batch.keys, batch.targets)
+    ]
+    trainee.evidence.append({"step": step + 1, "losses": losses, "grad_norm": grad_norm, "samples": samples})
+    what = "gradient" if math.isfinite(total) else "loss"
+    session.monitor.warn(f"head {trainee.name}: the {what} of step {step + 1} is not finite; the step is skipped")
+    if trainee.in_a_row >= PATIENCE:
+        stop_head(session, trainee, step + 1)
+
+
+def track_replaced(session: Session, micro_batches: Sequence[Batch]) -> None:
+    """Count training images that could not be read, over all ranks; past the budget the run stops. Collective.
+
+    Raises:
+        DataError: too many.
+    """
+    replaced = [entry for batch in micro_batches for entry in batch.replaced]
+    if not session.world.any_true(bool(replaced)):
+        return
+    gathered = session.world.gather_objects(replaced) or []
+    new = on_main(session.world, lambda: session.tracker.update([entry for own in gathered for entry in own]))
+    for path, reason in new:
+        session.monitor.warn(f"{path}: {reason}; its neighbour is used instead")
+    if new and session.world.is_main:
+        session.run.write_replaced(session.tracker.reasons)
+
+
+def shown_losses(session: Session) -> dict[str, float]:
+    """What a progress line shows: each head's mean loss since the last log line."""
+    means = session.window.means()
+    names = {name: name if len(session.experiment.heads) > 1 else "loss" for name in session.trainees}
+    return {shown: means[f"{name}/loss"] for name, shown in names.items() if f"{name}/loss" in means}
+
+
+def log(session: Session, done: int, stream: GlobalStream) -> None:
+    """Record what was measured since the last log line, and begin a new window."""
+    loop = session.experiment.loop
+    values = session.window.take()
+    for name, trainee in session.trainees.items():
+        values[f"{name}/learning_rate"] = trainee.rate(done - 1, loop.num_steps)
+        values[f"{name}/skipped_steps"] = trainee.skipped
+    values |= {"data/epoch": stream.epoch(done, loop.global_batch), "data/replaced_images": session.tracker.count}
+    values |= session.stopwatch.take(loop.global_batch)
+    values |= memory_peaks(session.world.device)
+    session.monitor.scalars(done, values)
+
+
+def evaluation_due(loop: LoopConfig, done: int) -> bool:
+    """After how many steps the heads are scored."""
+    return done == loop.num_steps or (loop.evaluate_every is not None and done % loop.evaluate_every == 0)
+
+
+if __name__ == "__main__":
+    from permafrost.launcher.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

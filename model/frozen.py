@@ -1,0 +1,316 @@
+"""FrozenBackbone: a base network that never changes, behind the contract the heads rely on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from permafrost.model.errors import BackboneError, WeightsError
+from permafrost.model.spec import PATCH_SIZE, FeatureSpec, check_name
+from permafrost.model.swin import SwinV2
+from permafrost.model.weights import FLOATING_DTYPES, check_fit, fingerprint, random_weights, read_weights
+from permafrost.model.windows import Windows, choose_windows
+
+# Per-channel mean and standard deviation (RGB, pixels in [0, 1]) of ImageNet, which every released Swin was trained
+# with; files of our own may state others.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# Floats clearly outside [0, 1] are pixels in 0..255 or already normalised; resampling may overshoot a little.
+PIXEL_RANGE = (-0.5, 1.5)
+_CHECKSUM_CHUNK = 1 << 22
+
+
+class FrozenBackbone(nn.Module):
+    """B: images in, feature maps out; it cannot be trained.
+
+    Its forward runs without gradients (not in inference mode: a head saves the features for its backward), in its own
+    dtype whatever autocast surrounds it. `train()` changes nothing, no parameter is trainable, and its dtype is
+    fixed at loading; it can be moved between devices. Use `load_backbone` to make one.
+
+    Args:
+        network: The network, with its weights, in the dtype it is to compute in.
+        mean: Mean of the network's training images per channel, pixels in [0, 1].
+        std: Standard deviation likewise.
+        fingerprint: Hash of the source tensors.
+        choices: What `describe` reports besides what the module knows itself.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: SwinV2,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        fingerprint: str,
+        choices: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.network = network
+        for parameter in network.parameters():
+            parameter.requires_grad = False
+        network.fold()
+        device = self.device
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32, device=device), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32, device=device), persistent=False)
+        self._fingerprint = fingerprint
+        self._choices = choices
+        self._range_checked = False
+        super().train(False)
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """Channels and strides of the feature maps."""
+        return self.network.spec
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the source tensors, the same on every device and in every dtype the network is loaded in."""
+        return self._fingerprint
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the network computes in and the features have."""
+        return self.network.patch_embed.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is, and moves the images to."""
+        return self.network.patch_embed.proj.weight.device
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters; none is trainable."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Computes the raw feature maps, finest first.
+
+        Args:
+            images: (B, 3, H, W), RGB: uint8, or floating point in [0, 1]. Any size from one patch (4 x 4) up.
+
+        Returns:
+            Four maps (B, C_i, ceil(H / s_i), ceil(W / s_i)) as `spec` says, channels_last, in the network's dtype.
+
+        Raises:
+            BackboneError: If shape, dtype or range of the images are others.
+        """
+        self._check_images(images)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.network(self._normalise(images))
+
+    def checksum(self) -> str:
+        """Hashes what is resident now, to show that it has not changed.
+
+        Cheap enough to run often: each tensor is reduced, on its device, to sums over its bit pattern. Unlike the
+        fingerprint it depends on the dtype.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            digest.update(f"{name} {_bit_sums(tensor)}\n".encode())
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What was chosen and why, as plain values for the start-up lines and the run folder."""
+        return self._choices | {
+            "fingerprint": self.fingerprint,
+            "device": str(self.device),
+            "num_parameters": self.num_parameters,
+            "window_size": self.network.window_size,
+            "pretrained_window_size": self.network.pretrained_window_size,
+            "mean": tuple(round(value, 6) for value in self.mean.tolist()),
+            "std": tuple(round(value, 6) for value in self.std.tolist()),
+        }
+
+    def train(self, mode: bool = True) -> FrozenBackbone:
+        """Does nothing: a frozen network has no training mode."""
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> FrozenBackbone:
+        """Refuses to make parameters trainable.
+
+        Raises:
+            BackboneError: If `requires_grad` is true.
+        """
+        if requires_grad:
+            raise BackboneError("A frozen backbone has no trainable parameters; train a SwinV2 instead.")
+        return self
+
+    def _apply(self, fn, recurse=True):
+        # A cast would quietly compute other features than the ones a head was trained on.
+        dtypes = {tensor.dtype for tensor in (*self.parameters(), *self.buffers())}
+        if any(fn(torch.empty(0, dtype=dtype, device=self.device)).dtype != dtype for dtype in dtypes):
+            raise BackboneError(f"The dtype of a frozen backbone ({self.dtype}) is chosen when it is loaded.")
+        return super()._apply(fn, recurse)
+
+    def _check_images(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
+            found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise BackboneError(f"A backbone takes images of shape (B, 3, H, W), found {found}.")
+        if min(images.shape[2:]) < PATCH_SIZE:
+            raise BackboneError(
+                f"Images of {images.shape[2]} x {images.shape[3]} pixels are smaller than one patch "
+                f"({PATCH_SIZE} x {PATCH_SIZE}); resize or pad them."
+            )
+        if images.dtype == torch.uint8:
+            return
+        if not images.is_floating_point():
+            raise BackboneError(f"A backbone takes uint8 images, or floats in [0, 1]; found {images.dtype}.")
+        if not self._range_checked:
+            # Once: reading a value back stalls an accelerator, and pipelines do not change their range midway.
+            low, high = (value.item() for value in images.float().aminmax())
+            if not (low >= PIXEL_RANGE[0] and high <= PIXEL_RANGE[1]):
+                raise BackboneError(
+                    f"Float images must lie in [0, 1], found {low:.3g} to {high:.3g}; the backbone normalises itself: "
+                    "give uint8, or divide by 255 and do nothing else."
+                )
+            self._range_checked = True
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        """Brings images to the network's device, statistics and dtype."""
+        precise = torch.promote_types(self.dtype, torch.float32)
+        pixels = images.to(self.device, non_blocking=True).to(precise)
+        if images.dtype == torch.uint8:
+            pixels = pixels / 255.0
+        mean, std = self.mean.to(precise)[:, None, None], self.std.to(precise)[:, None, None]
+        return ((pixels - mean) / std).to(self.dtype)
+
+
+def load_backbone(
+    name: str,
+    *,
+    weights: str | os.PathLike[str],
+    window_size: int | Sequence[int] | None = None,
+    pretrained_window_size: int | Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    tensor_group: Any = None,
+    prefix: str | None = None,
+    extra_norm_interval: int | None = None,
+) -> FrozenBackbone:
+    """Loads a frozen base network.
+
+    Args:
+        name: A name in the table of sizes (permafrost.model.spec).
+        weights: A file (safetensors, or an official `.pth`), a known name, or "random" ("random:SEED").
+        window_size: Window, for all stages or one per stage. None takes the file's configured window; another one
+            than the file's also needs `pretrained_window_size`. See permafrost.model.windows.
+        pretrained_window_size: The window each stage had in training. None reads it from the file; if given it must
+            be what the file says.
+        dtype: The dtype to compute in; None: bfloat16 on CUDA, float32 elsewhere.
+        device: Where to put it.
+        tensor_group: Process group to split the network over. Must be None.
+        prefix: Take only the file's tensors whose names start with this, without it.
+        extra_norm_interval: Blocks between extra norms on the main branch; None: as the file or the table says.
+
+    Raises:
+        BackboneError: If name, dtype, device or windows make no sense.
+        WeightsError: If the weights cannot be read or belong to another network.
+    """
+    check_name(name)
+    if tensor_group is not None:
+        raise BackboneError(
+            "tensor_group is given, but splitting the backbone comes with tensor parallelism, which this version does "
+            "not have; leave it out (tensor degree 1)."
+        )
+    device = _usable_device(device)
+    dtype, reason = _usable_dtype(dtype, device)
+
+    seed = re.fullmatch(r"random(?::(\d+))?", str(weights))
+    checkpoint = None if seed else read_weights(weights, prefix=prefix)
+    if checkpoint is None:
+        windows = Windows(window_size, pretrained_window_size)
+    else:
+        if extra_norm_interval is None:
+            extra_norm_interval = checkpoint.metadata.get("extra_norm_interval")
+        windows = choose_windows(
+            checkpoint.windows,
+            window_size=window_size,
+            pretrained_window_size=pretrained_window_size,
+            source=checkpoint.source,
+        )
+    with torch.device("meta"):
+        network = SwinV2(
+            name,
+            window_size=windows.window_size,
+            pretrained_window_size=windows.pretrained_window_size,
+            extra_norm_interval=extra_norm_interval,
+        )
+    if checkpoint is None:
+        checkpoint = random_weights(network, seed=int(seed[1] or 0))
+    check_fit(network, name, checkpoint)
+
+    tensors = checkpoint.backbone_tensors()
+    resident = {key: tensor.to(device, _resident_dtype(key, dtype), copy=True) for key, tensor in tensors.items()}
+    if dtype == torch.float16:
+        overflowing = [key for key, tensor in resident.items() if not torch.isfinite(tensor).all()]
+        if overflowing:
+            raise WeightsError(f"{checkpoint.source}: {overflowing[0]} overflows in float16; use bfloat16 or float32.")
+    network.load_state_dict(resident, assign=True)
+    choices = {
+        "name": name,
+        "weights": checkpoint.source,
+        "dtype": str(dtype).removeprefix("torch."),
+        "dtype_reason": reason,
+        "attention": "torch scaled_dot_product_attention; position bias, logit scale and q, v biases folded",
+        "trained_window_size": checkpoint.windows.window_size,
+        "extra_norm_interval": network.extra_norm_interval,
+        "left_out": sorted(checkpoint.tensors.keys() - tensors.keys()),
+    }
+    return FrozenBackbone(
+        network,
+        mean=checkpoint.metadata.get("mean", IMAGENET_MEAN),
+        std=checkpoint.metadata.get("std", IMAGENET_STD),
+        fingerprint=fingerprint(tensors),
+        choices=choices,
+    )
+
+
+def _resident_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
+    """Keeps what the folded constants come from in float32: they are computed once, so precision costs nothing."""
+    precise = ".cpb_mlp." in key or key.endswith(".logit_scale")
+    return torch.promote_types(dtype, torch.float32) if precise else dtype
+
+
+def _usable_device(device: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise BackboneError(f"There is no device {device!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackboneError(
+            f"The backbone is to run on {device}, but PyTorch sees {torch.cuda.device_count()} CUDA devices."
+        )
+    return device
+
+
+def _usable_dtype(dtype: torch.dtype | None, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype to compute in, and why."""
+    if dtype is None:
+        if device.type == "cuda":
+            return torch.bfloat16, "default on CUDA"
+        return torch.float32, f"default on {device.type}: bfloat16 is slower than float32 on most CPUs"
+    if dtype not in FLOATING_DTYPES:
+        raise BackboneError(f"dtype must be one of {', '.join(map(str, FLOATING_DTYPES))} or None, found {dtype!r}.")
+    return dtype, "as asked for"
+
+
+def _bit_sums(tensor: Tensor) -> tuple[int, int]:
+    """Sum and position-weighted sum of a tensor's bit patterns, modulo 2 ** 64."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    total, weighted = 0, 0
+    for number, chunk in enumerate(tensor.detach().reshape(-1).view(integer).split(_CHECKSUM_CHUNK)):
+        bits = chunk.long()
+        places = torch.arange(1, len(bits) + 1, device=bits.device)
+        total += int(bits.sum())
+        weighted += (number + 1) * int((bits * places).sum())
+    return total % 2**64, weighted % 2**64

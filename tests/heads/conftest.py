@@ -1,0 +1,114 @@
+"""A small world for heads: random feature maps and random but valid targets, all from given seeds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from permafrost.data.types import Batch, DetectionTarget, SampleKey
+from permafrost.heads.config import BoxHeadConfig, FPNConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
+from permafrost.model.spec import FeatureSpec
+
+CLASSES = ("circle", "square", "star")
+
+
+@pytest.fixture
+def spec():
+    return FeatureSpec(channels=(8, 12, 16, 20), strides=(4, 8, 16, 32))
+
+
+@pytest.fixture
+def classes():
+    return CLASSES
+
+
+@pytest.fixture
+def small_config():
+    """A function: a head of a few thousand parameters, with any part replaced."""
+
+    def make(**parts):
+        defaults = {
+            "neck": FPNConfig(channels=16),
+            "rpn": RPNConfig(
+                anchor_scale=4.0,
+                num_samples=32,
+                num_pre_nms_train=60,
+                num_pre_nms_test=60,
+                num_proposals_train=40,
+                num_proposals_test=40,
+            ),
+            "pooling": PoolingConfig(sampling_ratio=2),
+            "box": BoxHeadConfig(fc_channels=24, num_samples=16, resolution=5),
+            "mask": MaskHeadConfig(num_convs=1, channels=12, resolution=6),
+        }
+        return MaskRCNNConfig(**{**defaults, **parts})
+
+    return make
+
+
+@pytest.fixture
+def make_target():
+    """A function: an image's ground truth, rectangles as masks."""
+
+    def make(index, *, num_objects=4, side=96, size=None, num_ignored=0):
+        random = torch.Generator().manual_seed(1000 + index)
+        height, width = size or (side, side)
+        limits = torch.tensor([width, height], dtype=torch.float32)
+        wh = 12 + torch.rand(num_objects + num_ignored, 2, generator=random) * 36
+        xy = torch.rand(num_objects + num_ignored, 2, generator=random) * (limits - wh)
+        boxes = torch.cat([xy, xy + wh], dim=1)
+        masks = torch.zeros(num_objects, side, side, dtype=torch.bool)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes.round().int().tolist()):
+            mask[y1:y2, x1:x2] = True
+        return DetectionTarget(
+            image_id=100 + index,
+            boxes=boxes[:num_objects],
+            labels=torch.randint(len(CLASSES), (num_objects,), generator=random),
+            masks=masks,
+            ignore_boxes=boxes[num_objects:],
+            size=(height, width),
+            original_size=(2 * height, 2 * width),
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_batch(make_target):
+    """A function: a batch with the given number of objects per image."""
+
+    def make(num_objects=(4, 2), *, first=0, side=96, **options):
+        indices = range(first, first + len(num_objects))
+        return Batch(
+            images=torch.zeros(len(num_objects), 3, side, side, dtype=torch.uint8),
+            targets=[make_target(i, num_objects=n, side=side, **options) for i, n in zip(indices, num_objects)],
+            keys=[SampleKey(seed=5, epoch=2, index=i) for i in indices],
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_features(spec):
+    """A function: the maps of images `first`, `first + 1`, ..., each a function of its own number."""
+
+    def make(num_images=2, *, first=0, side=96, dtype=torch.float32):
+        levels = [[] for _ in spec.channels]
+        for i in range(first, first + num_images):
+            random = torch.Generator().manual_seed(i)
+            for level, channels, stride in zip(levels, spec.channels, spec.strides):
+                cells = -(-side // stride)
+                level.append(torch.randn(channels, cells, cells, generator=random, dtype=torch.float64))
+        return tuple(torch.stack(maps).to(dtype).to(memory_format=torch.channels_last) for maps in levels)
+
+    return make
+
+
+def select(batch, order):
+    """The batch made of the given images."""
+    return Batch(batch.images[order], [batch.targets[i] for i in order], [batch.keys[i] for i in order])
+
+
+@pytest.fixture(name="select")
+def _select():
+    return select

@@ -1,0 +1,97 @@
+"""FeatureSpec, the table of sizes and BackboneConfig: checked values, no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from permafrost.model import BackboneConfig, BackboneError, FeatureSpec
+from permafrost.model.spec import SWINV2_SIZES
+
+
+def test_feature_spec_holds_channels_and_strides() -> None:
+    spec = FeatureSpec(channels=[96, 192], strides=[4, 8])
+    assert spec == FeatureSpec((96, 192), (4, 8))
+    assert spec.num_levels == 2
+    with pytest.raises(AttributeError):
+        spec.channels = (1,)
+
+
+@pytest.mark.parametrize(
+    ("channels", "strides", "message"),
+    [
+        ((96, 192), (4,), "one stride per level"),
+        ((), (), "one stride per level"),
+        ((96, 0), (4, 8), "at least 1"),
+        ((96, 1.5), (4, 8), "integers"),
+        ((96, True), (4, 8), "integers"),
+        ((96, 192), (8, 8), "increase"),
+        ("ab", (4, 8), "tuple of integers"),
+    ],
+)
+def test_feature_spec_refuses_what_makes_no_sense(channels, strides, message: str) -> None:
+    with pytest.raises(BackboneError, match=message):
+        FeatureSpec(channels, strides)
+
+
+def test_sizes_have_32_channels_per_head_and_the_usual_strides() -> None:
+    for size in SWINV2_SIZES.values():
+        assert size.channels == tuple(32 * heads for heads in size.num_heads)
+        assert size.spec.strides == (4, 8, 16, 32)
+    assert SWINV2_SIZES["swinv2_giant"].depths == (2, 2, 42, 4)
+
+
+def test_importing_the_package_and_a_config_needs_no_torch() -> None:
+    code = (
+        "import sys; from permafrost.model import BackboneConfig, FeatureSpec, WeightsError; "
+        "BackboneConfig(name='swinv2_nano', weights='random'); assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_package_lists_its_names_and_knows_no_others() -> None:
+    import permafrost.model as package
+
+    assert set(package.__all__) <= set(dir(package))
+    for name in package.__all__:
+        assert getattr(package, name).__module__.startswith("permafrost.model.")
+    with pytest.raises(AttributeError, match="no attribute 'Swin3'"):
+        _ = package.Swin3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "swinv2_bse"}, "Did you mean 'swinv2_base'"),
+        ({"name": "timm/swinv2_tiny_window8_256"}, "timm backbones are not supported yet.*'swinv2_tiny'"),
+        ({"weights": ""}, "give a file, a known name"),
+        ({"window_size": 0}, "backbone.window_size"),
+        ({"window_size": (8, 8)}, "4 of them"),
+        ({"pretrained_window_size": "12"}, "backbone.pretrained_window_size"),
+        ({"dtype": "bf16"}, "bfloat16"),
+        ({"extra_norm_interval": -1}, "extra_norm_interval"),
+    ],
+)
+def test_config_refuses_what_makes_no_sense(fields: dict, message: str) -> None:
+    with pytest.raises(BackboneError, match=message):
+        BackboneConfig(**({"name": "swinv2_nano", "weights": "random"} | fields))
+
+
+def test_config_requires_weights() -> None:
+    with pytest.raises(TypeError, match="weights"):
+        BackboneConfig(name="swinv2_nano")
+
+
+def test_config_builds_what_it_says() -> None:
+    import torch
+
+    config = BackboneConfig("swinv2_nano", "random", window_size=[6, 6, 6, 3], dtype="bfloat16", extra_norm_interval=2)
+    assert config.window_size == (6, 6, 6, 3)
+    backbone = config.build("cpu")
+    assert backbone.network.window_size == backbone.network.pretrained_window_size == (6, 6, 6, 3)
+    assert backbone.dtype == torch.bfloat16
+    assert any(".enorm." in name for name, _ in backbone.named_parameters())
+    assert BackboneConfig("swinv2_nano", "random").build().dtype == torch.float32

@@ -1,0 +1,68 @@
+"""Rules about the tree itself: direction of imports, short files, torch-free configurations, a README that points at real files."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDERS = ("configs", "data", "heads", "launcher", "model")
+
+
+def sources(root: Path) -> list[Path]:
+    return sorted(file for folder in FOLDERS for file in (root / folder).rglob("*.py"))
+
+
+def test_imports_go_one_way(root: Path) -> None:
+    lint = Path(sys.executable).with_name("lint-imports")
+    result = subprocess.run([lint, "--no-cache"], cwd=root, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_files_are_short_enough_to_read_in_one_sitting(root: Path) -> None:
+    budget = {"launcher/train.py": 400}
+    lengths = {str(file.relative_to(root)): len(file.read_text().splitlines()) for file in sources(root)}
+    too_long = {name: length for name, length in lengths.items() if length > budget.get(name, 500)}
+    assert not too_long
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "permafrost.configs.quickstart",
+        "permafrost.configs.coco",
+        "permafrost.configs.pretrain",
+        "permafrost.launcher.experiment",
+        "permafrost.launcher.cli",
+    ],
+)
+def test_configurations_import_without_torch(module: str, tmp_path: Path) -> None:
+    code = f"import sys, {module}; heavy = {{'torch', 'timm', 'deepspeed', 'numpy'}} & set(sys.modules); assert not heavy, heavy"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_folder_of_code_is_a_package(root: Path) -> None:
+    folders = {file.parent for file in sources(root)}
+    assert not [str(folder) for folder in folders if not (folder / "__init__.py").exists()]
+
+
+def test_readme_points_at_real_paths(root: Path) -> None:
+    text = (root / "README.md").read_text()
+    tree = re.findall(r"^([\w./-]+/|[\w./-]+\.\w+)\s{2,}", text, flags=re.MULTILINE)
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert len(tree) >= 8
+    assert len(links) >= 5
+    missing = [path for path in tree + links if not (root / path).exists()]
+    assert not missing
+
+
+def test_readme_commands_are_what_ci_runs(root: Path) -> None:
+    readme, ci = (root / "README.md").read_text(), (root / ".ci" / "run").read_text()
+    assert "pip install -e . && permafrost train quickstart" in readme
+    assert "pip install -e '.[test]' && pytest" in readme
+    for piece in ("pip install -q -e .\n", "-e '.[test]'", "\npytest -q", "permafrost train quickstart"):
+        assert piece in ci, piece
