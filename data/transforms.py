@@ -11,7 +11,7 @@ Padding takes PAD_COLOR, the mean colour of photographs, not black: after the ba
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,7 +99,8 @@ class JitterTransform:
         if flip_draw < jitter.flip:
             scene = _flip(scene)
         if jitter.color > 0:
-            scene.image = _jitter_color(scene.image, jitter.color, color_draws)
+            # A new scene: without a resize or crop this one is still the caller's.
+            scene = replace(scene, image=_jitter_color(scene.image, jitter.color, color_draws))
         return _pad(scene, square, jitter.min_box_side)
 
 

@@ -1,4 +1,7 @@
-"""Heads: what is trained on a frozen backbone's feature maps. Names load on first use, so that importing the package needs no torch."""
+"""Heads: what is trained on a frozen backbone's feature maps.
+
+Names load on first use, so that importing the package needs no torch.
+"""
 
 from __future__ import annotations
 

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from permafrost.data.types import Batch, DetectionResult
 
 LossCounts = Callable[[str, Tensor], Tensor]
-"""counts(name, n): turns this rank's count `n` (0-dim) into the denominator this rank must divide its *sum* by, so that the mean of
-the ranks' (and accumulated micro-batches') losses is the global sum over the global count. Every rank asks for the same names in the
-same order, once each in a forward."""
+"""counts(name, n): turns this rank's count `n` (0-dim) into the denominator this rank must divide its *sum* by, so that
+the mean of the ranks' (and accumulated micro-batches') losses is the global sum over the global count. Every rank asks
+for the same names in the same order, once each in a forward."""
 
 
 def world_mean_counts(name: str, count: Tensor) -> Tensor:
     """The default LossCounts: the mean of `count` over all ranks, at least a share of 1.
 
-    Engines average gradients over ranks, so sum_r(loss_r) / world with loss_r = sum_r / (total / world) is sum / total. The floor of
-    1 / world keeps a global batch without any positive at loss 0 instead of 0 / 0.
+    Engines average gradients over ranks, so sum_r(loss_r) / world with loss_r = sum_r / (total / world) is sum / total.
+    The floor of 1 / world keeps a global batch without any positive at loss 0 instead of 0 / 0.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return count.float().clamp(min=1.0)
@@ -31,9 +31,9 @@ def world_mean_counts(name: str, count: Tensor) -> Tensor:
 class Head(nn.Module):
     """What is trained. Built from a FeatureSpec, by keyword; never sees the backbone class.
 
-    A head's graph does not depend on the data: every parameter gets a gradient and every submodule runs equally often in each
-    forward, on every rank (a branch without positives is a zero-weighted pass, not a skipped one), since ZeRO aborts or hangs otherwise.
-    Its random choices draw from `batch.keys[i].generator(purpose)`, never from global state.
+    A head's graph does not depend on the data: every parameter gets a gradient and every submodule runs equally often
+    in each forward, on every rank (a branch without positives is a zero-weighted pass, not a skipped one), since ZeRO
+    aborts or hangs otherwise. Its random choices draw from `batch.keys[i].generator(purpose)`, never from global state.
     """
 
     def forward(

@@ -1,6 +1,6 @@
 """Configurations of heads: values only, no torch; `build` makes the live head.
 
-Defaults are the public Mask R-CNN recipe of the Swin papers' detection code (AdamW, FPN 256, 2fc box head, 4-conv mask head).
+Defaults are the public Mask R-CNN recipe of the Swin papers' detection code (FPN 256, 2fc box head, 4-conv mask head).
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class PoolingConfig:
     canonical_size: float = 224.0
     """Side of a box, in pixels, that is pooled from the level of stride 16; half of it goes one level finer."""
     aligned: bool = True
-    """Pixel centres at half coordinates. False is the first RoIAlign, shifted by half a feature pixel, which torchvision keeps."""
+    """Pixel centres at half coordinates. False is the first RoIAlign, half a feature pixel off, as in torchvision."""
 
     def __post_init__(self) -> None:
         _require_counts("pooling", self, ("sampling_ratio",), 0)
@@ -192,7 +192,7 @@ class MaskRCNNConfig:
     box: BoxHeadConfig = field(default_factory=BoxHeadConfig)
     mask: MaskHeadConfig = field(default_factory=MaskHeadConfig)
     ignore_overlap: float = 0.5
-    """An anchor or proposal that has more than this share of its own area inside a crowd region is not used as a negative."""
+    """An anchor or proposal with more than this share of its own area inside a crowd region is no negative."""
 
     def __post_init__(self) -> None:
         _require(

@@ -2,4 +2,4 @@
 
 
 class HeadError(ValueError):
-    """A head's configuration cannot be built, or its weights do not fit: says which field, what was found, what to do."""
+    """A head cannot be built, or its weights do not fit: says which field, what was found, what to do."""

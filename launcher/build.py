@@ -1,4 +1,4 @@
-"""From an Experiment's values to live objects, in the order in which a user's mistake shows up soonest: data, backbone, heads."""
+"""From an Experiment's values to live objects: data, backbone, heads, so that a user's mistake shows up soonest."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def build_parts(experiment: Experiment, world: World) -> TrainingParts:
     val_set = main_first(world, experiment.data.build_val)
     if list(train_set.classes) != list(val_set.classes):
         raise RecipeError(
-            f"data: the training annotations have the classes {', '.join(train_set.classes)}, the validation annotations "
-            f"{', '.join(val_set.classes)}: they must be the same, in the same order of category ids"
+            f"data: the training annotations have the classes {', '.join(train_set.classes)}, the validation "
+            f"annotations {', '.join(val_set.classes)}: they must be the same, in the same order of category ids"
         )
     backbone = experiment.backbone.build(world.device)
     require_agreement(
@@ -64,7 +64,8 @@ def build_parts(experiment: Experiment, world: World) -> TrainingParts:
 def build_heads(experiment: Experiment, spec: FeatureSpec, classes: Sequence[str]) -> dict[str, Head]:
     """Every head of the experiment with its initial weights.
 
-    These are a function of the run's seed and the head's name alone: a head that trains beside others starts as it would by itself.
+    These are a function of the run's seed and the head's name alone: a head that trains beside others starts as it
+    would by itself.
     """
     heads = {}
     for name, config in experiment.heads.items():
@@ -81,7 +82,7 @@ def seed_of(seed: int, purpose: str) -> int:
 
 
 def on_main(world: World, make: Callable[[], T]) -> T:
-    """What `make` returns on the main rank, on every rank; a user's mistake found there is raised everywhere. Collective."""
+    """What `make` returns on the main rank, on every rank; a user's mistake there is raised everywhere. Collective."""
     outcome: tuple[str, Any] | None = None
     if world.is_main:
         try:
@@ -95,7 +96,7 @@ def on_main(world: World, make: Callable[[], T]) -> T:
 
 
 def main_first(world: World, make: Callable[[], T]) -> T:
-    """`make()` on every rank, but on the main rank first; a user's mistake found there is raised everywhere. Collective."""
+    """`make()` on every rank, the main one first; a user's mistake there is raised everywhere. Collective."""
     made: list[T] = []
     on_main(world, lambda: made.append(make()))
     return made[0] if world.is_main else make()
@@ -115,8 +116,8 @@ def require_agreement(world: World, facts: Mapping[str, str]) -> None:
             odd = [rank for rank, own in enumerate(everyone) if own[what] != value]
             if odd:
                 raise LaunchError(
-                    f"the {what} of rank {', '.join(map(str, odd))} is not that of rank 0: give every process the same command, files "
-                    "and version of permafrost"
+                    f"the {what} of rank {', '.join(map(str, odd))} is not that of rank 0: give every process the same "
+                    "command, files and version of permafrost"
                 )
 
     on_main(world, check)

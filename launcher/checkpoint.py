@@ -1,10 +1,13 @@
 """Checkpoints: the heads and nothing else, written so that a kill at any moment leaves a complete one behind.
 
-    checkpoints/step_00000100/state.json                   what belongs together: step, seed, fingerprint, versions, sha256 of each file
-    checkpoints/step_00000100/<head>/head.safetensors      parameters and buffers, in the head's own names
-    checkpoints/step_00000100/<head>/optimizer.safetensors exp_avg.<name>, exp_avg_sq.<name>
+Under checkpoints/step_00000100/:
 
-A folder is written under another name, synced to disk and renamed; only then does `latest` move. Nothing in it is executed on reading.
+- state.json: step, epoch, seed, fingerprint of the backbone, versions, sha256 of each file and of itself
+- HEAD/head.safetensors: parameters and buffers, in the head's own names
+- HEAD/optimizer.safetensors: exp_avg.NAME and exp_avg_sq.NAME of each parameter
+
+A folder is written under another name, synced to disk and renamed; only then does `latest` move. Reading one executes
+nothing in it.
 """
 
 from __future__ import annotations
@@ -86,9 +89,9 @@ class Checkpoint:
         saved = self.state.backbone
         if saved["fingerprint"] != fingerprint:
             raise CheckpointError(
-                f"{self.path} was trained on the backbone {saved['name']} with fingerprint {saved['fingerprint']}, but this one is "
-                f"{name} with fingerprint {fingerprint}: give the weights file of that run (backbone.weights), or train anew with "
-                "another --output"
+                f"{self.path} was trained on the backbone {saved['name']} with fingerprint {saved['fingerprint']}, but "
+                f"this one is {name} with fingerprint {fingerprint}: give the weights file of that run "
+                "(backbone.weights), or train anew with another --output"
             )
 
     def require_fit(self, heads: Mapping[str, nn.Module]) -> None:
@@ -129,7 +132,8 @@ def save_checkpoint(
         heads: the exported state of every head that still trains.
         state: what belongs to it.
         keep: how many of the newest checkpoints stay.
-        protect: steps whose checkpoints stay whatever their age: the best of each head. So does the last one of a stopped head.
+        protect: steps whose checkpoints stay whatever their age: the best of each head. So does the last one of a
+            stopped head.
 
     Returns:
         The folder of the checkpoint.
@@ -213,8 +217,8 @@ def load_head(path: str | os.PathLike[str], head: str | None = None, which: str 
     Args:
         path: a run folder, or one checkpoint folder (step_...).
         head: its name; None when there is only one.
-        which: in a run folder, "best" (by the head's metric; the newest if nothing was evaluated yet) or "latest". A damaged one is
-            passed over with a warning.
+        which: in a run folder, "best" (by the head's metric; the newest if nothing was evaluated yet) or "latest". A
+            damaged one is passed over with a warning.
 
     Returns:
         A checkpoint whose `heads` holds that head only.
@@ -280,7 +284,9 @@ def _write_folder(folder: Path, heads: Mapping[str, HeadState], state: TrainingS
         note = {"permafrost_head": name, "backbone_fingerprint": state.backbone["fingerprint"]}
         for file_name, tensors in ((HEAD_FILE, {**head.parameters, **head.buffers}), (OPTIMIZER_FILE, moments)):
             path = folder / name / file_name
-            safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=note)
+            safetensors.torch.save_file(
+                {key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=note
+            )
             # safetensors writes for the owner only; whoever may enter the folder may read what is in it.
             path.chmod(stat.S_IMODE(folder.stat().st_mode) & 0o666)
             sha256 = _sync_and_hash(path)

@@ -1,7 +1,7 @@
 """The `permafrost` command. Imports what a command needs when it runs, so that --help answers at once.
 
-Exit codes: 0 done; 1 the work itself failed (a head stopped by non-finite losses, a machine that `doctor` finds wanting); 2 a mistake
-in the command, recipe or input files, printed as `error: ...`; 130 interrupted.
+Exit codes: 0 done; 1 the work itself failed (a head stopped by non-finite losses, a machine that `doctor` finds
+    wanting); 2 a mistake in the command, recipe or input files, printed as `error: ...`; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ COMMANDS = {
     "doctor": ("", "show versions and devices, and what is missing here"),
 }
 
+FAILED = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
@@ -36,7 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments without the program's name; None takes this process's.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        # What is unwritten may meet a closed pipe: here it can be caught, at the interpreter's end it cannot.
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`permafrost recipes | head`) has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as stop:
+        # argparse and tyro have printed their message and leave this way; in-process callers get the code.
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(help_text(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else USAGE_ERROR
@@ -50,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from permafrost.launcher.recipes import did_you_mean
 
         known = ", ".join(COMMANDS)
-        print(f"error: there is no command {command!r}: {did_you_mean(command, list(COMMANDS))} Commands: {known}", file=sys.stderr)
+        guess = did_you_mean(command, list(COMMANDS))
+        print(f"error: there is no command {command!r}: {guess} Commands: {known}", file=sys.stderr)
         return USAGE_ERROR
 
     from permafrost.launcher.errors import USER_ERRORS, HeadStopped
@@ -63,17 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     except HeadStopped as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of a pipe (`permafrost recipes | head`) has seen enough; Python must not complain at exit about what is unwritten.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except SystemExit as stop:
-        # argparse and tyro have printed their message and leave this way; in-process callers get the code.
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        return FAILED
 
 
 def help_text() -> str:
@@ -86,18 +95,22 @@ def help_text() -> str:
             "",
             *(f"  {calls[name]:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()),
             "",
-            "`permafrost COMMAND --help` shows a command's options, `permafrost train RECIPE --help` every field of a recipe.",
+            "`permafrost COMMAND --help` shows a command's options,",
+            "`permafrost train RECIPE --help` every field of a recipe.",
             "To begin: permafrost train quickstart",
         ]
     )
 
 
-def parse_experiment(recipe: str | Recipe, args: Sequence[str], *, description: str = "", command: str = "train") -> Experiment:
+def parse_experiment(
+    recipe: str | Recipe, args: Sequence[str], *, description: str = "", command: str = "train"
+) -> Experiment:
     """A recipe's experiment with the command line's overrides.
 
     Args:
         recipe: a name that find_recipe knows, or the function itself.
-        args: `--field.sub value` pairs; `--local_rank=N`, which the deepspeed launcher adds to every process's arguments, is ignored.
+        args: `--field.sub value` pairs; `--local_rank=N`, which the deepspeed launcher adds to every process's
+            arguments, is ignored.
         description: printed by --help after the recipe's own text.
         command: whose arguments these are, for messages.
 

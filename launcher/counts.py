@@ -11,9 +11,9 @@ from permafrost.launcher.mesh import World
 class RecordedCounts:
     """LossCounts over all ranks and micro-batches of one step, in two passes.
 
-    First every micro-batch runs forward with `record`, which adds up each named count; `fix` sums over the ranks; then the object
-    itself is the LossCounts of the real passes. A count must not depend on another count's denominator, which holds for anything
-    that is counted from targets and sampled proposals.
+    First every micro-batch runs forward with `record`, which adds up each named count; `fix` sums over the ranks; then
+    the object itself is the LossCounts of the real passes. A count must not depend on another count's denominator,
+    which holds for anything that is counted from targets and sampled proposals.
 
     Engines average gradients over `world_size` ranks and `accumulation` micro-batches, so dividing each local sum by
     total / (world_size * accumulation) makes that average the global sum over the global count.
@@ -36,7 +36,7 @@ class RecordedCounts:
         names = list(self._totals)
         values = torch.stack([self._totals[name] for name in names]).tolist() if names else []
         means = self._world.all_reduce_mean(dict(zip(names, values)))
-        # At least a share of one object, as in heads.base.world_mean_counts: a step without any has loss 0 instead of 0 / 0.
+        # At least a share of one object, as in heads.base.world_mean_counts: a step without any has loss 0, not 0 / 0.
         self._denominators = {
             name: max(mean * self._world.world_size, 1.0) / self._shares for name, mean in means.items()
         }

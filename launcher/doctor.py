@@ -1,6 +1,7 @@
 """What this machine offers and what it lacks: `permafrost doctor`. Made to work where little else does.
 
-Packages and devices are examined in a child process, so that a library that crashes or hangs on import becomes a line of the report.
+Packages and devices are examined in a child process, so that a library that crashes or hangs on import becomes a line
+of the report.
 """
 
 from __future__ import annotations
@@ -92,7 +93,10 @@ def can_run_quickstart(report: dict[str, list[Check]]) -> bool:
 
 def format_report(report: dict[str, list[Check]]) -> str:
     """The report as text."""
-    lines = [f"permafrost {_version('permafrost') or '(not installed)'}, Python {platform.python_version()}, {platform.platform()}"]
+    lines = [
+        f"permafrost {_version('permafrost') or '(not installed)'}, "
+        f"Python {platform.python_version()}, {platform.platform()}"
+    ]
     for section, checks in report.items():
         lines += ["", section]
         width = max(len(check.name) for check in checks)
@@ -125,7 +129,7 @@ def check_packages(probed: dict[str, Any]) -> list[Check]:
         elif error is not None:
             again = f"needed for {purpose}; pip install --force-reinstall {package}"
             if package in ("torch", "torchvision"):
-                again = f"needed for {purpose}; install both from one place: pip install --force-reinstall torch torchvision"
+                again = f"needed for {purpose}; both from one place: pip install --force-reinstall torch torchvision"
             checks.append(Check(package, lacking, f"{version}, but it does not import: {error}", again))
         elif bound and not at_least(version, bound):
             checks.append(Check(package, lacking, f"{version}, older than {bound}", f"{install} --upgrade"))
@@ -145,7 +149,7 @@ def check_processor(probed: dict[str, Any]) -> list[Check]:
         return [*checks, Check("memory", "ok", "unknown")]
     found = f"{available / GB:.1f} GB free of {total / GB:.1f} GB"
     if available < QUICKSTART_MEMORY_GB * GB:
-        remedy = f"the quickstart wants {QUICKSTART_MEMORY_GB} GB: end other programs, or lower --loop.num-workers and --loop.global-batch"
+        remedy = f"the quickstart wants {QUICKSTART_MEMORY_GB} GB: end other programs, or lower --loop.global-batch"
         return [*checks, Check("memory", "missing", found, remedy)]
     return [*checks, Check("memory", "ok", found)]
 
@@ -156,7 +160,7 @@ def check_gpus(probed: dict[str, Any]) -> list[Check]:
     gpus = devices.get("gpus") or []
     if not gpus:
         why = devices.get("no_gpu") or "torch was not examined"
-        remedy = "not needed for the quickstart; large backbones want one: a driver for this torch's CUDA, or another torch build"
+        remedy = "large backbones want one: install a driver for this torch's CUDA, or another torch build"
         return [Check("GPU", "absent", f"none ({why})", remedy)]
     checks = []
     for index, gpu in enumerate(gpus):
@@ -179,13 +183,19 @@ def check_room(folder: Path) -> list[Check]:
     else:
         remedy = "needed for the quickstart: install permafrost again; a checkout needs its model/pretrained folder"
         checks = [Check("pretrained weights", "missing", f"no .safetensors in {weights}", remedy)]
-    checks.append(check_writable("cache", cache_folder(), "built-in data sets", "set PERMAFROST_CACHE to a folder with room"))
+    checks.append(
+        check_writable("cache", cache_folder(), "built-in data sets", "set PERMAFROST_CACHE to a folder with room")
+    )
     checks.append(check_writable("runs", folder, "run folders", "change to a folder with room, or give --output"))
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free
         status: Status = "ok" if free >= SHARED_MEMORY_GB * GB else "absent"
-        remedy = "" if status == "ok" else "data workers pass batches through it: give a container --shm-size 1g, or set --loop.num-workers 0"
+        remedy = (
+            ""
+            if status == "ok"
+            else "data workers pass batches through it: give a container --shm-size 1g, or set --loop.num-workers 0"
+        )
         checks.append(Check("shared memory", status, f"{free / GB:.1f} GB free", remedy))
     return checks
 
@@ -201,7 +211,9 @@ def check_writable(name: str, folder: Path, purpose: str, remedy: str) -> Check:
             file.flush()
         free = shutil.disk_usage(existing).free
     except OSError as error:
-        return Check(name, "missing", f"{folder} cannot be written: {error.strerror or error}", f"needed for {purpose}: {remedy}")
+        return Check(
+            name, "missing", f"{folder} cannot be written: {error.strerror or error}", f"needed for {purpose}: {remedy}"
+        )
     found = f"{folder}, {free / GB:.1f} GB free"
     if free < QUICKSTART_DISK_GB * GB:
         return Check(name, "missing", found, f"the quickstart wants {QUICKSTART_DISK_GB} GB for {purpose}: {remedy}")
@@ -209,13 +221,23 @@ def check_writable(name: str, folder: Path, purpose: str, remedy: str) -> Check:
 
 
 def check_compilers() -> list[Check]:
-    """g++ and ninja, with which DeepSpeed builds its CPU op at first use."""
-    needed = "needed for DeepSpeed on a CPU, which builds an op at first use"
-    gxx, ninja = shutil.which("g++"), find_beside_python("ninja")
-    return [
-        Check("g++", "ok", gxx) if gxx else Check("g++", "absent", "not found", f"{needed}; apt install g++"),
-        Check("ninja", "ok", ninja) if ninja else Check("ninja", "absent", "not found", f"{needed}; pip install ninja"),
-    ]
+    """g++ and ninja, with which DeepSpeed and torch.compile build what they do not bring."""
+    ops = "DeepSpeed's compiled ops, such as its optimizer on the CPU"
+    gxx, ninja = shutil.which("g++"), shutil.which("ninja")
+    checks = [Check("g++", "ok", gxx)] if gxx else []
+    if not gxx:
+        checks.append(
+            Check("g++", "absent", "not found", f"needed for torch.compile on a CPU, and {ops}; apt install g++")
+        )
+    if ninja:
+        return [*checks, Check("ninja", "ok", ninja)]
+    beside = Path(sys.executable).with_name("ninja")
+    if beside.is_file():
+        return [
+            *checks,
+            Check("ninja", "absent", f"{beside}, not on PATH", f"needed for {ops}; activate the environment"),
+        ]
+    return [*checks, Check("ninja", "absent", "not found", f"needed for {ops}; pip install ninja")]
 
 
 def check_backends(probed: dict[str, Any]) -> list[Check]:
@@ -235,15 +257,11 @@ def check_remote_shells() -> list[Check]:
     ssh, pdsh = shutil.which("ssh"), shutil.which("pdsh")
     needed = "needed for `deepspeed --hostfile` over several nodes"
     return [
-        Check("ssh", "ok", ssh) if ssh else Check("ssh", "absent", "not found", f"{needed}; apt install openssh-client"),
+        Check("ssh", "ok", ssh)
+        if ssh
+        else Check("ssh", "absent", "not found", f"{needed}; apt install openssh-client"),
         Check("pdsh", "ok", pdsh) if pdsh else Check("pdsh", "absent", "not found", f"{needed}; apt install pdsh"),
     ]
-
-
-def find_beside_python(program: str) -> str | None:
-    """A program on the PATH or beside this Python (an environment that is used without being activated)."""
-    beside = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    return shutil.which(program, path=beside)
 
 
 def cache_folder() -> Path:
@@ -253,7 +271,7 @@ def cache_folder() -> Path:
 
 
 def memory() -> tuple[int | None, int | None]:
-    """(total, available) bytes: the machine's, or the control group's where that allows less. None where the system does not tell."""
+    """(total, available) bytes: the machine's, or the control group's where that allows less; None where unknown."""
     values = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -284,7 +302,8 @@ def at_least(version: str, bound: str) -> bool:
     def numbers(text: str) -> list[int]:
         return [int(match[0]) for part in text.split("+")[0].split(".") if (match := re.match(r"\d+", part))]
 
-    return numbers(version) >= numbers(bound)
+    found, least = numbers(version), numbers(bound)
+    return found + [0] * (len(least) - len(found)) >= least
 
 
 def run_probe(modules: Iterable[str] | None = None, *, timeout: float = PROBE_TIMEOUT) -> dict[str, Any]:
@@ -295,14 +314,19 @@ def run_probe(modules: Iterable[str] | None = None, *, timeout: float = PROBE_TI
         timeout: seconds for each child.
 
     Returns:
-        of each module None or why it does not import, and "devices" as `describe_devices` returns it, where torch imports.
+        of each module None or why it does not import, and "devices" as `describe_devices` returns it, where torch
+        imports.
     """
     waiting = [*(module for _, module, _, _ in PACKAGES), "devices"] if modules is None else list(modules)
     found: dict[str, Any] = {}
     code = f"import sys; from {__name__} import probe; probe(sys.argv[1:])"
     while waiting:
         child = subprocess.Popen(
-            [sys.executable, "-c", code, *waiting], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, text=True
+            [sys.executable, "-c", code, *waiting],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
+            text=True,
         )
         try:
             output, _ = child.communicate(timeout=timeout)
@@ -322,7 +346,7 @@ def run_probe(modules: Iterable[str] | None = None, *, timeout: float = PROBE_TI
 
 
 def probe(names: Sequence[str]) -> None:
-    """In the child: examine each name and print one JSON object a line on the real stdout, whatever the libraries print."""
+    """In the child: examine each name and print one JSON object a line on the real stdout, whatever libraries print."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     warnings.simplefilter("ignore")
@@ -362,7 +386,11 @@ def describe_devices() -> dict[str, Any]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         built = torch.version.cuda or torch.version.hip
-        described["no_gpu"] = f"torch {torch.__version__} finds no usable device" if built else f"torch {torch.__version__} is a CPU build"
+        described["no_gpu"] = (
+            f"torch {torch.__version__} finds no usable device"
+            if built
+            else f"torch {torch.__version__} is a CPU build"
+        )
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
         described["gpus"].append(

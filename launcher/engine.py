@@ -138,9 +138,8 @@ def choose_engine(config: EngineConfig, environ: Mapping[str, str] | None = None
             )
         if launcher_wants_deepspeed:
             raise LaunchError(
-                "engine.kind is 'accelerate' but Accelerate's configuration says distributed_type: DEEPSPEED. Set kind "
-                "to "
-                "'auto' or 'deepspeed', or change the configuration given to accelerate launch"
+                "engine.kind is 'accelerate' but Accelerate's configuration says distributed_type: DEEPSPEED. Set "
+                "kind to 'auto' or 'deepspeed', or change the configuration given to accelerate launch"
             )
         return "accelerate", "the recipe says engine.kind = 'accelerate'"
     if config.kind == "deepspeed":

@@ -22,9 +22,11 @@ class LaunchError(ValueError):
 
 
 class HeadStopped(RuntimeError):
-    """A head stopped because its loss was not finite several times in a row; raised when everything else of the run is done.
+    """A head stopped because its loss was not finite several times in a row; raised when everything else of the run is
+    done.
 
-    Not a mistake in the input, hence not among USER_ERRORS: the command line prints it without a traceback and exits with 1.
+    Not a mistake in the input, hence not among USER_ERRORS: the command line prints it without a traceback and exits
+    with 1.
     """
 
 

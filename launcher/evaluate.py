@@ -66,7 +66,8 @@ def evaluate_heads(
         dataset: the validation set.
         world: which share of the images is this rank's.
         loop: batch size and workers.
-        results_folder: where the main rank writes results_<head>.json, the detections in COCO's format; None writes none.
+        results_folder: where the main rank writes results_<head>.json, the detections in COCO's format; None writes
+            none.
         say: prints a line; called now and then while a long evaluation runs.
     """
     evaluators = {name: dataset.evaluator() for name in engines}
@@ -110,7 +111,9 @@ def evaluate_run(
     num_workers: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Metrics:
-    """`permafrost evaluate RUN`: rebuild what a run folder describes, score its heads, write evaluation.json and results_<head>.json.
+    """`permafrost evaluate RUN`: rebuild what a run folder describes and score its heads.
+
+    Writes evaluation.json and results_<head>.json into it.
 
     Args:
         run: the run folder.
@@ -130,8 +133,8 @@ def evaluate_run(
         dataset = main_first(world, trained.experiment.data.build_val)
         if list(dataset.classes) != trained.classes:
             raise CheckpointError(
-                f"{trained.folder} was trained on the classes {', '.join(trained.classes)}, the validation annotations now have "
-                f"{', '.join(dataset.classes)}: restore the annotation file of that run"
+                f"{trained.folder} was trained on the classes {', '.join(trained.classes)}, the validation annotations "
+                f"now have {', '.join(dataset.classes)}: restore the annotation file of that run"
             )
         for name, path in trained.checkpoints.items():
             say(f"head {name}: {path}")

@@ -102,11 +102,12 @@ class EngineConfig:
     """Which engine steps the heads. The recipe's global batch is the one source of truth for batch sizes."""
 
     kind: Literal["auto", "accelerate", "deepspeed"] = "auto"
-    """auto: DeepSpeed when `deepspeed_config` is given or Accelerate's distributed_type is DEEPSPEED, else Accelerate."""
+    """auto: DeepSpeed if `deepspeed_config` is given or Accelerate's distributed_type is DEEPSPEED, else Accelerate."""
     zero_stage: Literal[1, 2, 3] | None = None
     """DeepSpeed's ZeRO stage; None is what `deepspeed_config` or Accelerate's configuration says, else 2."""
     deepspeed_config: str | None = None
-    """Path of a DeepSpeed JSON, or zero1, zero2, zero3 for the ones in configs/deepspeed; it may set what the recipe does not."""
+    """Path of a DeepSpeed JSON, or zero1, zero2, zero3 for the ones in configs/deepspeed; it may set what the recipe
+    does not."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast of the head's compute (parameters stay float32): auto is bfloat16 on CUDA, float32 on a CPU."""
     accumulation: int = 1

@@ -172,8 +172,7 @@ def read_ranks(environ: MutableMapping[str, str]) -> tuple[int, int, int, str]:
     if missing:
         raise LaunchError(
             f"{_is_or_are(given)} set but {_is_or_are(missing)} not: start with deepspeed, accelerate launch, torchrun "
-            "or "
-            f"srun, which set all of them, or unset {', '.join(given)} for a single process"
+            f"or srun, which set all of them, or unset {', '.join(given)} for a single process"
         )
     rank, world_size, local_rank = (_integer(environ, name) for name in RANK_VARIABLES)
     if world_size < 1:
@@ -189,16 +188,14 @@ def read_ranks(environ: MutableMapping[str, str]) -> tuple[int, int, int, str]:
         if not local_rank < local_world_size <= world_size:
             raise LaunchError(
                 f"LOCAL_WORLD_SIZE is {local_world_size} but LOCAL_RANK is {local_rank} and WORLD_SIZE is "
-                f"{world_size}: it "
-                "counts this node's processes, so it is above LOCAL_RANK and at most WORLD_SIZE"
+                f"{world_size}: it counts this node's processes, so it is above LOCAL_RANK and at most WORLD_SIZE"
             )
     if world_size > 1:
         absent = [name for name in RENDEZVOUS_VARIABLES if not environ.get(name)]
         if absent:
             raise LaunchError(
                 f"WORLD_SIZE is {world_size} but {_is_or_are(absent)} not set: give rank 0's host and a free port on "
-                "it, the "
-                "same on every process"
+                "it, the same on every process"
             )
         if not 0 < _integer(environ, "MASTER_PORT") < 65536:
             raise LaunchError(f"MASTER_PORT is {environ['MASTER_PORT']}: a port lies in 1..65535")

@@ -42,7 +42,10 @@ class Window:
 
 
 class Stopwatch:
-    """Seconds spent in named parts of a step. On CUDA a part is timed by events on its stream, without waiting for it."""
+    """Seconds spent in named parts of a step.
+
+    On CUDA a part is timed by events on its stream, without waiting for it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
@@ -89,7 +92,7 @@ class Stopwatch:
         self._num_steps += 1
 
     def take(self, global_batch: int) -> dict[str, float]:
-        """Images per second and seconds per step, whole and by part, since the last call; then the interval begins anew."""
+        """Images per second, seconds per step, whole and by part, since the last call; the interval begins anew."""
         self._collect()
         now = time.perf_counter()
         elapsed, num_steps, seconds = now - self._started, self._num_steps, self._seconds

@@ -1,11 +1,12 @@
-"""What a run shows while it works: metrics.jsonl and TensorBoard in the run folder, a live line on a terminal, plain lines elsewhere.
+"""What a run shows while it works: metrics.jsonl and TensorBoard in its folder, and a live or plain progress line.
 
-Only the main rank's monitor writes or prints; the others' methods return at once. A full disk never ends a training: one warning says
-what is no longer recorded.
+Only the main rank's monitor writes or prints; the others' methods return at once. A full disk never ends a training:
+one warning says what is no longer recorded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -37,7 +38,9 @@ class Monitor:
     Use it as a context manager, or call `close`, so that a live line is finished whatever happens.
     """
 
-    def __init__(self, run_folder: RunFolder, *, num_steps: int, is_main: bool, start_step: int = 0, log_every: int = 1) -> None:
+    def __init__(
+        self, run_folder: RunFolder, *, num_steps: int, is_main: bool, start_step: int = 0, log_every: int = 1
+    ) -> None:
         """
         Args:
             run_folder: where metrics.jsonl and tensorboard/ are.
@@ -68,7 +71,7 @@ class Monitor:
         self.close()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers after `step` steps, in the step's one line of metrics.jsonl (null if not finite) and in TensorBoard."""
+        """Record numbers after `step` steps, in its line of metrics.jsonl (null if not finite) and TensorBoard."""
         if not self.is_main or not values:
             return
         numbers = {tag: float(value) for tag, value in values.items()}
@@ -134,7 +137,7 @@ class Monitor:
             self._keep("TensorBoard", events.close)
 
     def _keep(self, what: str, write: Any) -> None:
-        """Runs a write; the first failure of each kind is a warning and later ones are silent. TensorBoard's file is given up."""
+        """Runs a write; the first failure of each kind is a warning, later ones are silent. TensorBoard ends there."""
         if what == "TensorBoard" and what in self._lost:
             return
         try:
@@ -142,10 +145,16 @@ class Monitor:
         except OSError as error:
             if what not in self._lost:
                 self._lost.add(what)
-                later = "each later line is tried again" if what == "metrics.jsonl" else "it stays as it is until the run is resumed"
+                later = (
+                    "each later line is tried again"
+                    if what == "metrics.jsonl"
+                    else "it stays as it is until the run is resumed"
+                )
                 self.warn(f"{what} could not be written ({error.strerror or error}): training goes on, {later}")
-            if what == "TensorBoard":
-                self._events = None
+            if what == "TensorBoard" and self._events is not None:
+                events, self._events = self._events, None
+                with contextlib.suppress(OSError):
+                    events.close()
 
     def _open_events(self) -> EventFile:
         if self._events is None:
@@ -166,7 +175,7 @@ class Monitor:
 
 
 class Eta:
-    """Remaining seconds from the median duration of recent steps: an evaluation or a checkpoint in between does not count as slowness."""
+    """Remaining seconds, by the median duration of recent steps: an evaluation in between is no slowness."""
 
     def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
@@ -174,7 +183,7 @@ class Eta:
         self._last: tuple[int, float] | None = None
 
     def update(self, step: int, now: float | None = None) -> float | None:
-        """Takes note that `step` steps are done `now` (seconds of any steady clock); None until two calls have shown a pace."""
+        """Seconds left when `step` steps are done `now` (any steady clock); None until two calls have shown a pace."""
         now = time.monotonic() if now is None else now
         if self._last is not None and step > self._last[0]:
             self._durations.append((now - self._last[1]) / (step - self._last[0]))
@@ -232,8 +241,9 @@ class JsonLines:
 class EventFile:
     """A TensorBoard event file written in the calling thread.
 
-    torch's SummaryWriter hands events to a thread of its own, whose death on a full disk prints a traceback and whose error reaches the
-    training loop at some later call; here an error belongs to the call that met it, and a killed run loses no event.
+    torch's SummaryWriter hands events to a thread of its own, whose death on a full disk prints a traceback and whose
+    error reaches the training loop at some later call; here an error belongs to the call that met it, and a killed run
+    loses no event.
     """
 
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
@@ -253,9 +263,13 @@ class EventFile:
         # Unbuffered: a record is with the system when it has been written.
         self._file = self.new_path(folder).open("wb", buffering=0)
         self._records = RecordWriter(self._file)
-        self._write(event_pb2.Event(step=first_step, file_version="brain.Event:2"))
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(event_pb2.Event(step=first_step, session_log=start))
+        try:
+            self._write(event_pb2.Event(step=first_step, file_version="brain.Event:2"))
+            self._write(event_pb2.Event(step=first_step, session_log=start))
+        except OSError:
+            self._file.close()
+            raise
 
     @staticmethod
     def new_path(folder: Path) -> Path:
@@ -323,10 +337,13 @@ def _live_line(num_steps: int) -> Progress:
         TextColumn("step {task.completed}/{task.total}"),
         BarColumn(bar_width=16),
         # One line whatever the terminal's width: what does not fit is in metrics.jsonl.
-        TextColumn("{task.fields[shown]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        TextColumn(
+            "{task.fields[shown]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        ),
         TextColumn("{task.fields[left]}", style="cyan", table_column=Column(no_wrap=True, justify="right")),
         expand=True,
-        # No thread of its own: data workers are forked, and a lock that the thread holds at that moment would never open in them.
+        # No thread of its own: data workers are forked, and a lock that the thread holds at that moment would never
+        # open in them.
         auto_refresh=False,
     )
     line.add_task("", total=num_steps, shown="", left="")

@@ -1,4 +1,4 @@
-"""Overrides of a recipe's fields on the command line: `--heads.detection.optimizer.learning-rate 2e-4`, typed, with --help. No torch."""
+"""Overrides of a recipe's fields on the command line, typed, with --help: `--loop.num-steps 50`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from permafrost.launcher.recipes import Recipe, build_recipe, find_recipe, neare
 def apply_overrides(experiment: Any, args: Sequence[str], *, prog: str, description: str = "") -> Any:
     """A copy of a recipe's experiment with fields replaced by dotted flags.
 
-    Flags follow the nesting: dataclass fields and dict keys joined by dots, words joined by `-` or `_`; a field that may be None takes
-    `None`, a boolean `True` or `False`. Every dataclass is built anew, so every `__post_init__` checks the new values. Where
-    the recipe holds a subclass of the declared dataclass, the subclass's fields are the flags.
+    Flags follow the nesting: dataclass fields and dict keys joined by dots, words joined by `-` or `_`; a field that
+        may be None takes `None`, a boolean `True` or `False`. Every dataclass is built anew, so every `__post_init__`
+        checks the new values. Where the recipe holds a subclass of the declared dataclass, the subclass's fields are
+        the flags.
 
     Args:
         experiment: a dataclass instance; it is not changed.
@@ -47,7 +48,8 @@ def apply_overrides(experiment: Any, args: Sequence[str], *, prog: str, descript
                 config=(tyro.conf.FlagConversionOff,),
             )
     except SystemExit as stop:
-        # tyro frames whatever a __post_init__ raises in a box of its own, breaking its lines; the original is still behind the exit.
+        # tyro frames whatever a __post_init__ raises in a box of its own, breaking its lines; the original is still
+        # behind the exit.
         cause: BaseException | None = stop
         while cause is not None:
             if isinstance(cause, USER_ERRORS):
@@ -87,7 +89,6 @@ def _explain_unknown(unknown: list[str], experiment: Any, prog: str) -> str:
     close = nearest(names[0].lstrip("-"), [flag.removeprefix("--") for flag in flags])
     meant = f"did you mean {' or '.join('--' + flag for flag in close)}? " if close else ""
     return f"there is no option {names[0]}: {meant}{more}"
-
 
 
 def parse_recipe(recipe: str | Recipe, args: Sequence[str], *, kind: type, command: str, description: str = "") -> Any:

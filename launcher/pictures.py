@@ -32,7 +32,10 @@ class Pictures:
         self._batch: Batch | None = None
 
     def draw(self, engines: Mapping[str, Engine], backbone: FrozenBackbone) -> dict[str, np.ndarray]:
-        """A sheet (H, W, 3) uint8 for each head, by name. Collective: every rank draws the same, as some engines need all ranks."""
+        """A sheet (H, W, 3) uint8 for each head, by name.
+
+        Collective: every rank draws the same, as some engines need all ranks.
+        """
         if self._batch is None:
             count = min(NUM_IMAGES, len(self._dataset))
             self._batch = collate([self._dataset[SampleKey(0, 0, index)] for index in range(count)])

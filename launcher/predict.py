@@ -1,4 +1,4 @@
-"""A trained run on images of one's own: pictures with what was found drawn on them, and one JSON in COCO's results format."""
+"""A trained run on images of one's own: pictures of what was found, and a JSON in COCO's results format."""
 
 from __future__ import annotations
 
@@ -50,13 +50,15 @@ def predict_run(
 ) -> Predictions:
     """Find and draw objects in images.
 
-    An input that cannot be read is said and listed, and the others go on. Inputs are only read: a picture whose name would fall on an
-    input file gets another name. An image's `image_id` in the JSON is its position among all inputs found, in order, from 0.
+    An input that cannot be read is listed in what is returned, and the others go on. Inputs are only read: a picture
+    whose name would fall on an input file gets another name. An image's `image_id` in the JSON is its position among
+    all inputs found, in order, from 0.
 
     Args:
         run: a run folder.
         inputs: image files, folders (searched with everything below them) and glob patterns.
-        output: folder for <name>.png of each image and predictions.json; made if it is missing, files of the same names are replaced.
+        output: folder for <name>.png of each image and predictions.json; made if it is missing, files of the same names
+            are replaced.
         head: which head; None when the run has one.
         which: "best" or "latest" checkpoint of it.
         score_threshold: objects with a lower score are neither drawn nor listed.
@@ -69,8 +71,6 @@ def predict_run(
     """
     files, failures = find_images(inputs)
     done = Predictions(failures=failures)
-    for name, reason in failures.items():
-        say(f"{name}: {reason}")
     if not files:
         return done
     folder = _prepare_output(Path(output))
@@ -88,6 +88,8 @@ def predict_run(
         _predict_files(trained, files, folder, score_threshold, done, say)
     finally:
         world.close()
+    if not done.pictures:
+        return done
     target = folder / PREDICTIONS
     try:
         target.write_text(json.dumps(done.results) + "\n")
@@ -128,12 +130,12 @@ def _expand(given: str) -> list[Path] | str:
 def picture_names(files: Sequence[Path]) -> list[str]:
     """A file name ending in .png for each input, all different, even where the file system ignores case.
 
-    The name is the input's; where several inputs share it, folders are put before it until they differ, then the suffix behind it,
-    then a number.
+    The name is the input's; where several inputs share it, folders are put before it until they differ, then the suffix
+    behind it, then a number.
     """
 
     def spelled(file: Path, depth: int, *, with_suffix: bool) -> str:
-        folders = [part for part in file.absolute().parts[1:-1]][-depth:] if depth else []
+        folders = file.absolute().parts[1:-1][-depth:] if depth else []
         return "_".join([*folders, file.name.replace(".", "_") if with_suffix else file.stem])
 
     names = [file.stem for file in files]
@@ -164,12 +166,19 @@ def _prepare_output(folder: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise RunFolderError(f"--output {folder} is not a folder that can be written: {error.strerror or error}") from None
+        raise RunFolderError(
+            f"--output {folder} is not a folder that can be written: {error.strerror or error}"
+        ) from None
     return folder
 
 
 def _predict_files(
-    trained: TrainedRun, files: Sequence[Path], folder: Path, score_threshold: float, done: Predictions, say: Callable[[str], None]
+    trained: TrainedRun,
+    files: Sequence[Path],
+    folder: Path,
+    score_threshold: float,
+    done: Predictions,
+    say: Callable[[str], None],
 ) -> None:
     from PIL import Image
 
@@ -184,7 +193,6 @@ def _predict_files(
             result, image = predict_image(trained, file, image_id, score_threshold)
         except DataError as error:
             done.failures[str(file)] = str(error).removeprefix(f"{file}: ")
-            say(str(error))
             continue
         done.results += results_json(result, trained, file)
         picture = draw_result(image, result, trained.classes)
@@ -198,11 +206,14 @@ def _predict_files(
         say(f"{file}: {found} -> {target}")
 
 
-def predict_image(trained: TrainedRun, file: Path, image_id: int, score_threshold: float) -> tuple[DetectionResult, Any]:
+def predict_image(
+    trained: TrainedRun, file: Path, image_id: int, score_threshold: float
+) -> tuple[DetectionResult, Any]:
     """One head on one image file.
 
     Returns:
-        what was found from the threshold up, in pixels of the network's input and on the CPU; and the file's own image, (3, H, W) uint8.
+        what was found from the threshold up, in pixels of the network's input and on the CPU; and the file's own image,
+        (3, H, W) uint8.
 
     Raises:
         DataError: the file cannot be read.

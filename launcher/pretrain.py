@@ -15,7 +15,6 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -23,17 +22,24 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from permafrost.data.procedural import glyphs
 from permafrost.launcher.errors import CheckpointError, RunFolderError
+from permafrost.launcher.pretrain_batches import DROP_PATH, difficulty_limit, generator, train_batches
 from permafrost.launcher.pretrain_config import PretrainExperiment
+from permafrost.launcher.pretrain_model import (
+    MEAN,
+    STD,
+    Readouts,
+    build_classifier,
+    build_optimizer,
+    forward_all,
+    normalise,
+)
 from permafrost.model.swin import SwinV2Classifier
+from permafrost.model.weights import save_weights
 
-# Per-channel statistics (RGB, [0, 1]) that the network's input is normalised with: ImageNet's, as in every SwinV2.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 # Fields that may differ between a run and its resumption: they do not change what is computed.
 _FREE_FIELDS = {"num_threads", "log_every", "evaluate_every", "checkpoint_every", "output", "compile"}
 
@@ -73,20 +79,15 @@ def run(
     train = glyphs.load_split("train", experiment.num_train_images, **load)
 
     torch.manual_seed(experiment.seed)
-    model = SwinV2Classifier(
-        experiment.backbone,
-        num_classes=len(train.class_names),
-        window_size=experiment.window_size,
-        pretrained_window_size=experiment.windows,
-        drop_path_rate=experiment.drop_path_rate,
-    ).to(place)
+    model = build_classifier(experiment, len(train.class_names)).to(place)
+    readouts = Readouts(model.spec, len(train.class_names)).to(place)
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = build_optimizer(model, experiment)
-    first_step = _restore(checkpoint, model, average, optimizer) if checkpoint else 0
+    optimizer = build_optimizer((model, readouts), experiment)
+    first_step = _restore(checkpoint, model, readouts, average, optimizer) if checkpoint else 0
     if experiment.compile:
         # Stage by stage, in place: parameter names stay, and the drawing of drop path stays outside the graphs.
         for stage in model.layers:
-            stage.compile()
+            stage.compile(dynamic=False)
     print(
         f"{experiment.backbone}: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"windows {experiment.windows}; "
@@ -100,9 +101,9 @@ def run(
     batches = train_batches(train, experiment, first_step)
     accuracy = 0.0
     meter, since = _Meter(), time.monotonic()
-    for step, images, labels in batches:
-        rate = learning_rate(experiment, step)
-        loss, correct = train_step(model, optimizer, images.to(place), labels.to(place), rate, experiment, step)
+    for step, images, coverage, labels in batches:
+        batch = (images.to(place), coverage.to(place), labels.to(place))
+        loss, correct = train_step(model, readouts, optimizer, batch, experiment, step)
         update_average(average, model, experiment.ema_decay, step)
         if not math.isfinite(loss):
             raise RunFolderError(f"{folder}: the loss is {loss} at step {step + 1}; lower learning_rate")
@@ -111,7 +112,9 @@ def run(
         done = step + 1
         if done % experiment.log_every == 0 or done == experiment.num_steps:
             seconds, since = time.monotonic() - since, time.monotonic()
-            values = {"train/loss": meter.loss, "train/accuracy": meter.accuracy, "train/learning_rate": rate}
+            values = {"train/loss": meter.loss, "train/accuracy": meter.accuracy}
+            values["train/learning_rate"] = learning_rate(experiment, step)
+            values["train/difficulty_limit"] = difficulty_limit(experiment, step)
             values["train/images_per_second"] = meter.num_images / seconds
             remaining = (experiment.num_steps - done) * seconds / meter.num_steps
             log.write(done, values, f"{remaining / 60:.0f} min left of {experiment.num_steps} steps")
@@ -121,7 +124,7 @@ def run(
             accuracy = scores["accuracy"]
             log.write(done, {f"val/{name}": value for name, value in scores.items()})
         if done % experiment.checkpoint_every == 0 or done == experiment.num_steps:
-            save_checkpoint(folder, experiment, model, average, optimizer, done)
+            save_checkpoint(folder, experiment, model, readouts, average, optimizer, done)
             notes = {"accuracy": f"{accuracy:.4f}", "step": str(done), "num_steps": str(experiment.num_steps)}
             export(average, folder / "latest.safetensors", experiment, command, notes, torch.float32)
 
@@ -148,16 +151,6 @@ def _finish(folder, experiment, model, average, val, place, command, log) -> dic
     return results
 
 
-def build_optimizer(model: nn.Module, experiment: PretrainExperiment) -> torch.optim.AdamW:
-    """AdamW in two groups: matrices are decayed; norms, biases, logit scales and the position bias MLP are not."""
-    decayed, others = [], []
-    for name, parameter in model.named_parameters():
-        plain = parameter.ndim < 2 or "logit_scale" in name or "cpb_mlp" in name
-        (others if plain else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": experiment.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=experiment.learning_rate, betas=(0.9, 0.98), fused=True)
-
-
 def learning_rate(experiment: PretrainExperiment, step: int) -> float:
     """Rate at a 0-based step: linear warm-up, then a half cosine to zero."""
     if step < experiment.warmup_steps:
@@ -168,23 +161,36 @@ def learning_rate(experiment: PretrainExperiment, step: int) -> float:
 
 def train_step(
     model: SwinV2Classifier,
+    readouts: Readouts,
     optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    rate: float,
+    batch: tuple[Tensor, Tensor, Tensor],
     experiment: PretrainExperiment,
     step: int,
 ) -> tuple[float, int]:
-    """One update on images (B, 3, S, S) in [0, 1]; returns the loss before it and the number of correct answers."""
+    """One update.
+
+    Args:
+        model: The network.
+        readouts: What is thrown away afterwards.
+        optimizer: Over both.
+        batch: Images (B, 3, S, S) in [0, 1], coverage (B, S, S), labels (B,).
+        experiment: The recipe.
+        step: 0-based.
+
+    Returns:
+        The image-level loss before the update and the number of correct answers.
+    """
+    images, coverage, labels = batch
     model.train()
-    generator = _generator(experiment.seed, 2, step)
     with _autocast(experiment, images.device):
-        logits = model(normalise(images), generator=generator)
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=experiment.label_smoothing)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), experiment.clip_norm)
+        logits, places = forward_all(model, readouts, images, generator(experiment.seed, DROP_PATH, step))
+    loss = F.cross_entropy(logits, labels, label_smoothing=experiment.label_smoothing)
+    dense = readouts.loss(places, coverage, labels, experiment.label_smoothing)
+    (loss + experiment.dense_weight * dense).backward()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, experiment.clip_norm)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = learning_rate(experiment, step)
     optimizer.step()
     optimizer.zero_grad()
     return loss.item(), int((logits.argmax(1) == labels).sum())
@@ -208,7 +214,7 @@ def evaluate(
     correct, loss = 0, 0.0
     for start in range(0, len(split.labels), experiment.batch_size):
         rows = slice(start, start + experiment.batch_size)
-        images = torch.from_numpy(np.array(split.images[rows])).to(device).permute(0, 3, 1, 2).float() / 255
+        images = torch.from_numpy(split.images[rows][..., :3].copy()).to(device).permute(0, 3, 1, 2).float() / 255
         labels = torch.from_numpy(split.labels[rows]).to(device)
         with _autocast(experiment, device):
             logits = model(normalise(images))
@@ -217,69 +223,15 @@ def evaluate(
     return {"accuracy": correct / len(split.labels), "loss": loss / len(split.labels)}
 
 
-def normalise(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] -> zero mean, unit variance by the network's statistics."""
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
-    return (images - mean) / std
-
-
-def train_batches(
-    split: glyphs.GlyphSplit, experiment: PretrainExperiment, first_step: int
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Augmented batches from a step on: step, images (B, 3, S, S) in [0, 1], labels (B,).
-
-    Every epoch is another permutation; the last incomplete batch of an epoch is left out.
-    """
-    per_epoch = len(split.labels) // experiment.batch_size
-    order, order_epoch = None, -1
-    for step in range(first_step, experiment.num_steps):
-        epoch, position = divmod(step, per_epoch)
-        if epoch != order_epoch:
-            order = torch.randperm(len(split.labels), generator=_generator(experiment.seed, 0, epoch)).numpy()
-            order_epoch = epoch
-        rows = np.sort(order[position * experiment.batch_size : (position + 1) * experiment.batch_size])
-        images = torch.from_numpy(split.images[rows]).permute(0, 3, 1, 2)
-        yield step, augment(images, _generator(experiment.seed, 1, step)), torch.from_numpy(split.labels[rows])
-
-
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random similarity with reflection, colour and noise.
-
-    A class is an outline up to rotation and reflection, so any of them keeps the label.
-
-    Args:
-        images: (B, 3, S, S) uint8.
-        generator: CPU generator, the only source of randomness.
-
-    Returns:
-        (B, 3, S, S) float32 in [0, 1].
-    """
-    count, size = len(images), images.shape[-1]
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(count, *shape, generator=generator)
-
-    # Quarter turns keep the corners; a free angle would turn objects out of the picture.
-    angle = torch.randint(4, (count,), generator=generator) * (math.pi / 2) + uniform(-0.3, 0.3)
-    scale = torch.exp(uniform(-0.2, 0.25))
-    mirror = torch.randint(2, (count,), generator=generator) * 2 - 1
-    cosine, sine = torch.cos(angle) * scale, torch.sin(angle) * scale
-    shift = uniform(-0.12, 0.12, 2)
-    theta = torch.stack([cosine * mirror, -sine, shift[:, 0], sine * mirror, cosine, shift[:, 1]], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, [count, 3, size, size], align_corners=False)
-    pixels = F.grid_sample(images.float() / 255, grid, padding_mode="reflection", align_corners=False)
-
-    channels = torch.rand(count, 3, generator=generator).argsort(1)
-    pixels = pixels.gather(1, channels[:, :, None, None].expand_as(pixels))
-    inverted = (torch.rand(count, 1, 1, 1, generator=generator) < 0.2).float()
-    pixels = pixels + inverted * (1 - 2 * pixels)
-    mean = pixels.mean((1, 2, 3), keepdim=True)
-    pixels = (pixels - mean) * uniform(0.6, 1.3, 1, 1, 1) + mean + uniform(-0.15, 0.15, 3, 1, 1)
-    noise = torch.randn(pixels.shape, generator=generator) * uniform(0, 0.04, 1, 1, 1)
-    return (pixels + noise).clamp_(0, 1)
-
-
-def save_checkpoint(folder: Path, experiment, model: nn.Module, average: nn.Module, optimizer, step: int) -> None:
+def save_checkpoint(
+    folder: Path,
+    experiment: PretrainExperiment,
+    model: nn.Module,
+    readouts: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+) -> None:
     """Write checkpoints/last.pt atomically."""
     path = folder / "checkpoints" / "last.pt"
     path.parent.mkdir(exist_ok=True)
@@ -287,6 +239,7 @@ def save_checkpoint(folder: Path, experiment, model: nn.Module, average: nn.Modu
         "step": step,
         "recipe": asdict(experiment),
         "model": model.state_dict(),
+        "readouts": readouts.state_dict(),
         "average": average.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
@@ -299,7 +252,7 @@ def save_checkpoint(folder: Path, experiment, model: nn.Module, average: nn.Modu
 
 
 def export(
-    model: nn.Module,
+    model: SwinV2Classifier,
     path: Path,
     experiment: PretrainExperiment,
     command: str,
@@ -308,21 +261,14 @@ def export(
 ) -> None:
     """Write weights under the official key names, with what is needed to load and to reproduce them in the header."""
     metadata = {
-        "name": experiment.backbone,
-        "window_size": json.dumps(experiment.windows),
-        "pretrained_window_size": json.dumps(experiment.windows),
-        "image_size": str(experiment.image_size),
-        "mean": json.dumps(MEAN),
-        "std": json.dumps(STD),
-        "num_classes": str(model.head.out_features),
+        "image_size": experiment.image_size,
+        "mean": MEAN,
+        "std": STD,
         "command": command,
-        "recipe": json.dumps(asdict(experiment)),
+        "recipe": asdict(experiment),
         "torch": torch.__version__,
     }
-    tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in model.state_dict().items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata=metadata | notes)
-    partial.replace(path)
+    save_weights(model, path, metadata | notes, dtype)
 
 
 def _open_run_folder(folder: Path, experiment: PretrainExperiment, resume: str, command: str) -> Path | None:
@@ -346,11 +292,14 @@ def _open_run_folder(folder: Path, experiment: PretrainExperiment, resume: str, 
     return checkpoint if checkpoint.exists() else None
 
 
-def _restore(path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _restore(
+    path: Path, model: nn.Module, readouts: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
     """Load a checkpoint into the objects; returns the number of steps done."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
+        readouts.load_state_dict(state["readouts"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:
@@ -364,12 +313,6 @@ def _command() -> str:
     if arguments[:1] == ["pretrain"]:
         arguments = arguments[1:]
     return " ".join(["permafrost", "pretrain", *arguments])
-
-
-def _generator(seed: int, purpose: int, position: int) -> torch.Generator:
-    """A CPU generator of its own for each (seed, purpose, epoch or step)."""
-    state = int(np.random.SeedSequence([seed, purpose, position]).generate_state(1, np.uint64)[0])
-    return torch.Generator().manual_seed(state & (2**63 - 1))
 
 
 def _autocast(experiment: PretrainExperiment, device: torch.device):

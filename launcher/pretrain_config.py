@@ -18,19 +18,25 @@ class PretrainExperiment:
     window_size: int = 8
     image_size: int = 128
     """Side of the pictures in pixels; the window of a stage is never larger than its map."""
-    num_train_images: int = 96_000
+    num_train_images: int = 60_000
     num_val_images: int = 3_000
     world_seed: int = 0
-    num_steps: int = 8_000
-    batch_size: int = 64
+    num_steps: int = 9_000
+    batch_size: int = 32
     seed: int = 0
-    learning_rate: float = 1.5e-3
-    warmup_steps: int = 400
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
     weight_decay: float = 0.05
     """Of matrices only: not of norms, biases, logit scales and the position bias MLP."""
     clip_norm: float = 2.0
     label_smoothing: float = 0.1
-    drop_path_rate: float = 0.05
+    dense_weight: float = 1.0
+    """Weight of the read-outs that ask for figure and class place by place; 0 trains on the picture's label alone."""
+    curriculum: float = 0.4
+    """Share of the run over which the highest difficulty drawn rises to 1; 0 draws all from the start."""
+    first_difficulty: float = 0.25
+    """The highest difficulty drawn at the first step."""
+    drop_path_rate: float = 0.02
     ema_decay: float = 0.999
     """Decay per step of the running average of the weights, which is what gets evaluated and, if better, shipped."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -41,7 +47,7 @@ class PretrainExperiment:
     """CPU threads of torch; 0 leaves its own choice."""
     log_every: int = 50
     evaluate_every: int = 1_000
-    checkpoint_every: int = 500
+    checkpoint_every: int = 250
     output: str | None = None
     """The run folder; None is runs/<name>."""
 
@@ -56,7 +62,9 @@ class PretrainExperiment:
         for field in ("learning_rate", "clip_norm"):
             if getattr(self, field) <= 0:
                 raise RecipeError(f"{field} is {getattr(self, field)}: it must be above 0")
-        for field in ("label_smoothing", "drop_path_rate", "ema_decay"):
+        if self.dense_weight < 0:
+            raise RecipeError(f"dense_weight is {self.dense_weight}: it cannot be negative")
+        for field in ("label_smoothing", "drop_path_rate", "ema_decay", "curriculum", "first_difficulty"):
             if not 0 <= getattr(self, field) < 1:
                 raise RecipeError(f"{field} is {getattr(self, field)}: it must be at least 0 and below 1")
         if self.image_size < 32 or self.image_size % 32:

@@ -1,7 +1,7 @@
-"""An Experiment as JSON and back: each dataclass carries its class path, so that a run folder alone says what was trained.
+"""An Experiment as JSON and back: each dataclass carries its class path, so a run folder alone says what was trained.
 
-A run folder is data: reading it imports nothing outside permafrost. A class of a user's own recipe is found again only where its module
-is already imported.
+A run folder is data: reading it imports nothing outside permafrost. A class of a user's own recipe is found again only
+where its module is already imported.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def experiment_from_json(data: Any) -> Experiment:
 
 
 def differing_fields(found: Any, expected: Any) -> list[tuple[str, Any, Any]]:
-    """(dotted field, value in `found`, value in `expected`) for every leaf of two JSON trees that is not equal, in order."""
+    """(dotted field, value in `found`, value in `expected`) for every leaf in which two JSON trees differ, in order."""
     left, right = dict(_leaves(found, "")), dict(_leaves(expected, ""))
     names = list(left) + [name for name in right if name not in left]
     pairs = ((name, left.get(name, MISSING), right.get(name, MISSING)) for name in names)
@@ -148,8 +148,8 @@ def _find_class(path: str, expected: type, where: str) -> type:
             raise RunFolderError(f"{where}: {path} cannot be imported: {error}") from None
     if module is None:
         raise RunFolderError(
-            f"{where} is a {path}, which is not part of permafrost: import {module_name} before reading this run (only permafrost's own "
-            "modules are imported on a file's word)"
+            f"{where} is a {path}, which is not part of permafrost: import {module_name} before reading this run (only "
+            "permafrost's own modules are imported on a file's word)"
         )
     cls: Any = module
     for part in name.split("."):

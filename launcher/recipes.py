@@ -1,7 +1,7 @@
 """Finding recipes: the shipped ones by short name, a user's own by module or file. Imports no torch.
 
-A recipe is a function without required arguments that returns an Experiment (or a pretraining one); its docstring's first line is its
-summary. Names:
+A recipe is a function without required arguments that returns an Experiment (or a pretraining one); its docstring's
+first line is its summary. Names:
 
 - `coco:swinv2_base_fpn`: function `swinv2_base_fpn` of permafrost/configs/coco.py;
 - `quickstart`: function and module of one name, or a function's name alone where only one shipped module has it;
@@ -63,7 +63,7 @@ class RecipeInfo:
 
 
 def nearest(name: str, candidates: Sequence[str], *, cutoff: float = 0.5) -> list[str]:
-    """Up to three candidates that look like `name`, the closest first: as a whole, in what follows their last `:` or `.`, or as initials."""
+    """Up to three candidates that look like `name`, the closest first: wholly, in the last part, or as initials."""
 
     def tail(text: str) -> str:
         return re.split(r"[:.]", text)[-1]
@@ -102,7 +102,9 @@ def find_recipe(name: str) -> Recipe:
         RecipeError: nothing has that name (with the nearest names), or its module cannot be imported.
     """
     if not name or name.startswith("-"):
-        raise RecipeError(f"{name!r} is not a recipe: the recipe's name comes before its fields, as in `permafrost train quickstart`")
+        raise RecipeError(
+            f"{name!r} is not a recipe: the recipe's name comes before its fields, as in `permafrost train quickstart`"
+        )
     location, _, function = name.partition(":")
     if location.endswith(".py") or "/" in location:
         module = _import_file(Path(location).expanduser())
@@ -154,7 +156,9 @@ def list_recipes() -> list[RecipeInfo]:
 def summary_of(recipe: Recipe) -> str:
     """The docstring's first sentence, passing over a first line that is the command itself."""
     paragraphs = re.split(r"\n\s*\n", inspect.getdoc(recipe) or "")
-    texts = [" ".join(paragraph.split()) for paragraph in paragraphs if not paragraph.lstrip().startswith("permafrost ")]
+    texts = [
+        " ".join(paragraph.split()) for paragraph in paragraphs if not paragraph.lstrip().startswith("permafrost ")
+    ]
     return re.split(r"(?<=[.!?])\s+(?=[A-Z])", texts[0])[0] if texts else ""
 
 
@@ -162,7 +166,9 @@ def _describe(name: str, function: Recipe) -> RecipeInfo:
     summary = summary_of(function)
     figures = re.findall(r"\d+(?:\.\d+)?\s?%?\s(?:box AP|mask AP|mIoU|top-1)(?!\w)", summary)
     returned = typing.get_type_hints(function).get("return", Experiment)
-    info = RecipeInfo(name=name, function=function, command=_command_of(returned), summary=summary, metric=", ".join(figures))
+    info = RecipeInfo(
+        name=name, function=function, command=_command_of(returned), summary=summary, metric=", ".join(figures)
+    )
     try:
         experiment = build_recipe(function, object)
     except USER_ERRORS as error:
@@ -226,13 +232,19 @@ def _function_of(module: ModuleType, function: str, name: str) -> Recipe:
     if not function:
         if len(recipes) == 1:
             return next(iter(recipes.values()))
-        raise RecipeError(f"{name} holds {len(recipes)} recipes: name one, as in {name}:function; {did_you_mean(name, list(recipes))}")
+        raise RecipeError(
+            f"{name} holds {len(recipes)} recipes: name one, as in {name}:function; {did_you_mean(name, list(recipes))}"
+        )
     found = getattr(module, function, None)
     if found is None:
         prefix = name.partition(":")[0]
-        raise RecipeError(f"{where} has no recipe {function!r}: {did_you_mean(function, [f'{prefix}:{other}' for other in recipes])}")
+        raise RecipeError(
+            f"{where} has no recipe {function!r}: {did_you_mean(function, [f'{prefix}:{other}' for other in recipes])}"
+        )
     if not callable(found) or not _needs_nothing(found):
-        raise RecipeError(f"{name} is not a recipe: it must be a function without required arguments that returns an Experiment")
+        raise RecipeError(
+            f"{name} is not a recipe: it must be a function without required arguments that returns an Experiment"
+        )
     return found
 
 
@@ -248,17 +260,16 @@ def _shipped_function(name: str) -> Recipe:
 
 def _unknown(name: str) -> str:
     guess = did_you_mean(name, [info.name for info in list_recipes()])
-    return (
-        f"there is no recipe {name!r}: {guess} `permafrost recipes` lists them; your own are package.module:function or file.py:function"
-    )
+    own = "your own are package.module:function or file.py:function"
+    return f"there is no recipe {name!r}: {guess} `permafrost recipes` lists them; {own}"
 
 
 def _import_own(location: str, name: str) -> ModuleType:
     """A module of the user's, importable or in the current folder."""
     if not all(part.isidentifier() for part in location.split(".")):
         raise RecipeError(_unknown(name))
-    # At the end, so that a folder called `data` or `test` here hides nothing that is installed. It stays: data workers that are
-    # spawned import the module again.
+    # At the end, so that a folder called `data` or `test` here hides nothing that is installed. It stays: data workers
+    # that are spawned import the module again.
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
@@ -278,7 +289,9 @@ def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         siblings = [str(file) for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
         close = nearest(str(path), siblings)
-        raise RecipeError(f"there is no recipe file {path}" + (f": did you mean {' or '.join(close)}?" if close else ""))
+        raise RecipeError(
+            f"there is no recipe file {path}" + (f": did you mean {' or '.join(close)}?" if close else "")
+        )
     path = path.resolve()
     module_name = f"permafrost_recipe_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if module_name in sys.modules:
@@ -305,7 +318,7 @@ def _import(module: str, *, what: str) -> ModuleType:
 
 @contextmanager
 def _explained(what: str):
-    """Turns any failure of a recipe's own code into a RecipeError that names the line: it is the user's text, not ours."""
+    """Turns any failure of a recipe's own code into a RecipeError that names the line: the text is the user's."""
     try:
         yield
     except USER_ERRORS:

@@ -1,14 +1,15 @@
 """A run folder: everything one training wrote, and what decides whether a command may go on in it.
 
-recipe.json        the resolved Experiment
-provenance.jsonl   one line per start: versions, git commit, command, world, global batch, learning rates, where it resumed
-metrics.jsonl      one line per logged step             tensorboard/  the same for TensorBoard
-evaluations.jsonl  one line per evaluation              final.json    the last one, once the run has ended
-checkpoints/step_00000100/                              latest, best  which of them is the newest, which the best of each head
+- recipe.json: the resolved Experiment
+- provenance.jsonl: one line per start: versions, git commit, command, world, batch, learning rates, where it resumed
+- metrics.jsonl, tensorboard/: one line, or point, per logged step
+- evaluations.jsonl: one line per evaluation; final.json: the last one, once the run has ended
+- checkpoints/step_00000100/; latest and best say which is the newest, and which the best of each head
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -19,7 +20,7 @@ import tempfile
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from permafrost.launcher.errors import RunFolderError
 from permafrost.launcher.experiment import Experiment
@@ -48,8 +49,8 @@ FREE_FIELDS = (
     "loop.num_workers",
     "loop.worker_timeout",
     "loop.evaluation_batch",
-    # How the same global batch is spread over processes, and which engine steps it, changes rounding only: a run can move to
-    # another machine. Precision is not among them.
+    # How the same global batch is spread over processes, and which engine steps it, changes rounding only: a run can
+    # move to another machine. Precision is not among them.
     "engine.kind",
     "engine.zero_stage",
     "engine.deepspeed_config",
@@ -75,7 +76,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.latest = self.path / "latest"
         self.best = self.path / "best"
-        self._lock: IO[str] | None = None
+        self._lock: int | None = None
+        self._is_new = False
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -112,21 +114,22 @@ class RunFolder:
 
         Args:
             experiment: what is about to be trained.
-            resume: auto goes on where the folder's run stands or starts one; must refuses a folder without a checkpoint; never refuses a
-                folder that holds a run.
+            resume: auto goes on where the folder's run stands or starts one; must refuses a folder without a
+                checkpoint; never refuses a folder that holds a run.
 
         Returns:
             "resume" when a run is here already, "new" after writing recipe.json.
 
         Raises:
-            RunFolderError: saying what is in the folder, what was expected and what to do. The folder is left as it was.
+            RunFolderError: saying what is in the folder, what was expected and what to do. The folder is left as it
+                was.
         """
         if resume not in RESUME_CHOICES:
             raise RunFolderError(f"--resume is {resume!r}: give {', '.join(RESUME_CHOICES)}")
         if resume == "never" and self.holds_run:
             raise RunFolderError(
-                f"{self} already holds a run ({self._progress()}) and --resume is never: give another --output, remove the folder, or "
-                "leave --resume out to continue that run"
+                f"{self} already holds a run ({self._progress()}) and --resume is never: give another --output, remove "
+                "the folder, or leave --resume out to continue that run"
             )
         if resume == "must" and not self.checkpoint_folders:
             found = "a run without any checkpoint" if self.holds_run else "no run"
@@ -145,7 +148,22 @@ class RunFolder:
             return "resume"
         content = {"format": RECIPE_FORMAT, "experiment": to_json(experiment)}
         write_atomically(self.recipe, json.dumps(content, indent=2) + "\n")
+        self._is_new = True
         return "new"
+
+    def withdraw(self) -> None:
+        """Undo a `prepare` that returned "new", unless something was trained since.
+
+        The user mends the command and gives it again; being another recipe, it would be refused. Main rank only.
+        """
+        if not self._is_new or self.metrics.exists() or self.checkpoint_folders:
+            return
+        self.recipe.unlink(missing_ok=True)
+        # What is empty now was made by `prepare`; what is not stays.
+        with contextlib.suppress(OSError):
+            self.checkpoints.rmdir()
+            (self.path / ".lock").unlink(missing_ok=True)
+            self.path.rmdir()
 
     def experiment(self) -> Experiment:
         """The Experiment this run was started with.
@@ -185,7 +203,7 @@ class RunFolder:
         return any(entry.get("step") == step for entry in self.read_evaluations())
 
     def read_best(self) -> dict[str, dict[str, Any]]:
-        """Of each evaluated head: {"step", "metric", "value"}; empty before the first evaluation or when the file is damaged."""
+        """Of each evaluated head: {"step", "metric", "value"}; empty before the first or when the file is damaged."""
         try:
             found = json.loads(self.best.read_text())
         except (OSError, ValueError):
@@ -196,7 +214,10 @@ class RunFolder:
         return found if sound else {}
 
     def rewind(self, step: int) -> None:
-        """Forget the evaluations after `step`, which a resumed run makes again. metrics.jsonl and TensorBoard are the monitor's."""
+        """Forget the evaluations after `step`, which a resumed run makes again.
+
+        metrics.jsonl and TensorBoard are the monitor's.
+        """
         if self.evaluations.exists():
             kept = [line for line in self.read_evaluations() if line.get("step", 0) <= step]
             write_atomically(self.evaluations, "".join(json.dumps(line) + "\n" for line in kept))
@@ -226,7 +247,7 @@ class RunFolder:
     def close(self) -> None:
         """Let another process train here."""
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
             self._lock = None
 
     def _recipe_json(self) -> Any:
@@ -241,7 +262,8 @@ class RunFolder:
             raise RunFolderError(f"{self.recipe} cannot be read: {error}") from None
         if not isinstance(content, dict) or content.get("format") != RECIPE_FORMAT:
             raise RunFolderError(
-                f"{self.recipe} is not a recipe of format {RECIPE_FORMAT}: it was written by another version of permafrost"
+                f"{self.recipe} is not a recipe of format {RECIPE_FORMAT}: it was written by another version of "
+                "permafrost"
             )
         return content.get("experiment")
 
@@ -272,17 +294,19 @@ class RunFolder:
             ) from None
 
     def _acquire_lock(self) -> None:
-        # A record lock, not flock: data workers do not inherit it, so it ends with this process even when that is killed.
-        lock = (self.path / ".lock").open("a")
+        if self._lock is not None:
+            return
+        # A record lock: data workers do not inherit it, so it ends with this process even when that is killed.
+        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.close()
+            os.close(lock)
             raise RunFolderError(
                 f"another process is training in {self}: wait for it, or give another --output"
             ) from None
         except OSError:
-            lock.close()  # a file system without locks: nothing to hold, and no reason to refuse
+            os.close(lock)  # a file system without locks: nothing to hold, and no reason to refuse
             return
         self._lock = lock
 
@@ -342,7 +366,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this code runs from, with "+changes" when files differ from it; None outside a checkout."""
+    """The commit of the checkout this code runs from, "+changes" when files differ from it; None outside of one."""
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / ".git").exists():
         return None

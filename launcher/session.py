@@ -1,4 +1,7 @@
-"""The state of one call of `train`: taking it up from a checkpoint, saving it, scoring it, ending it. The loop itself is in train.py."""
+"""The state of one call of `train`: taking it up from a checkpoint, saving it, scoring it, ending it.
+
+The loop itself is in train.py.
+"""
 
 from __future__ import annotations
 
@@ -142,7 +145,10 @@ def require_metrics(experiment: Experiment, parts: TrainingParts) -> None:
 
 
 def save(session: Session, step: int, epoch: float) -> None:
-    """Write a checkpoint of the heads that still train. Collective. A full disk is a warning: training goes on, the last good one stays."""
+    """Write a checkpoint of the heads that still train.
+
+    Collective. A full disk is a warning: training goes on, the last good one stays.
+    """
     loop, backbone = session.experiment.loop, session.parts.backbone
     states = {name: engine.export_state() for name, engine in session.engines.items()}
     for name in [name for name, state in states.items() if not is_finite(state)]:
@@ -212,7 +218,10 @@ def update_best(session: Session, step: int, metrics: Metrics) -> None:
 
 
 def stop_head(session: Session, trainee: Trainee, step: int) -> None:
-    """Give one head up: the others train on, its last good checkpoint stays, what it saw last is written down. Collective."""
+    """Give one head up: the others train on, its last good checkpoint stays, what it saw last is written down.
+
+    Collective.
+    """
     evidence = session.world.gather_objects(trainee.evidence)
     if session.world.is_main:
         path = session.run.write_evidence(trainee.name, {"head": trainee.name, "step": step, "ranks": evidence})
@@ -251,7 +260,8 @@ def conclude(run: RunFolder, final: dict[str, Any]) -> Metrics:
     if final["stopped"]:
         heads = ", ".join(f"{name} (after step {step})" for name, step in final["stopped"].items())
         raise HeadStopped(
-            f"stopped by losses that were not finite: {heads}. {run}/nonfinite_<head>.json lists the samples; the last good checkpoint "
-            "stays. A lower learning rate, a longer warm-up or optimizer.clip_norm usually helps; train anew with another --output"
+            f"stopped by losses that were not finite: {heads}. {run}/nonfinite_<head>.json lists the samples; the last "
+            "good checkpoint stays. A lower learning rate, a longer warm-up or optimizer.clip_norm usually helps; "
+            "train anew with another --output"
         )
     return final["metrics"]

@@ -35,7 +35,10 @@ def count_parameters(parts: TrainingParts) -> dict[str, tuple[int, int]]:
 def announce(
     session: Session, num_parameters: dict[str, tuple[int, int]], checkpoint: Checkpoint | None, problems: list[str]
 ) -> None:
-    """Print the start-up lines and append them to provenance.jsonl and TensorBoard. Main rank only; others return at once."""
+    """Print the start-up lines and append them to provenance.jsonl and TensorBoard.
+
+    Main rank only; others return at once.
+    """
     if not session.world.is_main:
         return
     facts = gather_facts(session, num_parameters, checkpoint, problems)
@@ -76,14 +79,16 @@ def gather_facts(
         *(f"             {key}: {value}" for key, value in shown.items()),
         f"data         {len(parts.train_set):,} training and {len(parts.val_set):,} validation images, "
         f"{len(parts.train_set.classes)} classes",
-        f"batch        {loop.global_batch} = {micro_batch} images x {world.world_size} rank(s) x {accumulation} micro-batch(es)",
+        f"batch        {loop.global_batch} = {micro_batch} images x {world.world_size} rank(s) x {accumulation} "
+        "micro-batch(es)",
         f"steps        {loop.num_steps:,} = {loop.num_steps * loop.global_batch / len(parts.train_set):.1f} epochs",
     ]
     for name, trainee in session.trainees.items():
         trainable, total = num_parameters[name]
         optimizer = trainee.config.optimizer
         lines += [
-            f"head         {name}: {_number(trainable)} trainable of {_number(total)} parameters; {trainee.engine.name}",
+            f"head         {name}: {_number(trainable)} trainable of {_number(total)} parameters; "
+            f"{trainee.engine.name}",
             f"             learning rate {trainee.learning_rate:.4g} = {optimizer.learning_rate:.4g} at "
             f"{optimizer.reference_batch} images, scaled to {loop.global_batch} ({optimizer.batch_scaling})",
         ]

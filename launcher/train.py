@@ -1,6 +1,8 @@
-"""The training loop: one frozen forward, then each head's losses, backward and step; checkpoints, evaluations and pictures in between.
+"""The training loop: one frozen forward, then each head's losses, backward and step; now and then a checkpoint.
 
-python -m permafrost.launcher.train RECIPE --field value ...      (the same as `permafrost train`, for torchrun, deepspeed, srun)
+    python -m permafrost.launcher.train RECIPE --field value ...
+
+is `permafrost train RECIPE ...` for launchers that start modules: torchrun, deepspeed, accelerate launch, srun.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from permafrost.launcher.build import build_parts, on_main
 from permafrost.launcher.checkpoint import load_newest
 from permafrost.launcher.counts import RecordedCounts
 from permafrost.launcher.engine import micro_batch_size
+from permafrost.launcher.errors import USER_ERRORS
 from permafrost.launcher.evaluate import Metrics, metrics_table
 from permafrost.launcher.mesh import init_world
 from permafrost.launcher.meters import memory_peaks
@@ -78,6 +81,10 @@ def train(experiment: Experiment, *, resume: str = "auto", device: str = "auto")
             done = train_steps(session, start)
             final = finish(session, done)
         return conclude(run, final)
+    except USER_ERRORS:
+        if world.is_main:
+            run.withdraw()
+        raise
     finally:
         run.close()
         world.close()
@@ -174,7 +181,7 @@ def buffers_restored(module: nn.Module) -> Iterator[None]:
 
 
 def mean_over_ranks(losses: dict[str, dict[str, Tensor]], world: World) -> dict[str, dict[str, float]]:
-    """The losses of all heads as numbers that every rank agrees on: one synchronisation with the device, one reduction."""
+    """The losses of all heads as numbers that every rank agrees on: one wait for the device, one reduction."""
     flat = {f"{head}/{name}": loss for head, own in losses.items() for name, loss in own.items()}
     values = torch.stack([loss.float() for loss in flat.values()]).tolist()
     means = world.all_reduce_mean(dict(zip(flat, values)))
@@ -184,7 +191,10 @@ def mean_over_ranks(losses: dict[str, dict[str, Tensor]], world: World) -> dict[
 def step_head(
     session: Session, trainee: Trainee, step: int, losses: dict[str, float], micro_batches: Sequence[Batch]
 ) -> None:
-    """One optimizer step of one head. If something is not finite it is skipped; after the third in a row the head stops."""
+    """One optimizer step of one head.
+
+    If something is not finite it is skipped; after the third in a row the head stops.
+    """
     total = sum(losses.values())
     grad_norm, is_good = None, False
     if math.isfinite(total):

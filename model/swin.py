@@ -28,6 +28,8 @@ POSITION_BIAS_HIDDEN = 512
 # models: with a logit scale of up to 100 it weighs against them without always removing them.
 SHIFT_PENALTY = -100.0
 MLP_RATIO = 4
+# CUDA's attention kernels put the batch on a grid axis, which ends here.
+MAX_WINDOWS_PER_CALL = 65_535
 
 
 @lru_cache(maxsize=64)
@@ -83,10 +85,10 @@ def shift_penalties(window: int, shift: int, device: torch.device, dtype: torch.
 
 
 def scale_to_length(x: Tensor, length: Tensor | float) -> Tensor:
-    """Scales vectors (..., D) to a length; zero stays zero. Norms are taken in at least float32."""
+    """Scales vectors (..., D) to a length; zero stays zero, and has no gradient. Norms are at least in float32."""
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
-    norm = torch.linalg.vector_norm(precise, dim=-1, keepdim=True).clamp_min(1e-12)
-    return (precise * (length / norm)).to(x.dtype)
+    norm = torch.linalg.vector_norm(precise, dim=-1, keepdim=True)
+    return (precise * (length / norm.clamp_min(1e-12) * (norm > 0))).to(x.dtype)
 
 
 class WindowAttention(nn.Module):
@@ -188,7 +190,10 @@ class WindowAttention(nn.Module):
         qkv = qkv.reshape(batch, grid[1], window, grid[2], window, 3, self.num_heads, -1)
         q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, math.prod(grid), self.num_heads, window**2, -1)
         q, k = scale_to_length(q, scale), scale_to_length(k, 1.0)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(v.dtype)[None], scale=1.0)
+        bias = bias.to(v.dtype)[None]
+        chunks = zip(*(tensor.split(MAX_WINDOWS_PER_CALL) for tensor in (q, k, v)), strict=True)
+        parts = [F.scaled_dot_product_attention(*chunk, attn_mask=bias, scale=1.0) for chunk in chunks]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts)
         x = x.view(*grid, self.num_heads, window, window, -1).permute(0, 1, 4, 2, 5, 3, 6)
         return x.reshape(batch, height, width, -1)
 

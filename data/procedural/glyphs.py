@@ -2,10 +2,11 @@
 
 The class is the outline and nothing else. Colour, fill (flat, textured, or a stroke along the contour), contrast,
 position, size (25 to 90 % of the image), rotation, reflection, shear and perspective, occluders, distractors,
-background texture, blur, noise and JPEG damage are drawn anew for every picture, so a network has to tell figure from ground and
-read the contour: what a frozen detector backbone needs later. Nothing is shared with the detection world: other
-outlines (`outlines`), other textures (Voronoi cells, band-passed noise, brush strokes, dot lattices, cross-hatching,
-wood rings, shards, scales) and another seed space.
+background texture, blur, noise and JPEG damage are drawn anew for every picture, so a network has to tell figure from
+ground and read the contour: what a frozen detector backbone needs later. How far each of these ranges is the picture's
+difficulty, uniform in [0, 1]: a curriculum takes the easy ones first. Nothing is shared with the detection world:
+other outlines (`outlines`), other textures (Voronoi cells, band-passed noise, brush strokes, dot lattices,
+cross-hatching, wood rings, shards, scales) and another seed space.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ class GlyphSplit:
         images: uint8 (N, S, S, 4): RGB and, last, the visible part of the figure (255 inside the outline); a read-only
             memory map.
         labels: int64 (N,).
+        difficulties: float64 (N,) in [0, 1].
         class_names: Names in label order.
     """
 
     images: np.ndarray
     labels: np.ndarray
+    difficulties: np.ndarray
     class_names: tuple[str, ...]
 
 
@@ -84,7 +87,8 @@ def load_split(
     if not (folder / "done.json").exists():
         _render_split(folder, split, num_images, image_size, seed, num_workers)
     images = np.load(folder / "images.npy", mmap_mode="r")
-    return GlyphSplit(images, np.arange(num_images) % len(class_names()), class_names())
+    difficulties = np.array([_generator(split, index, seed).random() for index in range(num_images)])
+    return GlyphSplit(images, np.arange(num_images) % len(class_names()), difficulties, class_names())
 
 
 def default_cache_dir() -> Path:
@@ -105,16 +109,15 @@ def render(split: str, index: int, image_size: int = 128, seed: int = 0) -> tupl
     Returns:
         The picture, uint8 (image_size, image_size, 4), RGB and the visible part of the figure, and its label.
     """
-    rng = np.random.default_rng([_SEED_SPACE, _SPLIT_SEEDS[split], seed, index])
+    rng = _generator(split, index, seed)
     shapes = list(outlines.outlines().values())
     label = index % len(shapes)
-    # Uniform difficulty: easy pictures teach a young network first, hard ones an older one later.
     difficulty = rng.random()
-    ground, ground_colour = _texture(rng, image_size, _colour(rng), spread=rng.uniform(0.05, 0.25 + 0.35 * difficulty))
+    ground, ground_colour = _texture(rng, image_size, _colour(rng), spread=rng.uniform(0.03, 0.1 + 0.5 * difficulty))
     image = ground
-    for _ in range(rng.poisson(0.3 + 2.5 * difficulty)):
+    for _ in range(rng.poisson(3 * difficulty**1.5)):
         image = _distractor(rng, image, shapes)
-    rings = _placed(rng, shapes[label], image_size)
+    rings = _placed(rng, shapes[label], image_size, difficulty)
     image = _figure(rng, image, rings, ground_colour, difficulty)
     visible = drawing.rings_mask(rings, image_size, image_size)
     if rng.random() < 0.5 * difficulty:
@@ -124,23 +127,29 @@ def render(split: str, index: int, image_size: int = 128, seed: int = 0) -> tupl
     return np.concatenate([pixels, drawing.to_uint8(visible)[..., None]], axis=2), label
 
 
-def _placed(rng: np.random.Generator, rings: tuple[np.ndarray, ...], size: int) -> list[np.ndarray]:
+def _generator(split: str, index: int, seed: int) -> np.random.Generator:
+    """The source of everything random in a picture; its first draw is the difficulty."""
+    return np.random.default_rng([_SEED_SPACE, _SPLIT_SEEDS[split], seed, index])
+
+
+def _placed(rng: np.random.Generator, rings: tuple[np.ndarray, ...], size: int, difficulty: float) -> list[np.ndarray]:
     """Unit outline -> pixels: reflection, stretch, shear, rotation, perspective, size, position."""
-    reflection = np.diag([1.0, rng.choice([-1.0, 1.0])])
-    stretch = np.exp(rng.uniform(-0.15, 0.15))
-    affine = np.array([[stretch, rng.uniform(-0.2, 0.2)], [0, 1 / stretch]])
-    matrix = drawing.rotation(rng.uniform(0, 2 * np.pi)) @ affine @ reflection
-    vanishing = rng.uniform(-0.2, 0.2, 2)
+    reflection = np.diag([-1.0 if rng.random() < min(0.5, difficulty) else 1.0, 1.0])
+    stretch = np.exp(difficulty * rng.uniform(-0.2, 0.2))
+    affine = np.array([[stretch, difficulty * rng.uniform(-0.25, 0.25)], [0, 1 / stretch]])
+    turn = np.pi * min(1.0, 0.06 + 2 * difficulty**2)
+    matrix = drawing.rotation(rng.uniform(-turn, turn)) @ affine @ reflection
+    vanishing = difficulty * rng.uniform(-0.22, 0.22, 2)
     warped = []
     for ring in rings:
         points = ring @ matrix.T
         warped.append(points / (1 + points @ vanishing)[:, None])
     every = np.concatenate(warped)
     low, high = every.min(0), every.max(0)
-    side = size * np.exp(rng.uniform(np.log(0.25), np.log(0.9)))
+    side = size * np.exp(rng.uniform(np.log(max(0.25, 0.6 - 0.6 * difficulty)), np.log(0.9)))
     scale = side / (high - low).max()
-    # Up to a tenth of the side may leave the picture.
-    half = (high - low) / 2 * scale * 0.8
+    # A hard picture may lose up to an eighth of the figure's width and height.
+    half = (high - low) / 2 * scale * (1 - 0.25 * difficulty)
     centre = rng.uniform(half, np.maximum(size - half, half))
     return [(ring - (low + high) / 2) * scale + centre for ring in warped]
 
@@ -150,19 +159,19 @@ def _figure(
 ) -> np.ndarray:
     """Draw the figure: flat, textured, or stroked, with a contrast that falls with the difficulty."""
     size = len(image)
-    contrast = rng.uniform(0.55 - 0.33 * difficulty, 0.9 - 0.4 * difficulty)
+    contrast = rng.uniform(0.6 - 0.38 * difficulty, 0.95 - 0.4 * difficulty)
     colour = _colour_away_from(rng, ground_colour, contrast)
     kind = rng.random()
     extent = np.ptp(np.concatenate(rings), axis=0).max()
-    if kind < 0.15:
+    if kind < 0.2 * difficulty:
         thickness = max(1.5, extent * rng.uniform(0.025, 0.06))
         mask = drawing.strokes_mask(rings, size, size, thickness, closed=True)
         return drawing.composite(image, colour, mask)
     mask = drawing.rings_mask(rings, size, size)
-    if kind < 0.5:
+    if kind < 1 - 0.6 * difficulty:
         layer = colour
     else:
-        layer, _ = _texture(rng, size, colour, spread=rng.uniform(0.05, 0.2 + 0.2 * difficulty))
+        layer, _ = _texture(rng, size, colour, spread=rng.uniform(0.05, 0.1 + 0.3 * difficulty))
     if rng.random() < 0.25:
         # A soft shadow beside the figure: an edge that is not the contour.
         shift = tuple(int(s) for s in rng.integers(-4, 5, 2))

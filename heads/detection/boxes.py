@@ -1,7 +1,7 @@
 """Arithmetic of boxes. Shapes: B images, R boxes of one image. Coordinates are xyxy in pixels of the network's input.
 
-Boxes are float32 whatever the compute dtype: in bfloat16 a coordinate near 1000 is off by up to 4 pixels. Only a head whose parameters
-are float64 (the equality proofs) has float64 boxes.
+Boxes are float32 whatever the compute dtype: in bfloat16 a coordinate near 1000 is off by up to 4 pixels. Only a head
+whose parameters are float64 (the equality proofs) has float64 boxes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def image_sizes(targets: Sequence[DetectionTarget], *, like: Tensor) -> Tensor:
 
 
 def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes cut to their image; coordinates that are not numbers become 0, so that a diverged head fails in its loss, not here.
+    """Boxes cut to their image; what is not a number becomes 0, so that a diverged head fails in its loss, not here.
 
     Args:
         boxes: (..., 4).

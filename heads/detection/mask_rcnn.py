@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class MaskRCNN(Head):
     """A feature pyramid, proposals, boxes of classes, and a mask for each.
 
-    In training it returns `loss_rpn_objectness`, `loss_rpn_box`, `loss_classifier`, `loss_box` and `loss_mask`, each a sum over this
-    batch divided by what `counts` makes of `rpn_samples`, `roi_samples` and `mask_samples`, asked for in this order. In evaluation it returns
-    one DetectionResult per image.
+    In training it returns `loss_rpn_objectness`, `loss_rpn_box`, `loss_classifier`, `loss_box` and `loss_mask`, each a
+    sum over this batch divided by what `counts` makes of `rpn_samples`, `roi_samples` and `mask_samples`, asked for in
+    this order. In evaluation it returns one DetectionResult per image.
 
     Args:
         neck: the pyramid.
@@ -106,8 +106,8 @@ def build_mask_rcnn(config: MaskRCNNConfig, *, spec: FeatureSpec, classes: Seque
         raise HeadError(f"classes is {classes!r}: give the names of the classes, at least one")
     if any(stride & (stride - 1) for stride in spec.strides):
         raise HeadError(
-            f"pooling: the backbone's strides are {tuple(spec.strides)}; boxes are assigned to levels by powers of two: "
-            "choose levels of the backbone with such strides"
+            f"pooling: the backbone's strides are {tuple(spec.strides)}; boxes are assigned to levels by powers of "
+            "two: choose levels of the backbone with such strides"
         )
     neck = FPN(
         spec=spec,

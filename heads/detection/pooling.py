@@ -1,6 +1,7 @@
 """Cutting regions out of a feature pyramid, and ground-truth masks out of an image.
 
-Shapes: B images, R boxes of all images together, C channels, S side of the pooled grid, G ground-truth objects, H W size.
+Shapes: B images, R boxes of all images together, C channels, S side of the pooled grid, G ground-truth objects,
+H W size.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from permafrost.heads.config import PoolingConfig
+from permafrost.heads.detection.roi_align import roi_align
 
 CANONICAL_LEVEL = 4
 """log2 of the stride from which a box of the canonical size is pooled (Lin et al. 2017, equation 1)."""
@@ -24,8 +25,8 @@ MAX_MASK_ELEMENTS = 2**26
 class RegionPooling(nn.Module):
     """RoIAlign from the level that fits each box (Lin et al. 2017, equation 1; He et al. 2017).
 
-    Does the work of torchvision's MultiScaleRoIAlign with given strides instead of guessed ones, with half-pixel-correct alignment,
-    and with boxes that stay float32 beside bf16 maps.
+    Does the work of torchvision's MultiScaleRoIAlign with given strides instead of guessed ones, with half-pixel
+    alignment, and with boxes that stay float32 beside bf16 maps.
 
     Args:
         resolution: S.
@@ -76,8 +77,9 @@ class RegionPooling(nn.Module):
                     aligned=self.config.aligned,
                 ).to(level.dtype)
             )
-        # Back into the order of the boxes: the inverse of the permutation that sorted them by level.
-        return torch.cat(pooled)[torch.argsort(torch.cat(rows))]
+        # Back into the order of the boxes; a copy to given rows has a plain gather as its gradient, indexing has not.
+        found = torch.cat(pooled)
+        return torch.empty_like(found).index_copy(0, torch.cat(rows), found)
 
 
 def project_masks(masks: Tensor, boxes: Tensor, gt_index: Tensor, *, resolution: int, aligned: bool) -> Tensor:
@@ -101,5 +103,6 @@ def project_masks(masks: Tensor, boxes: Tensor, gt_index: Tensor, *, resolution:
         inside = torch.nonzero((row >= start) & (row < start + chunk))[:, 0]
         maps = masks[used[start : start + chunk], None].to(boxes.dtype)
         regions = torch.cat([(row[inside, None] - start).to(boxes.dtype), boxes[inside]], dim=1)
-        targets[inside] = roi_align(maps, regions, resolution, aligned=aligned)[:, 0]
+        cropped = roi_align(maps, regions, resolution, spatial_scale=1.0, sampling_ratio=0, aligned=aligned)
+        targets[inside] = cropped[:, 0]
     return targets

@@ -1,13 +1,14 @@
 """The second stage: which proposals to learn from, the box branch and the mask branch.
 
-Shapes: B images, R boxes of all images together, S samples per image, C channels of the pyramid, K classes, M side of a mask. Labels are
-0..K-1; the classifier's last output, K, is the background.
+Shapes: B images, R boxes of all images together, S samples per image, C channels of the pyramid, K classes, M side of a
+mask. Labels are 0..K-1; the classifier's last output, K, is the background.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -133,9 +134,9 @@ class BoxBranch(nn.Module):
         self.coder = BoxCoder(weights=tuple(1.0 / std for std in config.regression_stds))
         self.pool = RegionPooling(resolution=config.resolution, strides=strides, config=pooling)
         conv_widths = [channels] + [config.conv_channels] * config.num_convs
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(conv_widths, conv_widths[1:]))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(conv_widths))
         fc_widths = [conv_widths[-1] * config.resolution**2] + [config.fc_channels] * config.num_fc
-        self.fcs = nn.ModuleList(nn.Linear(a, b) for a, b in zip(fc_widths, fc_widths[1:]))
+        self.fcs = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(fc_widths))
         self.classifier = nn.Linear(fc_widths[-1], num_classes + 1)
         self.regressor = nn.Linear(fc_widths[-1], num_classes * 4)
         for conv in self.convs:
@@ -242,7 +243,7 @@ class MaskBranch(nn.Module):
         self.aligned = pooling.aligned
         self.pool = RegionPooling(resolution=config.resolution, strides=strides, config=pooling)
         widths = [channels] + [config.channels] * config.num_convs
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
         self.upsample = nn.ConvTranspose2d(widths[-1], config.channels, 2, stride=2)
         self.predictor = nn.Conv2d(config.channels, num_classes, 1)
         for layer in (*self.convs, self.upsample):
@@ -267,7 +268,8 @@ class MaskBranch(nn.Module):
         for conv in self.convs:
             x = F.relu(conv(x))
         x = self.predictor(F.relu(self.upsample(x)))
-        return x[torch.arange(len(x), device=x.device), labels].to(boxes.dtype)
+        index = labels[:, None, None, None].expand(-1, 1, *x.shape[-2:])
+        return x.gather(1, index)[:, 0].to(boxes.dtype)
 
     def loss(
         self, levels: Sequence[Tensor], samples: RegionSamples, batch: Batch, counts: LossCounts

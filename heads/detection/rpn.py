@@ -1,13 +1,13 @@
 """Region proposal network (Ren et al. 2015, "Faster R-CNN") on a feature pyramid.
 
-Shapes: B images, H W size of a level, K anchors per cell, N anchors of all levels of one image (level by level, row by row, the K of a
-cell together), S samples, G ground-truth boxes.
+Shapes: B images, H W size of a level, K anchors per cell, N anchors of all levels of one image (level by level, row by
+row, the K of a cell together), S samples, G ground-truth boxes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ def make_anchors(
 ) -> Tensor:
     """All anchors of one image, centred on the top-left corner of their cell.
 
-    Float32 always, unlike torchvision's AnchorGenerator, which follows the feature maps' dtype and rounds to whole pixels.
+    Float32 always, unlike torchvision's AnchorGenerator, which follows the maps' dtype and rounds to whole pixels.
 
     Args:
         grid_sizes: (H, W) of every level.
@@ -61,9 +61,8 @@ def make_anchors(
     return torch.cat(levels)
 
 
-@dataclass
-class RPNOutput:
-    """What the network says about every anchor.
+class RPNOutput(NamedTuple):
+    """What the network says about every anchor. A tuple: ZeRO 3 looks for tensors in tuples, lists and dicts only.
 
     Attributes:
         logits: (B, N) objectness.
@@ -130,8 +129,8 @@ class RPN(nn.Module):
     def propose(self, output: RPNOutput, batch: Batch) -> list[Tensor]:
         """The proposals of every image, best first.
 
-        The best anchors of each level are decoded, clipped to the image and thinned out level by level; the best of what is left,
-        over all levels, are the proposals. In training the limits are the `_train` ones of the configuration.
+        The best anchors of each level are decoded, clipped to the image and thinned out level by level; the best of
+        what is left, over all levels, are the proposals. In training the limits are the configuration's `_train` ones.
 
         Returns:
             one (R_i, 4) xyxy tensor per image.

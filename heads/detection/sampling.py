@@ -1,7 +1,7 @@
 """Which boxes count as positive or negative, and which of them enter the loss.
 
-Shapes: B images, A candidate boxes of one image (anchors or proposals), G ground-truth boxes, S samples. Everything has a static shape
-and needs no round trip to the host, and the draw of an image depends on its key alone.
+Shapes: B images, A candidate boxes of one image (anchors or proposals), G ground-truth boxes, S samples. No shape
+depends on the labels, so nothing waits for the device, and the draw of an image depends on its key alone.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def match_boxes(
 ) -> tuple[Tensor, Tensor]:
     """Gives every candidate the ground-truth box it overlaps most, and says what that makes it.
 
-    The rule is that of torchvision's Matcher. With `allow_low_quality`, the candidates that overlap a ground-truth box most are positive
-    whatever the overlap, as long as there is any (a box that touches no candidate would otherwise make all of them positive); each
-    keeps the ground-truth box which it overlaps most itself.
+    The rule is that of torchvision's Matcher. With `allow_low_quality`, the candidates that overlap a ground-truth box
+    most are positive whatever the overlap, as long as there is any (a box that touches no candidate would otherwise
+    make all of them positive); each keeps the ground-truth box which it overlaps most itself.
 
     Args:
         candidates: (A, 4) xyxy.
@@ -98,9 +98,9 @@ def sample_balanced(
 ) -> Samples:
     """Draws up to `num_samples` candidates per image without replacement, at most a share of them positive.
 
-    Every candidate gets a random priority from the image's own generator and the highest win, so that the result depends on the key, the
-    purpose and the labels: not on the other images, the device or what was drawn before. S is `num_samples`, or the largest number
-    of candidates where that is smaller.
+    Every candidate gets a random priority from the image's own generator and the highest win, so that the result
+    depends on the key, the purpose and the labels: not on the other images, the device or what was drawn before. S is
+    `num_samples`, or the largest number of candidates where that is smaller.
 
     Args:
         labels: one (A_i,) int64 tensor of POSITIVE, NEGATIVE, UNUSED per image.
@@ -110,7 +110,7 @@ def sample_balanced(
         positive_fraction: largest share of positive ones; negatives fill up what is left.
     """
     device = labels[0].device
-    # Doubles, since among 10^5 candidates equal single-precision draws are common, and the order of ties is the device's choice.
+    # Doubles: among 10^5 candidates equal single-precision draws are common, and a device orders ties as it likes.
     draws = [torch.rand(len(x), generator=key.generator(purpose), dtype=torch.float64) for x, key in zip(labels, keys)]
     priority = pad_sequence(draws, batch_first=True).to(device, non_blocking=True)
     padded = pad_sequence(list(labels), batch_first=True, padding_value=UNUSED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,7 +39,7 @@ class FPN(nn.Module):
     ) -> None:
         super().__init__()
         strides = tuple(spec.strides)
-        if any(coarse != 2 * fine for fine, coarse in zip(strides, strides[1:])):
+        if any(coarse != 2 * fine for fine, coarse in pairwise(strides)):
             raise HeadError(
                 f"neck: the backbone's strides are {strides}; a feature pyramid needs each to be twice the one before: "
                 "choose consecutive levels of the backbone"
@@ -60,7 +61,7 @@ class FPN(nn.Module):
             features: one (B, C_i, H_i, W_i) map per backbone level, in any floating dtype.
 
         Returns:
-            one (B, channels, H_i, W_i) map per level, in the compute dtype (autocast's, else the parameters'), channels_last.
+            one (B, channels, H_i, W_i) map per level, in the compute dtype: autocast's, else the parameters'.
         """
         if len(features) != self.num_backbone_levels:
             raise HeadError(

@@ -1,1 +1,1 @@
-"""One module per command of the `permafrost` program: `run(argv) -> exit code`. Their imports at module level are torch-free."""
+"""One module per command of the `permafrost` program: `run(argv) -> exit code`. Importing them imports no torch."""

@@ -25,7 +25,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
     """The --resume option."""
-    help_text = "auto (the default) continues what the run folder holds; must refuses an empty folder; never one that holds a run"
+    help_text = (
+        "auto (the default) continues what the run folder holds; must refuses an empty one; never one with a run"
+    )
     parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto", help=help_text)
 
 
@@ -78,8 +80,8 @@ def split_recipe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[
     """Parse a command line of the form `[options] RECIPE [--field value | options ...]`.
 
     Args:
-        parser: knows the command's own options and was made with add_help=False and allow_abbrev=False: what it does not know is a
-            field of the recipe, and --help after a recipe is about the recipe.
+        parser: knows the command's own options and was made with add_help=False and allow_abbrev=False: what it does
+            not know is a field of the recipe, and --help after a recipe is about the recipe.
         argv: the arguments after the command.
 
     Returns:
@@ -97,4 +99,6 @@ def split_recipe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[
         raise SystemExit(0)
     if rest:
         raise RecipeError(f"{parser.prog}: the recipe comes first, then its fields: {parser.prog} RECIPE {rest[0]} ...")
-    raise RecipeError(f"{parser.prog} needs a recipe, for example `{parser.prog} quickstart`; `permafrost recipes` lists them")
+    raise RecipeError(
+        f"{parser.prog} needs a recipe, for example `{parser.prog} quickstart`; `permafrost recipes` lists them"
+    )

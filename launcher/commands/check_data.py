@@ -29,14 +29,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="permafrost check-data",
         usage="permafrost check-data RECIPE [--field.sub value ...] [--draw N] [--output FILE.png] [--quick] [--all]",
-        description="Look for faults in the annotations and images of a recipe's two splits. Nothing of the data is changed.",
+        description="Look for faults in the annotations and images of a recipe's two splits. It changes none of them.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--draw", type=positive, metavar="N", help="draw the first N augmented training samples with their labels on a sheet")
-    parser.add_argument("--output", type=png_file, metavar="FILE.png", help="the sheet's file (default: <recipe's name>_samples.png)")
+    parser.add_argument(
+        "--draw",
+        type=positive,
+        metavar="N",
+        help="draw the first N augmented training samples with their labels on a sheet",
+    )
+    parser.add_argument(
+        "--output", type=png_file, metavar="FILE.png", help="the sheet's file (default: <recipe's name>_samples.png)"
+    )
     parser.add_argument("--quick", action="store_true", help="only see that image files are there, do not decode them")
     parser.add_argument("--all", action="store_true", help=f"list every finding, not the first {LISTED}")
     return parser
@@ -45,7 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> int:
     """Check and draw; returns 0, or 2 when a run could not start with this data."""
     options, recipe, fields = split_recipe(make_parser(), argv)
-    description = "Besides these fields: --draw N, --output FILE.png, --quick, --all (see `permafrost check-data --help`)."
+    description = (
+        "Besides these fields: --draw N, --output FILE.png, --quick, --all (see `permafrost check-data --help`)."
+    )
     experiment = parse_experiment(recipe, fields, description=description, command="check-data")
 
     from permafrost.data.check import check_coco
@@ -58,11 +67,16 @@ def run(argv: Sequence[str]) -> int:
     if len(findings) > LISTED and not options.all:
         print(f"... and {len(findings) - LISTED} more; --all lists them")
     if fatal:
-        raise DataError(f"a run of {recipe} cannot start: {len(fatal)} of these {len(findings)} findings must be mended first")
+        raise DataError(
+            f"a run of {recipe} cannot start: {len(fatal)} of these {len(findings)} findings must be mended first"
+        )
     train_set, val_set = experiment.data.build_train(), experiment.data.build_val()
     for note in [*train_set.notes, *val_set.notes]:
         print(f"note: {note}")
-    print(f"{len(train_set)} training and {len(val_set)} validation images, {len(train_set.classes)} classes: {', '.join(train_set.classes)}")
+    print(
+        f"{len(train_set)} training and {len(val_set)} validation images, "
+        f"{len(train_set.classes)} classes: {', '.join(train_set.classes)}"
+    )
     print(f"{len(findings)} warnings: a run can start" if findings else "no faults found")
     if options.draw:
         target = options.output or Path(f"{experiment.name}_samples.png")
@@ -88,7 +102,9 @@ def draw_samples(experiment: Experiment, num_samples: int, target: Path) -> None
     for position in range(num_samples):
         sample = train_set[stream.key(position)]
         labelled = sample.target
-        picture = draw_detections(sample.image, labelled.boxes, labelled.labels, labelled.masks, None, train_set.classes)
+        picture = draw_detections(
+            sample.image, labelled.boxes, labelled.labels, labelled.masks, None, train_set.classes
+        )
         pictures.append(captioned(picture, f"image {labelled.image_id}, {len(labelled.boxes)} objects"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

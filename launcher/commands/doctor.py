@@ -11,7 +11,7 @@ from permafrost.launcher.doctor import can_run_quickstart, diagnose, format_repo
 
 def run(argv: Sequence[str]) -> int:
     """Print the report; returns 0 if the quickstart could run here, else 1."""
-    description = "Show versions and devices, what is missing, and what it is needed for. Exit code 0 if the quickstart could run here, else 1."
+    description = "Show versions, devices and what is missing. Exit code 0 if the quickstart could run here, else 1."
     parse(argparse.ArgumentParser(prog="permafrost doctor", description=description), argv)
     report = diagnose()
     print(format_report(report))

@@ -12,11 +12,13 @@ def run(argv: Sequence[str]) -> int:
     """Evaluate; returns 0."""
     parser = argparse.ArgumentParser(
         prog="permafrost evaluate",
-        description="Score a run's heads on its validation split; writes evaluation.json and results_HEAD.json into the run folder.",
+        description="Score a run's heads on its validation split; writes evaluation.json and results_HEAD.json there.",
     )
     parser.add_argument("run", metavar="RUN", help="a run folder, as `permafrost train` printed it")
     add_checkpoint(parser)
-    parser.add_argument("--num-workers", type=num_workers, metavar="N", help="data workers (default: as in the run's recipe)")
+    parser.add_argument(
+        "--num-workers", type=num_workers, metavar="N", help="data workers (default: as in the run's recipe)"
+    )
     add_device(parser)
     options = parse(parser, argv)
 

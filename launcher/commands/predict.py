@@ -17,9 +17,20 @@ def run(argv: Sequence[str]) -> int:
         epilog="Exit code 0: every input was read; 1: some could not be, the others are done; 2: none could be.",
     )
     parser.add_argument("run", metavar="RUN", help="a run folder, as `permafrost train` printed it")
-    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="image files, folders with images, or quoted patterns such as 'in/*.jpg'")
+    parser.add_argument(
+        "inputs",
+        metavar="INPUT",
+        nargs="+",
+        help="image files, folders with images, or quoted patterns such as 'in/*.jpg'",
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="where the pictures and predictions.json go")
-    parser.add_argument("--score-threshold", type=probability, default=0.5, metavar="P", help="least score shown and listed (default: 0.5)")
+    parser.add_argument(
+        "--score-threshold",
+        type=probability,
+        default=0.5,
+        metavar="P",
+        help="least score shown and listed (default: 0.5)",
+    )
     parser.add_argument("--head", metavar="NAME", help="which head, when the run has several")
     add_checkpoint(parser)
     add_device(parser)

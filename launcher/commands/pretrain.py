@@ -20,8 +20,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Options of the command itself."""
     parser = argparse.ArgumentParser(
         prog="permafrost pretrain",
-        usage="permafrost pretrain RECIPE [--field value ...] [--output DIR] [--resume auto|must|never] [--device DEVICE]",
-        description="Train a backbone by classification; its weights are what `backbone.weights` of other recipes names.",
+        usage="permafrost pretrain RECIPE [--field value ...] [--output DIR] [--resume ...] [--device ...]",
+        description="Train a backbone by classification; `backbone.weights` of other recipes names its weights.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> int:
     """Pretrain; returns 0."""
     options, recipe, fields = split_recipe(make_parser(), argv)
-    description = "Besides these fields: --resume auto|must|never, --device auto|cpu|cuda|cuda:N (see `permafrost pretrain --help`)."
+    description = "Besides these fields: --resume, --device (see `permafrost pretrain --help`)."
     experiment = parse_recipe(recipe, fields, kind=PretrainExperiment, command="pretrain", description=description)
 
     from permafrost.launcher.pretrain import run as pretrain

@@ -15,8 +15,12 @@ COLUMNS = ("recipe", "command", "data", "backbone", "result", "about")
 
 def run(argv: Sequence[str]) -> int:
     """Print the table; returns 0."""
-    parser = argparse.ArgumentParser(prog="permafrost recipes", description="List the recipes that come with permafrost.")
-    parser.add_argument("--plain", action="store_true", help="tab-separated lines, as when the output is not a terminal")
+    parser = argparse.ArgumentParser(
+        prog="permafrost recipes", description="List the recipes that come with permafrost."
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="tab-separated lines, as when the output is not a terminal"
+    )
     options = parse(parser, argv)
     rows = [_row(info) for info in list_recipes()]
     if options.plain or not sys.stdout.isatty():

@@ -1,4 +1,4 @@
-"""`permafrost train`: also what `python -m permafrost.launcher.train` runs under torchrun, deepspeed, accelerate and srun."""
+"""`permafrost train`: also what `python -m permafrost.launcher.train` runs under torchrun, deepspeed and others."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ Its fields are options: `permafrost train RECIPE --help` shows each with its typ
   permafrost train quickstart --loop.num-steps 50 --heads.detection.optimizer.learning-rate 2e-4
 
 The same command again continues the run where its last checkpoint left it.
-Several processes: torchrun, deepspeed --module, accelerate launch -m or srun with `permafrost.launcher.train RECIPE ...`."""
+Several processes: torchrun, deepspeed --module, accelerate launch -m or srun with `permafrost.launcher.train RECIPE
+    ...`."""
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Options of the command itself."""
     parser = argparse.ArgumentParser(
         prog="permafrost train",
-        usage="permafrost train RECIPE [--field.sub value ...] [--output DIR] [--resume auto|must|never] [--device DEVICE]",
+        usage="permafrost train RECIPE [--field.sub value ...] [--output DIR] [--resume ...] [--device ...]",
         description="Train the heads of a recipe on its frozen backbone.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -41,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
         HeadStopped: non-finite losses stopped a head; the program exits with 1.
     """
     options, recipe, fields = split_recipe(make_parser(), argv)
-    description = "Besides these fields: --resume auto|must|never, --device auto|cpu|cuda|cuda:N (see `permafrost train --help`)."
+    description = "Besides these fields: --resume, --device (see `permafrost train --help`)."
     experiment = parse_experiment(recipe, fields, description=description)
 
     from permafrost.launcher.train import train

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor
@@ -26,7 +25,7 @@ from permafrost.launcher.engine import (
 )
 from permafrost.launcher.engines.adamw import MOMENTS, adamw_state, build_adamw, set_learning_rate, single_step
 from permafrost.launcher.errors import LaunchError
-from permafrost.launcher.mesh import RANK_VARIABLES, World
+from permafrost.launcher.mesh import RANK_VARIABLES, RENDEZVOUS_VARIABLES, World
 
 if TYPE_CHECKING:
     from permafrost.data.types import Batch
@@ -183,8 +182,7 @@ def check_accelerate_environment(environ: Mapping[str, str], precision: str) -> 
         if is_true(environ.get(name)):
             raise LaunchError(
                 f"{name} is {environ[name]!r}: heads are not trained with {words}; choose MULTI_GPU or DEEPSPEED in "
-                "the "
-                "configuration given to accelerate launch (configs/accelerate/single_node.yaml works)"
+                "the configuration given to accelerate launch (configs/accelerate/single_node.yaml works)"
             )
     dynamo = environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if dynamo.lower() not in ("", "no"):
@@ -197,22 +195,25 @@ def check_accelerate_environment(environ: Mapping[str, str], precision: str) -> 
     if wanted != precision:
         raise LaunchError(
             f"ACCELERATE_MIXED_PRECISION is {mixed!r} but the head's compute is in {precision} (engine.precision): "
-            "change "
-            "engine.precision, or say mixed_precision: 'no' in the configuration given to accelerate launch"
+            "change engine.precision, or say mixed_precision: 'no' in the configuration given to accelerate launch"
         )
 
 
 @contextlib.contextmanager
 def _environment_of(world: World) -> Iterator[None]:
-    """Hide the rank variables of a world of one from Accelerate, which otherwise builds a process group and DDP for it.
+    """Show Accelerate the launcher's variables as they should be, and undo what it writes into them.
 
-    `torchrun --nproc_per_node 1` sets them, and so does a DeepSpeed engine of an earlier run in this process.
+    From the rank variables of a world of one, which torchrun and a DeepSpeed engine of an earlier run in this process
+    set, it would build a process group and DDP. On a CPU it writes a guess (1) into LOCAL_WORLD_SIZE.
     """
-    if world.world_size > 1 or (dist.is_initialized() and dist.get_world_size() > 1):
-        yield
-        return
-    hidden = {name: os.environ.pop(name) for name in RANK_VARIABLES if name in os.environ}
+    names = (*RANK_VARIABLES, *RENDEZVOUS_VARIABLES, "LOCAL_WORLD_SIZE")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    if world.world_size == 1:
+        for name in RANK_VARIABLES:
+            os.environ.pop(name, None)
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)

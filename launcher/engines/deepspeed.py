@@ -90,15 +90,14 @@ class DeepSpeedEngine:
         )
         self.name = (
             f"deepspeed (ZeRO {self._stage} over {world.world_size} process(es), {self.precision}, "
-            f"{self._accumulation} "
-            f"micro-batch(es) a step{', optimizer on the CPU' if offloads else ''}; {self.settings_source})"
+            f"{self._accumulation} micro-batch(es) a step{', optimizer on the CPU' if offloads else ''}; "
+            f"{self.settings_source})"
         )
 
     def __call__(self, features: Sequence[Tensor], batch: Batch, counts: LossCounts) -> Any:
         """See Engine. In evaluation ZeRO 1 and 2 run the raw head; ZeRO 3 gathers its parameters, collectively."""
         if self.head.training:
-            # The reduction of stage 1 and the hand-over to the optimizer happen in the backward of the last
-            # micro-batch.
+            # Stage 1 reduces, and all stages hand over to the optimizer, in the last micro-batch's backward.
             self._engine.set_gradient_accumulation_boundary(self._num_backward == self._accumulation - 1)
             return self._engine(features, batch, counts)
         with torch.no_grad():
@@ -169,8 +168,7 @@ def start_deepspeed(world: World) -> Any:
     if device.type == "cuda" and device.index not in (None, world.local_rank):
         raise LaunchError(
             f"device is {device} but DeepSpeed takes device number LOCAL_RANK ({world.local_rank}): choose the GPU "
-            "with "
-            f"CUDA_VISIBLE_DEVICES={device.index} and --device cuda"
+            f"with CUDA_VISIBLE_DEVICES={device.index} and --device cuda"
         )
     if world.world_size == 1:
         complete_single_process(os.environ)

@@ -50,13 +50,17 @@ RECIPE_SECTIONS = {
 }
 """Sections whose subject the recipe owns, and where."""
 
-ZERO_UNSUPPORTED = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients", "zenflow")
-"""ZeRO's variants whose partitions the exchange of states does not know."""
+ZERO_UNSUPPORTED = {
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_weights": False,
+    "zero_quantized_gradients": False,
+    "zenflow": None,
+}
+"""ZeRO's variants whose partitions the exchange of states does not know, with the value that switches each off."""
 
 
 def read_settings(engine: EngineConfig, environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """(the JSON's content, where it came from): the recipe's file, else Accelerate's, else the shipped one of the
-    stage.
+    """(the JSON's content, where it came from): the recipe's file, else Accelerate's, else the stage's shipped one.
 
     Raises:
         LaunchError: the file is missing or malformed, or recipe and Accelerate name different stages.
@@ -74,23 +78,23 @@ def read_settings(engine: EngineConfig, environ: Mapping[str, str]) -> tuple[dic
         if name not in SHIPPED:
             raise LaunchError(f"Accelerate's zero_stage is {stage}: give 1, 2 or 3")
         settings, source = load_json(name), f"configs/deepspeed/{name}.json"
-    for key, value in launcher.items():
-        if key == "zero_optimization":
-            section = settings.setdefault(key, {})
-            for name, wish in value.items():
-                found = section.setdefault(name, wish)
-                if found != wish:
-                    raise LaunchError(
-                        f"Accelerate's configuration asks for zero_optimization.{name} {wish} but {source} says "
-                        f"{found}: "
-                        "say it in one of the two"
-                    )
-        elif settings.setdefault(key, value) != value:
-            raise LaunchError(
-                f"Accelerate's configuration asks for {key} {value} but {source} says {settings[key]}: say it in one "
-                "of the two"
-            )
+    _add_wishes(settings, launcher, source)
     return settings, source
+
+
+def _add_wishes(settings: dict[str, Any], wishes: Mapping[str, Any], source: str, prefix: str = "") -> None:
+    """Complete settings with what Accelerate asks for, section by section; what they say already must agree."""
+    for key, wish in wishes.items():
+        found = settings.setdefault(key, copy.deepcopy(wish))
+        if isinstance(wish, dict) and isinstance(found, dict):
+            _add_wishes(found, wish, source, f"{prefix}{key}.")
+        elif found not in (wish, "auto"):
+            raise LaunchError(
+                f"Accelerate's configuration asks for {prefix}{key} {wish} but {source} says {found}: say it in one of "
+                "the two"
+            )
+        else:
+            settings[key] = wish
 
 
 def load_json(name: str) -> dict[str, Any]:
@@ -157,8 +161,7 @@ def merge_settings(
         if merged.setdefault(key, value) != value:
             raise LaunchError(
                 f"{source} sets {key} to {merged[key]} but the recipe says {value} ({owner}): take {key} out of the "
-                "JSON, or "
-                "change the recipe"
+                "JSON, or change the recipe"
             )
     for key, owner in RECIPE_SECTIONS.items():
         section = merged.pop(key, None)
@@ -196,8 +199,8 @@ def _zero_section(section: Any, source: str, zero_stage: int | None) -> dict[str
             f"{source} sets zero_optimization.stage to {stage} but engine.zero_stage is {zero_stage}: leave one of "
             "them out"
         )
-    for key in ZERO_UNSUPPORTED:
-        if section.get(key) not in (None, False, 1):
+    for key, off in ZERO_UNSUPPORTED.items():
+        if section.get(key) not in (None, off):
             raise LaunchError(f"{source} sets zero_optimization.{key} to {section[key]}: heads are not trained with it")
     offload_parameters = (section.get("offload_param") or {}).get("device", "none")
     if offload_parameters != "none":

@@ -94,11 +94,10 @@ def drop_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
     zero = engine.optimizer
     zero.zero_grad(set_to_none=True)
     if _is_stage3(engine):
-        # The next micro-batch overwrites the partition buffers rather than adding to them.
-        zero.micro_step_id = 0
         zero.averaged_gradients = {}
         offloads = zero.offload_optimizer
     else:
+        # Offloaded gradients: the next micro-batch overwrites rather than adds.
         zero.micro_step_id = -1
         zero.ready_for_gradients = False
         for key in zero.averaged_gradients:

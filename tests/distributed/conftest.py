@@ -27,8 +27,8 @@ LAUNCHER_VARIABLES = (
 )
 
 
-def clean_environment() -> dict[str, str]:
-    """The environment without another launcher's variables, on the CPU, with this interpreter's programs found first."""
+def make_clean_environment() -> dict[str, str]:
+    """The environment without another launcher's variables, on the CPU, this interpreter's programs found first."""
     dropped = (*LAUNCHER_VARIABLES, "DS_ACCELERATOR")
     environ = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith(("ACCELERATE_", "SLURM_"))}
     environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1")
@@ -36,7 +36,7 @@ def clean_environment() -> dict[str, str]:
     return environ
 
 
-def run_command(commands: list[list[str]], environs: list[dict[str, str]], timeout: float) -> list[tuple[int, str]]:
+def run_processes(commands: list[list[str]], environs: list[dict[str, str]], timeout: float) -> list[tuple[int, str]]:
     """Run processes side by side: (exit code, output) of each.
 
     When one fails, the others get a few seconds and are ended, as they would wait for it; past the limit all are ended.
@@ -67,10 +67,28 @@ def run_command(commands: list[list[str]], environs: list[dict[str, str]], timeo
     return results
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def clean_environment() -> Callable[[], dict[str, str]]:
+    """clean_environment(): variables for a process that no launcher of this session's own decides."""
+    return make_clean_environment
+
+
+@pytest.fixture(scope="session")
+def run_command() -> Callable[..., list[tuple[int, str]]]:
+    """run_command(commands, environs, timeout): (exit code, output) of processes side by side."""
+    return run_processes
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """free_port(): a TCP port that nothing listens on."""
+    return find_free_port
 
 
 @pytest.fixture(scope="session")
@@ -80,13 +98,13 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable:
     def run(script: str, num_ranks: int, arguments: dict | None = None, *, timeout: float = 180.0) -> dict:
         result = tmp_path_factory.mktemp("ranks") / "result.pt"
         command = [sys.executable, str(HERE / script), json.dumps({**(arguments or {}), "result": str(result)})]
-        environs = [clean_environment() for _ in range(num_ranks)]
+        environs = [make_clean_environment() for _ in range(num_ranks)]
         if num_ranks > 1:
-            port = str(free_port())
+            port = str(find_free_port())
             for rank, environ in enumerate(environs):
                 environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
                 environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        outcomes = run_command([command] * num_ranks, environs, timeout)
+        outcomes = run_processes([command] * num_ranks, environs, timeout)
         if any(code != 0 for code, _ in outcomes):
             told = [f"--- rank {rank}: exit {code}\n{text[-6000:]}" for rank, (code, text) in enumerate(outcomes)]
             headline = f"{script} on {num_ranks} rank(s) failed or took over {timeout} s"

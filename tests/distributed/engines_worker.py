@@ -93,6 +93,9 @@ def skipping(world, kind: str, **engine) -> dict:
         for part in micro[:num_backward]:
             built.backward(sum(built(*part).values()))
         built.skip_step()
+    for part in micro:
+        built.backward(sum(built(*part).values()) * float("nan"))
+    built.skip_step()
     reports = []
     for bad in (float("nan"), float("inf")):
         # One rank's last micro-batch is enough.
@@ -100,6 +103,9 @@ def skipping(world, kind: str, **engine) -> dict:
             loss = sum(built(*part).values())
             built.backward(loss * bad if index and world.rank == world.world_size - 1 else loss)
         reports.append(built.step(0.1))
+    # Right before a real step: an unfinished one must not be added to it.
+    built.backward(sum(built(*micro[0]).values()))
+    built.skip_step()
     after = built.export_state()
     after.buffers = before.buffers  # counts forwards, which were made
     return {
@@ -130,7 +136,7 @@ def evaluating(world, kind: str) -> dict:
 
 
 def counting(world, kind: str) -> dict:
-    """Every micro-batch goes forward without gradients before the step, as in a loop that counts over a global batch."""
+    """Every micro-batch goes forward without gradients before the step, as in a loop that counts first."""
     engine = build(world, kind, accumulation=2)
     steps = []
     for step in range(4):
@@ -198,6 +204,11 @@ def main() -> None:
         result["offloading"] = offloading(world, args["folder"])
         result["bfloat16"] = {kind: bfloat16(world, kind) for kind in KINDS}
     result["continued"] = continuations(world, sources)
+    if world.world_size == 1:
+        # A second run in the same process.
+        world.close()
+        world = init_world("cpu", timeout=60)
+        result["reopened"] = {kind: run(build(world, kind), world, 0, 4) for kind in KINDS}
     save_result(world, args["result"], result)
     world.close()
 

@@ -247,6 +247,11 @@ def test_offloaded_optimizer(results, reference, stage, size):
     assert largest_difference(skipped["steps"], reference["steps"][:4]) < 1e-5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_run_in_one_process(results, reference, kind):
+    assert largest_difference(results[1]["reopened"][kind], reference["steps"][:4]) < 1e-5
+
+
 def test_world(results):
     one, two = results[1]["mesh"], results[2]["mesh"]
     assert two["mean"] == {"a": 5e8 + 1e-9, "b": 0.5}

@@ -91,7 +91,7 @@ def test_lazy_exports_all_resolve():
 
 @pytest.mark.parametrize("classes", [(), "circle"])
 def test_build_refuses_missing_classes(spec, classes, small_config):
-    with pytest.raises(HeadError, match="classes is .*at least one"):
+    with pytest.raises(HeadError, match=r"classes is .*at least one"):
         small_config().build(spec=spec, classes=classes)
 
 

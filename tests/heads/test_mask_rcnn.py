@@ -1,4 +1,4 @@
-"""The whole head: parity with torchvision's parts, counts, a graph that does not depend on the data, precision, results."""
+"""The whole head: parity with torchvision, counts, a graph that does not depend on the data, precision, results."""
 
 from __future__ import annotations
 
@@ -31,9 +31,6 @@ def build(config, spec, classes, *, seed=0, spread=0.05):
         for parameter in head.parameters():
             parameter.add_(torch.randn_like(parameter) * spread)
     return head
-
-
-# --- parity with torchvision ----------------------------------------------------------------------------------------
 
 
 class SameSampler:
@@ -182,9 +179,6 @@ def test_detections_equal_torchvision(parity_config, spec, classes, make_batch, 
         torch.testing.assert_close(found.masks, wanted["masks"][:, 0], rtol=1e-4, atol=1e-5)
 
 
-# --- counts ---------------------------------------------------------------------------------------------------------
-
-
 def test_counts_are_asked_for_in_a_fixed_order(small_config, spec, classes, make_batch, make_features):
     for objects in ((4, 2), (0, 0)):
         asked = []
@@ -236,9 +230,6 @@ def test_two_halves_equal_the_whole(small_config, spec, classes, make_batch, mak
         torch.testing.assert_close((parts[0][name] + parts[1][name]) / 2, whole[name], rtol=1e-10, atol=1e-12)
     for name, expected in gradients(head).items():
         torch.testing.assert_close(averaged[name], expected, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
-
-
-# --- a graph that does not depend on the data -------------------------------------------------------------------------
 
 
 def run_counting(head, *args):
@@ -304,9 +295,6 @@ def test_no_proposal_survives(small_config, spec, classes, make_batch, make_feat
     assert [len(result.boxes) for result in results] == [0, 0]
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
-
-
 def test_results_are_typed_clipped_and_sorted(small_config, spec, classes, make_batch, make_features):
     head = build(small_config(box=BoxHeadConfig(fc_channels=24, score_threshold=0.01)), spec, classes).eval()
     batch = make_batch((4, 2), size=(70, 81))
@@ -346,9 +334,6 @@ def test_an_image_is_judged_alike_in_any_batch(small_config, spec, classes, make
             alone = head([x[[i]] for x in features], select(batch, [i]))[0]
             torch.testing.assert_close(alone.boxes, together[i].boxes)
             torch.testing.assert_close(alone.masks, together[i].masks)
-
-
-# --- determinism and precision ------------------------------------------------------------------------------------------
 
 
 def test_losses_depend_on_keys_alone(small_config, spec, classes, make_batch, make_features, select):
@@ -422,9 +407,6 @@ def test_proposals_are_not_learned_through(small_config, spec, classes, make_bat
     assert all(parameter.grad.any() for parameter in head.neck.lateral.parameters())
 
 
-# --- learning -----------------------------------------------------------------------------------------------------------
-
-
 def test_it_learns_two_images_by_heart(spec, classes, make_batch, make_features, small_config):
     """Random features, two images: after some steps every object is found, with its class, box and mask."""
     config = small_config(
@@ -437,16 +419,17 @@ def test_it_learns_two_images_by_heart(spec, classes, make_batch, make_features,
             num_proposals_train=60,
             num_proposals_test=60,
         ),
-        box=BoxHeadConfig(fc_channels=64, num_samples=32),
+        box=BoxHeadConfig(fc_channels=128, num_samples=32),
         mask=MaskHeadConfig(num_convs=1, channels=32),
     )
     torch.manual_seed(0)
     head = config.build(spec=spec, classes=classes)
-    batch, features = make_batch((3, 2)), make_features()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 240)
+    # Five objects that do not overlap.
+    batch, features = make_batch((3, 2), first=16), make_features(first=16)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
     history = []
-    for step in range(240):
+    for step in range(300):
         batch.keys = [replace(key, epoch=step) for key in batch.keys]
         loss = sum(head(features, batch).values())
         optimizer.zero_grad()

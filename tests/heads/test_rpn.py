@@ -1,4 +1,4 @@
-"""Anchors re-derived, and the region proposal network against torchvision's with the same weights, anchors and samples."""
+"""Anchors re-derived, and the proposal network against torchvision's with the same weights, anchors and samples."""
 
 from __future__ import annotations
 

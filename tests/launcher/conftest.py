@@ -1,4 +1,5 @@
-"""A tiny run for the tests of the launcher: random nano backbone, a world of 64-pixel images, a Mask R-CNN of 35 thousand parameters."""
+"""A tiny run for the tests of the launcher: random nano backbone, a world of 64-pixel images, a Mask R-CNN of 35
+thousand parameters."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ NUM_TRAIN = 12
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Experiment]:
-    """tiny(output="run", num_steps=..., heads=..., **loop fields): a complete experiment; it trains in well under a second."""
+    """tiny(output="run", num_steps=..., heads=..., **loop fields): a complete experiment; it trains in well under a
+    second."""
 
     def build(
         output: str | None = "run",
@@ -67,7 +69,9 @@ def tiny(tmp_path: Path) -> Callable[..., Experiment]:
 
 def tiny_data(**fields: object) -> ShapesDataConfig:
     world = ShapesWorld(num_train=NUM_TRAIN, num_val=5, image_side=64, objects=(1, 4))
-    return ShapesDataConfig(**{"image_size": 64, "world": world, "jitter": JitterConfig(scale_range=(0.7, 1.3)), **fields})
+    return ShapesDataConfig(
+        **{"image_size": 64, "world": world, "jitter": JitterConfig(scale_range=(0.7, 1.3)), **fields}
+    )
 
 
 def tiny_head(model: MaskRCNNConfig | None = None, **optimizer: object) -> HeadExperiment:

@@ -1,4 +1,7 @@
-"""The loop: determinism, resuming, several heads, accumulation, the frozen backbone, faults. Small real runs, each well under a second."""
+"""The loop: determinism, resuming, several heads, accumulation, the frozen backbone, faults.
+
+Small real runs, each well under a second.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 import permafrost.launcher.checkpoint
 import permafrost.launcher.session
 import permafrost.launcher.train as loop
+from permafrost.data.config import CocoDataConfig
 from permafrost.data.errors import DataError
 from permafrost.data.sampler import GlobalStream
 from permafrost.data.types import DetectionResult
@@ -101,8 +105,8 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
     assert not different
 
 
-def kill_after(monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
-    """The next run dies once it has done `num_steps` steps of its own."""
+def train_killed(monkeypatch: pytest.MonkeyPatch, experiment: Experiment, num_steps: int) -> None:
+    """Train; the run dies once it has done `num_steps` steps of its own, before anything is saved after the last of them."""
     original, calls = loop.track_replaced, []
 
     def counted(*arguments: object) -> None:
@@ -111,7 +115,10 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
         if len(calls) == num_steps:
             raise Killed
 
-    monkeypatch.setattr(loop, "track_replaced", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "track_replaced", counted)
+        with pytest.raises(Killed):
+            train(experiment)
 
 
 def keys_of_steps(steps: list[int], global_batch: int = 2, seed: int = 0) -> list[tuple[int, int]]:
@@ -134,7 +141,7 @@ def test_a_seed_decides_everything_whatever_the_number_of_workers(tiny: Callable
 @pytest.mark.parametrize(
     ("num_done", "resumed_from"),
     [
-        pytest.param([4], 4, id="at a checkpoint, within the first epoch"),
+        pytest.param([5], 4, id="right after a checkpoint within the first epoch"),
         pytest.param([7], 6, id="after a checkpoint at the end of the first epoch"),
         pytest.param([9], 8, id="within the second epoch and a log window"),
         pytest.param([3, 3], 4, id="twice within one epoch"),
@@ -148,9 +155,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(
     whole, stopped = tiny("whole", **fields), tiny("stopped", **fields)
     expected = train(whole)
     for number in num_done:
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill_after(patch, number)
-            train(stopped)
+        train_killed(monkeypatch, stopped, number)
     assert train(stopped) == expected
     assert losses(stopped.output) == losses(whole.output)
     assert_same_bits(tensors(stopped.output, 11), tensors(whole.output, 11))
@@ -221,6 +226,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(
     tiny: Callable[..., Experiment],
     make_head: Callable[..., HeadExperiment],
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     def experiment(output: str, accumulation: int) -> Experiment:
         built = tiny(output, num_steps=1, global_batch=4, heads={"detection": make_head(clip_norm=None)})
@@ -230,8 +236,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(
     for accumulation in (2, 4):
         split = gradients_of_first_step(experiment(f"split{accumulation}", accumulation))
         assert relative_difference(split, whole) < 1e-5
-        for found, expected in zip(losses(f"{tiny().output}/../split{accumulation}")[0], losses(f"{tiny().output}/../whole")[0]):
-            assert found == pytest.approx(expected, rel=1e-5)
+        (found,), (expected,) = losses(tmp_path / f"split{accumulation}"), losses(tmp_path / "whole")
+        assert found == pytest.approx(expected, rel=1e-5)
 
     # With each micro-batch's own counts it would be another gradient: the test can tell.
     class OwnCounts:
@@ -283,29 +289,25 @@ def test_the_backbone_is_the_same_after_training(
 def test_the_learning_rate_that_is_used_is_the_scheduled_and_scaled_one(
     tiny: Callable[..., Experiment], make_head: Callable[..., HeadExperiment]
 ) -> None:
-    # 2e-3 at 4 images, 2 images: 1e-3. Warm-up over 2 of 8 steps from a thousandth; a tenth from step 4, a hundredth from step 6.
+    # 2e-3 at 4 images, 2 images: 1e-3. Warm-up over 2 of 8 steps from a thousandth; a tenth from step 4, a hundredth
+    # from step 6.
     expected = [1e-6, 1e-3 * (0.001 + 0.999 / 2), 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5]
     experiment = tiny()
     train(experiment)
     assert [line["detection/learning_rate"] for line in metrics(experiment.output)] == pytest.approx(expected, rel=1e-9)
-    # Without decay and clipping AdamW's first step moves a weight by the rate times g / (|g| + eps).
-    plain = tiny("plain", num_steps=1, heads={"detection": make_head(weight_decay=0.0, clip_norm=None)}, checkpoint_every=1)
-    fast = dataclasses.replace(plain.heads["detection"].schedule, warmup_steps=0)
-    plain.heads["detection"].schedule = fast
-    train(plain)
-    after = tensors(plain.output, 1)
-    name = "box.classifier.weight"
-    gradient = after[f"optimizer/exp_avg.{name}"] / 0.1
-    torch.manual_seed(0)
-    plain2 = dataclasses.replace(plain, output=plain.output + "2", loop=dataclasses.replace(plain.loop, num_steps=1))
-    plain2.heads = {"detection": dataclasses.replace(plain.heads["detection"])}
-    plain2.heads["detection"].optimizer = dataclasses.replace(plain.heads["detection"].optimizer, learning_rate=4e-3)
-    train(plain2)
-    twice = tensors(plain2.output, 1)
-    step = gradient / (gradient.abs() + 1e-8)
-    # w1 = w0 - lr * s, w2 = w0 - 2 lr * s: their difference is lr * s.
-    difference = after[f"head/{name}"] - twice[f"head/{name}"]
-    assert torch.allclose(difference, 1e-3 * step, atol=1e-7)
+    # That rate is what moves the weights: AdamW's first step, without decay, is -rate * g / (|g| + eps), and g =
+    # exp_avg / 0.1.
+    name, after = "box.classifier.weight", {}
+    for scale in (1.0, 2.0):
+        head = make_head(weight_decay=0.0, clip_norm=None, learning_rate=2e-3 * scale)
+        head.schedule = dataclasses.replace(head.schedule, warmup_steps=0, milestones=())
+        one_step = tiny(f"scale{scale}", num_steps=1, heads={"detection": head})
+        train(one_step)
+        after[scale] = tensors(one_step.output, 1)
+    gradient = after[1.0][f"optimizer/exp_avg.{name}"].double() / 0.1
+    moved = after[1.0][f"head/{name}"].double() - after[2.0][f"head/{name}"].double()
+    assert gradient.abs().max() > 1e-3
+    assert torch.allclose(moved, 1e-3 * gradient / (gradient.abs() + 1e-8), rtol=1e-3, atol=1e-7)
 
 
 def test_one_step_without_a_finite_loss_is_skipped_and_counted(
@@ -317,7 +319,11 @@ def test_one_step_without_a_finite_loss_is_skipped_and_counted(
     assert [line["detection/skipped_steps"] for line in metrics(experiment.output)] == [0, 0, 0, 1, 1, 1, 1, 1]
     assert [step for step, line in enumerate(metrics(experiment.output)) if "detection/loss" not in line] == [3]
     before, after = tensors(experiment.output, 3), tensors(experiment.output, 4)
-    assert all(torch.equal(before[name], after[name]) for name in before if "norm.running" not in name and "num_batches" not in name)
+    assert all(
+        torch.equal(before[name], after[name])
+        for name in before
+        if "norm.running" not in name and "num_batches" not in name
+    )
     assert "the loss of step 4 is not finite" in capsys.readouterr().err
     state = json.loads((Path(experiment.output) / "checkpoints/step_00000008/state.json").read_text())
     assert state["heads"]["detection"]["optimizer_step"] == 7
@@ -360,18 +366,18 @@ def test_a_stopped_head_stays_stopped_when_the_run_resumes(
     stopped, whole = tiny("stopped", heads=heads, **fields), tiny("whole", heads=heads, **fields)
     with pytest.raises(HeadStopped):
         train(whole)
-    for number in (4, 5):
+    for number in (5, 5):
         # First in the middle of the bad steps, with two of the three already counted, then after the stop.
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill_after(patch, number)
-            train(stopped)
+        train_killed(monkeypatch, stopped, number)
     with pytest.raises(HeadStopped, match=r"fragile \(after step 5\)"):
         train(stopped)
     assert_same_bits(tensors(stopped.output, 10), tensors(whole.output, 10))
     assert [start["start_step"] for start in read_json_lines(Path(stopped.output) / "provenance.jsonl")] == [0, 4, 8]
 
 
-def test_when_no_head_is_left_the_run_ends(tiny: Callable[..., Experiment], make_head: Callable[..., HeadExperiment]) -> None:
+def test_when_no_head_is_left_the_run_ends(
+    tiny: Callable[..., Experiment], make_head: Callable[..., HeadExperiment]
+) -> None:
     head = make_head(ProbeConfig(bad=tuple(keys_of_steps([2, 3, 4]))))
     experiment = tiny(heads={"detection": head}, num_steps=1000, checkpoint_every=2)
     with pytest.raises(HeadStopped, match=r"detection \(after step 5\)"):
@@ -412,9 +418,7 @@ def test_a_corrupt_image_is_replaced_counted_and_left_as_it_is(
     assert images[5].read_bytes() == broken
     # A resumed run goes on counting from where it was.
     resumed = tiny("c", **fields)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, 7)
-        train(resumed)
+    train_killed(monkeypatch, resumed, 7)
     train(resumed)
     assert [line["data/replaced_images"] for line in metrics(resumed.output)] == [
         line["data/replaced_images"] for line in metrics(first.output)
@@ -433,9 +437,7 @@ def test_too_many_corrupt_images_stop_the_run(
 
 def test_another_backbone_is_refused(tiny: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = tiny()
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, 5)
-        train(experiment)
+    train_killed(monkeypatch, experiment, 5)
     # The same recipe, but the weights behind its name have changed.
     original = BackboneConfig.build
 
@@ -455,9 +457,7 @@ def test_a_damaged_newest_checkpoint_costs_its_interval_only(
 ) -> None:
     whole, damaged = tiny("whole", checkpoint_every=2), tiny("damaged", checkpoint_every=2)
     train(whole)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, 7)
-        train(damaged)
+    train_killed(monkeypatch, damaged, 7)
     newest = Path(damaged.output) / "checkpoints/step_00000006/detection/head.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     capsys.readouterr()
@@ -488,23 +488,28 @@ def test_a_run_that_has_ended_is_not_run_again(
 def test_an_evaluation_that_was_cut_off_is_made_up_for(
     tiny: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = {"evaluate_every": 4}
-    whole, stopped = tiny("whole", **fields), tiny("stopped", **fields)
+    whole, stopped = tiny("whole", evaluate_every=4), tiny("stopped", evaluate_every=4)
     expected = train(whole)
-    for _ in range(2):
-        # Once in the evaluation of step 4, then in that of step 8: the checkpoint is there, its score is not.
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            original, calls = permafrost.launcher.session.evaluate_heads, []
+    original = permafrost.launcher.session.evaluate_heads
 
-            def dying(*arguments: object, original=original, calls=calls, **fields: object):
-                calls.append(None)
-                if len(calls) == (1 if not (Path(stopped.output) / "evaluations.jsonl").exists() else 2):
-                    raise Killed
-                return original(*arguments, **fields)
+    def train_dying_in_evaluation(number: int) -> None:
+        calls = []
 
+        def dying(*arguments: object, **fields: object) -> object:
+            calls.append(None)
+            if len(calls) == number:
+                raise Killed
+            return original(*arguments, **fields)
+
+        with monkeypatch.context() as patch:
             patch.setattr(permafrost.launcher.session, "evaluate_heads", dying)
-            (Path(stopped.output)).mkdir(exist_ok=True)
-            train(stopped)
+            with pytest.raises(Killed):
+                train(stopped)
+
+    train_dying_in_evaluation(1)  # of step 4: the checkpoint is there, its score is not
+    assert not (Path(stopped.output) / "evaluations.jsonl").exists()
+    train_dying_in_evaluation(2)  # of step 8, after that of step 4 was made up for
+    assert len(read_json_lines(Path(stopped.output) / "evaluations.jsonl")) == 1
     assert train(stopped) == expected
     for file in ("evaluations.jsonl", "best", "final.json"):
         assert (Path(stopped.output) / file).read_text() == (Path(whole.output) / file).read_text()
@@ -576,7 +581,20 @@ def test_an_unwritable_output_is_refused_before_anything_is_built(
         train(tiny("file/run"))
 
 
-def test_the_run_folder_says_what_was_chosen(tiny: Callable[..., Experiment], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_at_the_start_leaves_no_run_behind(
+    tiny: Callable[..., Experiment], make_data: Callable[..., object], tmp_path: Path
+) -> None:
+    missing = tiny(data=CocoDataConfig(root=str(tmp_path / "nowhere")))
+    with pytest.raises(DataError, match="nowhere"):
+        train(missing)
+    assert not Path(missing.output).exists()
+    # The mended command is another recipe, for the same folder.
+    assert train(tiny(num_steps=1)).keys() == {"detection"}
+
+
+def test_the_run_folder_says_what_was_chosen(
+    tiny: Callable[..., Experiment], capsys: pytest.CaptureFixture[str]
+) -> None:
     experiment = tiny(num_steps=2, image_every=1, log_every=2)
     train(experiment)
     (start,) = read_json_lines(Path(experiment.output) / "provenance.jsonl")
@@ -586,7 +604,9 @@ def test_the_run_folder_says_what_was_chosen(tiny: Callable[..., Experiment], ca
     assert start["num_images"] == {"train": NUM_TRAIN, "val": 5}
     assert start["parameters"]["backbone"]["trainable"] == 0
     assert start["parameters"]["detection"]["trainable"] == start["parameters"]["detection"]["all"] > 10_000
-    assert start["versions"]["torch"] == torch.__version__.split("+")[0] or start["versions"]["torch"] == torch.__version__
+    assert (
+        start["versions"]["torch"] == torch.__version__.split("+")[0] or start["versions"]["torch"] == torch.__version__
+    )
     assert start["command"] == sys.argv
     printed = capsys.readouterr().out
     for line in start["lines"]:
@@ -594,7 +614,14 @@ def test_the_run_folder_says_what_was_chosen(tiny: Callable[..., Experiment], ca
     assert start["backbone"]["fingerprint"][:12] in printed
     assert "step 1/2" in printed
     (line,) = metrics(experiment.output)
-    for tag in ("speed/images_per_second", "time/step", "time/data_wait", "time/backbone", "time/heads", "memory/host_gib"):
+    for tag in (
+        "speed/images_per_second",
+        "time/step",
+        "time/data_wait",
+        "time/backbone",
+        "time/heads",
+        "memory/host_gib",
+    ):
         assert line[tag] > 0
     parts = sum(line[f"time/{part}"] for part in ("data_wait", "backbone", "heads"))
     assert parts <= line["time/step"]

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+from permafrost.model import swin
 from permafrost.model.errors import BackboneError
 from permafrost.model.spec import SWINV2_SIZES, SwinV2Size
 from permafrost.model.swin import SwinV2, SwinV2Classifier, WindowAttention
@@ -214,6 +215,30 @@ def test_folded_equals_unfolded(randomise, size) -> None:
     assert not attention.folded
     with torch.no_grad():
         assert model(images.float())[3].dtype == torch.float32
+
+
+def test_many_windows_are_attended_in_several_calls(randomise, monkeypatch) -> None:
+    model = randomise(SwinV2(SMALL, window_size=4)).double().eval()
+    images = torch.randn(2, 3, 61, 90, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(images)
+        monkeypatch.setattr(swin, "MAX_WINDOWS_PER_CALL", 7)
+        found = model(images)
+    assert all(torch.allclose(one, two, rtol=0, atol=1e-12) for one, two in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scale_to_length_of_tiny_and_of_zero_vectors(dtype) -> None:
+    """Squares of the tiny ones vanish in half precision; zero, the key of a padded token, stays zero."""
+    vectors = (torch.randn(5, 32, generator=torch.Generator().manual_seed(0)) * 1e-4).to(dtype)
+    vectors[2] = 0
+    vectors.requires_grad_()
+    scaled = swin.scale_to_length(vectors, 10.0)
+    assert scaled.dtype == dtype
+    assert scaled.float().norm(dim=-1).tolist() == pytest.approx([10, 10, 0, 10, 10], rel=2e-3)
+    scaled.float().sum().backward()
+    assert torch.isfinite(vectors.grad).all()
+    assert not vectors.grad[2].any()
 
 
 def test_gradients_are_those_of_the_loss(randomise) -> None:

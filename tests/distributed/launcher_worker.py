@@ -1,0 +1,35 @@
+"""Two steps of a small head under whatever launcher started this; the recipe leaves the engine open."""
+
+from __future__ import annotations
+
+import os
+
+from common import GLOBAL_BATCH, SmoothHead, arguments, save_result, train_step
+
+from permafrost.launcher.engine import build_engine, choose_engine
+from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
+from permafrost.launcher.mesh import init_world
+
+
+def main() -> None:
+    args = arguments()
+    world = init_world(timeout=60)
+    config = EngineConfig(**args.get("engine", {}))
+    kind, reason = choose_engine(config)
+    engine = build_engine(
+        SmoothHead(), optimizer=OptimizerConfig(), engine=config, world=world, global_batch=GLOBAL_BATCH
+    )
+    engine.train()
+    steps = []
+    for step in range(2):
+        losses, report = train_step(engine, world, step, 1)
+        steps.append({**losses, "grad_norm": report.grad_norm})
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    ranks = world.gather_objects({name: os.environ.get(name) for name in names})
+    result = {"kind": kind, "reason": reason, "engine": engine.name, "steps": steps, "ranks": ranks}
+    save_result(world, args["result"], {**result, "world": world.describe()})
+    world.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Steps of a small Mask R-CNN on random features, under every engine, on however many ranks this was started."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from common import arguments, save_result
+from engines_worker import KINDS
+
+from permafrost.data.types import Batch, DetectionTarget, SampleKey
+from permafrost.heads.base import world_mean_counts
+from permafrost.heads.config import (
+    BoxHeadConfig,
+    FPNConfig,
+    MaskHeadConfig,
+    MaskRCNNConfig,
+    PoolingConfig,
+    RPNConfig,
+)
+from permafrost.launcher.engine import build_engine
+from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
+from permafrost.launcher.mesh import init_world
+from permafrost.model.spec import FeatureSpec
+
+GLOBAL_BATCH = 4
+SIDE = 64
+SPEC = FeatureSpec(channels=(6, 8, 10, 12), strides=(4, 8, 16, 32))
+CONFIG = MaskRCNNConfig(
+    neck=FPNConfig(channels=16),
+    rpn=RPNConfig(
+        num_samples=32, num_pre_nms_train=60, num_pre_nms_test=30, num_proposals_train=30, num_proposals_test=15
+    ),
+    pooling=PoolingConfig(sampling_ratio=1, canonical_size=64),
+    box=BoxHeadConfig(num_samples=32, fc_channels=16, num_detections=8, score_threshold=0.02),
+    mask=MaskHeadConfig(num_convs=1, channels=8, resolution=7),
+)
+
+
+def make_head(double: bool):
+    torch.manual_seed(0)
+    head = CONFIG.build(spec=SPEC, classes=["circle", "square", "star"])
+    return head.double() if double else head
+
+
+def image(step: int, index: int, num_boxes: int) -> tuple[list[torch.Tensor], DetectionTarget]:
+    """Random feature maps, and boxes with rectangular masks, of one image of one step."""
+    draw = SampleKey(11, step, index).generator("image")
+    maps = [
+        torch.randn(channels, SIDE // stride, SIDE // stride, generator=draw)
+        for channels, stride in zip(SPEC.channels, SPEC.strides)
+    ]
+    corners = torch.rand(num_boxes, 2, generator=draw) * 30
+    boxes = torch.cat([corners, corners + 8 + torch.rand(num_boxes, 2, generator=draw) * 20], dim=1)
+    rows = torch.arange(SIDE) + 0.5
+    inside = [(rows >= boxes[:, low, None]) & (rows < boxes[:, low + 2, None]) for low in (0, 1)]
+    target = DetectionTarget(
+        image_id=index,
+        boxes=boxes,
+        labels=torch.randint(3, (num_boxes,), generator=draw),
+        masks=inside[1][:, :, None] & inside[0][:, None, :],
+        ignore_boxes=torch.zeros(0, 4),
+        size=(SIDE, SIDE),
+        original_size=(SIDE, SIDE),
+    )
+    return maps, target
+
+
+def local_batch(world, step: int, num_boxes: tuple[int, ...], double: bool = False):
+    """This rank's contiguous share of a step's images; `num_boxes` of each image of the global batch."""
+    size = GLOBAL_BATCH // world.world_size
+    chosen = range(world.rank * size, (world.rank + 1) * size)
+    images = [image(step, index, num_boxes[index]) for index in chosen]
+    features = tuple(torch.stack([maps[level] for maps, _ in images]) for level in range(len(SPEC.channels)))
+    if double:
+        features = tuple(level.double() for level in features)
+    keys = [SampleKey(11, step, index) for index in chosen]
+    return features, Batch(torch.zeros(size, 3, SIDE, SIDE, dtype=torch.uint8), [t for _, t in images], keys)
+
+
+def take_steps(world, kind: str, steps: list[tuple[int, ...]], double: bool = False) -> dict:
+    engine = build_engine(
+        make_head(double),
+        optimizer=OptimizerConfig(),
+        engine=EngineConfig() if kind == "accelerate" else EngineConfig(deepspeed_config=kind),
+        world=world,
+        global_batch=GLOBAL_BATCH,
+    )
+    engine.train()
+    result = {"steps": []}
+    for step, num_boxes in enumerate(steps):
+        features, batch = local_batch(world, step, num_boxes, double)
+        losses = engine(features, batch, world_mean_counts)
+        engine.backward(sum(losses.values()))
+        report = engine.step(1e-3)
+        assert not report.skipped
+        means = world.all_reduce_mean({name: loss.item() for name, loss in losses.items()})
+        result["steps"].append({**means, "grad_norm": report.grad_norm})
+        if step == 0:
+            # A tenth of each parameter's gradient.
+            result["exp_avg"] = engine.export_state().exp_avg
+    engine.train(False)
+    # Different numbers of detections on each rank, none on the last one: ZeRO 3 gathers parameters here.
+    features, batch = local_batch(world, 99, (2, 2, 2, 2), double)
+    if world.rank == world.world_size - 1:
+        engine.head.box.config = dataclasses.replace(engine.head.box.config, score_threshold=0.999)
+    detections = engine(features, batch, world_mean_counts)
+    result["num_detections"] = world.gather_objects([len(found.boxes) for found in detections])
+    return result
+
+
+def main() -> None:
+    args = arguments()
+    world = init_world("cpu", timeout=60)
+    # The second step has objects on the first rank only, the third on none.
+    steps = [(3, 1, 2, 4), (2, 1, 0, 0), (0, 0, 0, 0), (1, 1, 1, 1)]
+    result = {kind: take_steps(world, kind, steps) for kind in KINDS}
+    result["float64"] = take_steps(world, "accelerate", [(3, 1, 2, 4)] * 20, double=True)
+    save_result(world, args["result"], result)
+    world.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The real head: the same first step on one rank and two, under DDP and ZeRO 1, 2 and 3, and no rank left waiting.
+
+Detection amplifies rounding (a box that crosses a threshold changes the samples): 20 steps are compared in float64.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+KINDS = ("accelerate", "zero1", "zero2", "zero3")
+LOSSES = {"loss_rpn_objectness", "loss_rpn_box", "loss_classifier", "loss_box", "loss_mask"}
+
+
+@pytest.fixture(scope="module")
+def results(run_ranks):
+    return {size: run_ranks("mask_rcnn_worker.py", size) for size in (1, 2)}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_step(results, kind, size):
+    found, wanted = results[size][kind], results[1]["accelerate"]
+    assert found["steps"][0].keys() == LOSSES | {"grad_norm"}
+    for name, value in wanted["steps"][0].items():
+        assert value > 0
+        assert found["steps"][0][name] == pytest.approx(value, rel=1e-5), name
+    assert found["exp_avg"].keys() == wanted["exp_avg"].keys()
+    for name, gradient in wanted["exp_avg"].items():
+        assert gradient.any(), name
+        assert (found["exp_avg"][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, name
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_without_objects(results, kind, size):
+    """Objects on one rank only, on none, and then again: every rank has gone through them all."""
+    steps = results[size][kind]["steps"]
+    assert len(steps) == 4
+    assert steps[1]["loss_mask"] > 0
+    assert steps[2]["loss_mask"] == 0
+    assert steps[2]["loss_classifier"] > 0
+    assert steps[3]["loss_mask"] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_with_uneven_counts(results, kind):
+    first, last = results[2][kind]["num_detections"]
+    assert all(count > 0 for count in first)
+    assert last == [0, 0]
+
+
+def test_deepspeed_finds_all_tensors(results):
+    """ZeRO 3 says so when a module's output hides tensors from it, and might then free parameters too early."""
+    for result in results.values():
+        assert "unknown inputs or outputs" not in result["output"]
+
+
+def test_twenty_steps_in_float64(results):
+    one, two = results[1]["float64"]["steps"], results[2]["float64"]["steps"]
+    assert len(one) == len(two) == 20
+    for a, b in zip(one, two):
+        assert b == pytest.approx(a, rel=1e-9)
+    assert all(torch.isfinite(torch.tensor(list(step.values()))).all() for step in one)

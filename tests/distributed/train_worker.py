@@ -1,0 +1,154 @@
+"""Whole runs of the loop on the ranks this was started on: `runs` of the arguments, one after the other."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from common import arguments, save_result
+from torch import nn
+
+import permafrost.launcher.train as loop
+from permafrost.data.config import JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.data.types import DetectionResult
+from permafrost.heads.base import Head, world_mean_counts
+from permafrost.heads.config import (
+    BoxHeadConfig,
+    FPNConfig,
+    MaskHeadConfig,
+    MaskRCNNConfig,
+    PoolingConfig,
+    RPNConfig,
+)
+from permafrost.launcher.errors import USER_ERRORS, HeadStopped
+from permafrost.launcher.experiment import (
+    EngineConfig,
+    Experiment,
+    HeadExperiment,
+    LoopConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
+from permafrost.launcher.mesh import init_world
+from permafrost.model.config import BackboneConfig
+
+
+@dataclass
+class ProbeConfig(MaskRCNNConfig):
+    """A smooth head, whose loss is NaN for chosen samples."""
+
+    bad: tuple[int, ...] = ()
+    """Indices of samples, in the first epoch."""
+
+    def build(self, *, spec, classes) -> ProbeHead:
+        return ProbeHead(spec.channels[-1], self.bad)
+
+
+class ProbeHead(Head):
+    def __init__(self, channels: int, bad: tuple[int, ...]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 8, 1)
+        self.out = nn.Linear(8, 1)
+        self.bad = bad
+
+    def forward(self, features, batch, counts=world_mean_counts):
+        output = self.out(torch.tanh(self.conv(features[-1].float())).mean((2, 3)))[:, 0]
+        if not self.training:
+            none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
+            empty = {**none, "masks": torch.zeros(0, 4, 4)}
+            return [
+                DetectionResult(t.image_id, **empty, size=t.size, original_size=t.original_size) for t in batch.targets
+            ]
+        wanted = torch.tensor([float(len(target.boxes)) for target in batch.targets])
+        # Weighted by the number of objects: micro-batches and ranks have different shares of the count.
+        loss = (wanted * (output - wanted) ** 2).sum() / counts("objects", wanted.sum())
+        if any(key.epoch == 0 and key.index in self.bad for key in batch.keys):
+            loss = loss * math.nan
+        return {"loss_probe": loss}
+
+
+def head(model: MaskRCNNConfig, learning_rate: float = 2e-3) -> HeadExperiment:
+    return HeadExperiment(
+        model=model,
+        optimizer=OptimizerConfig(learning_rate=learning_rate, reference_batch=4, clip_norm=None),
+        schedule=ScheduleConfig(kind="constant", warmup_steps=0),
+    )
+
+
+def mask_rcnn() -> MaskRCNNConfig:
+    return MaskRCNNConfig(
+        neck=FPNConfig(channels=16),
+        rpn=RPNConfig(
+            num_samples=32, num_pre_nms_train=60, num_pre_nms_test=30, num_proposals_train=30, num_proposals_test=15
+        ),
+        pooling=PoolingConfig(sampling_ratio=1, canonical_size=64),
+        box=BoxHeadConfig(num_samples=32, fc_channels=16, num_detections=8, score_threshold=0.02),
+        mask=MaskHeadConfig(num_convs=1, channels=8, resolution=7),
+    )
+
+
+def experiment(
+    output: str, *, heads: list[str], bad: list[int] = (), engine: dict | None = None, root: str = "", **fields
+) -> Experiment:
+    configs = {"probe": ProbeConfig(bad=tuple(bad)), "detection": mask_rcnn()}
+    world = ShapesWorld(num_train=12, num_val=5, image_side=64, objects=(1, 4))
+    defaults = {
+        "num_steps": 6,
+        "global_batch": 4,
+        "num_workers": 0,
+        "log_every": 1,
+        "checkpoint_every": 3,
+        "image_every": 0,
+    }
+    return Experiment(
+        name="ranks",
+        backbone=BackboneConfig(name="swinv2_nano", weights="random"),
+        data=ShapesDataConfig(root=root, image_size=64, world=world, jitter=JitterConfig(scale_range=(0.7, 1.3))),
+        heads={name: head(configs[name]) for name in heads},
+        loop=LoopConfig(**{**defaults, **fields}),
+        engine=EngineConfig(**(engine or {})),
+        output=output,
+    )
+
+
+class Killed(BaseException):
+    pass
+
+
+def run(kill_after: int | None = None, resume: str = "auto", **fields) -> dict:
+    """One run: its metrics, or the error it ended with on this rank."""
+    original, calls = loop.track_replaced, []
+
+    def counted(*given):
+        original(*given)
+        calls.append(None)
+        if len(calls) == kill_after:
+            raise Killed
+
+    loop.track_replaced = counted
+    try:
+        return {"metrics": loop.train(experiment(**fields), resume=resume, device="cpu")}
+    except (*USER_ERRORS, HeadStopped) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    except Killed:
+        return {"killed": True}
+    finally:
+        loop.track_replaced = original
+
+
+if __name__ == "__main__":
+    given = arguments()
+    world = init_world("cpu")  # outlives the runs, which find it there and leave it
+    outcomes = []
+    for one in given["runs"]:
+        own = dict(one)
+        if "wrong_rank" in own and own.pop("wrong_rank") == world.rank:
+            own["num_steps"] = 7
+        if own.get("root"):
+            Path(own["root"]).parent.mkdir(parents=True, exist_ok=True)
+        outcomes.append(world.gather_objects(run(**own)))
+    save_result(world, given["result"], {"outcomes": outcomes, "pid": os.getpid()})
+    world.close()
