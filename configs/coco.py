@@ -23,7 +23,13 @@ def swinv2_base_fpn() -> Experiment:
     return Experiment(
         name="coco_swinv2_base_fpn",
         backbone=BackboneConfig(name="swinv2_base", weights="swinv2_base_patch4_window12_192_22k.pth", window_size=12),
-        data=CocoDataConfig(root="data/coco", image_size=1024, jitter=JitterConfig(scale_range=(0.1, 2.0))),
+        data=CocoDataConfig(
+            root="data/coco",
+            image_size=1024,
+            # Two boxes of the official train2017 have no height.
+            bad_annotations="drop",
+            jitter=JitterConfig(scale_range=(0.1, 2.0)),
+        ),
         heads={
             "detection": HeadExperiment(
                 model=MaskRCNNConfig(),
@@ -31,5 +37,7 @@ def swinv2_base_fpn() -> Experiment:
                 schedule=ScheduleConfig(kind="multistep", warmup_steps=500, milestones=(27 / 36, 33 / 36)),
             )
         },
-        loop=LoopConfig(num_steps=num_images * num_epochs // batch, global_batch=batch, evaluate_every=num_images * 6 // batch),
+        loop=LoopConfig(
+            num_steps=num_images * num_epochs // batch, global_batch=batch, evaluate_every=num_images * 6 // batch
+        ),
     )

@@ -6,12 +6,12 @@ from permafrost.launcher.pretrain_config import PretrainExperiment
 
 
 def nano_glyphs() -> PretrainExperiment:
-    """permafrost pretrain nano_glyphs --precision bfloat16 --compile True
+    """permafrost pretrain nano_glyphs --precision bfloat16 --num-threads 1
 
-    The 2.3 M-parameter SwinV2 that the quickstart freezes, trained to name 100 outlines. About 70 minutes on two CPU
+    The 2.7 M-parameter SwinV2 that the quickstart freezes, trained to name 100 outlines. About 70 minutes on two CPU
     cores with AMX.
     """
-    return PretrainExperiment(name="nano_glyphs")
+    return PretrainExperiment(name="nano_glyphs", curriculum=0.99, first_difficulty=0.2)
 
 
 def nano_glyphs_debug() -> PretrainExperiment:

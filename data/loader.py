@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import threading
+import time
 import traceback
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -122,29 +126,100 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         iterator = iter(self._loader)
+        if self.num_workers:
+            _deaths.watch(iterator)
         for position in range(len(self.batches)):
             try:
-                batch = next(iterator)
-            except RuntimeError as error:
-                raise self._explained(error, position, iterator) from error
+                with _deaths.awaited():
+                    if _dead_workers(iterator):
+                        raise RuntimeError("it died while the main process was at work")
+                    batch = next(iterator)
+            except (RuntimeError, OSError, EOFError) as error:
+                # What a data set raises arrives as a _Failure: these are the workers' and the pipes' own.
+                explained = self._explained(error, position, iterator)
+                self._shut_down(iterator)
+                raise explained from error
             if isinstance(batch, _Failure):
+                self._shut_down(iterator)
                 batch.raise_it()
             yield batch
 
-    def _explained(self, error: RuntimeError, position: int, iterator: object) -> Exception:
+    def _shut_down(self, iterator: object) -> None:
+        """End the workers of a failed iteration now: a traceback keeps them alive otherwise, and torch watching them."""
+        if self.num_workers:
+            iterator._shutdown_workers()
+            self._loader._iterator = None
+
+    def _explained(self, error: Exception, position: int, iterator: object) -> WorkerError:
         """A worker that died or hung, in words: torch names neither the worker's number nor what it was loading."""
-        text = str(error).split("\n")[0]
-        workers = getattr(iterator, "_workers", [])
-        dead = [f"{number} (pid {worker.pid})" for number, worker in enumerate(workers) if not worker.is_alive()]
+        text = f"{type(error).__name__}: {error}".split("\n")[0]
         indices = [key.index for key in self.batches[position]]
         due = f"batch {position} was due from worker {position % max(1, self.num_workers)}: samples {indices}"
+        timed_out = "timed out" in text
+        # A broken pipe is seen before the end of the process behind it.
+        dead = _dead_workers(iterator, patience=0.0 if timed_out else 1.0)
         if dead:
-            what = f"data worker {', '.join(dead)} died"
+            what = f"data worker {', '.join(f'{number} (pid {pid})' for number, pid in dead)} died"
             hint = "killed from outside, or out of memory (shared memory too: /dev/shm)"
-            return WorkerError(f"{what}; {due}. A worker that ends like this was {hint}. torch says: {text}")
-        if "timed out" in text:
-            return WorkerError(f"no data for {self.timeout:g} s (loop.worker_timeout); {due}. torch says: {text}")
-        return WorkerError(f"{due}. torch says: {text}")
+            return WorkerError(f"{what}; {due}. A worker that ends like this was {hint}. {text}")
+        if timed_out:
+            return WorkerError(f"no data for {self.timeout:g} s (loop.worker_timeout); {due}. {text}")
+        return WorkerError(f"{due}. {text}")
+
+
+def _dead_workers(iterator: object, patience: float = 0.0) -> list[tuple[int, int]]:
+    """(number, pid) of the workers of an iterator that ended; the first may take `patience` seconds to do so."""
+    workers = getattr(iterator, "_workers", [])
+    deadline = time.monotonic() + patience
+    while True:
+        dead = [(number, worker.pid) for number, worker in enumerate(workers) if not worker.is_alive()]
+        if dead or time.monotonic() >= deadline:
+            return dead
+        time.sleep(0.02)
+
+
+class _Deaths:
+    """Holds the news of a dead worker back until the next batch is asked for.
+
+    torch raises it from a signal handler: anywhere in the main thread, be it half way through writing a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._iterators: weakref.WeakSet = weakref.WeakSet()
+        self._awaiting = False
+        self._handler: object = None
+
+    def watch(self, iterator: object) -> None:
+        """Take charge of an iterator's workers; torch has set its own handler when it made the iterator."""
+        self._iterators.add(iterator)
+        previous = signal.getsignal(signal.SIGCHLD)
+        if previous is self._handler or not callable(previous):
+            return
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def handler(number: int, frame: object) -> None:
+            try:
+                previous(number, frame)
+            except RuntimeError:
+                # Not ours, or waited for right now: let it through.
+                if self._awaiting or not any(_dead_workers(watched) for watched in self._iterators):
+                    raise
+
+        self._handler = handler
+        signal.signal(signal.SIGCHLD, handler)
+
+    @contextlib.contextmanager
+    def awaited(self) -> Iterator[None]:
+        """A stretch of code in which a worker's death may be raised."""
+        self._awaiting = True
+        try:
+            yield
+        finally:
+            self._awaiting = False
+
+
+_deaths = _Deaths()
 
 
 class _TrainBatches(Sequence):

@@ -53,6 +53,7 @@ class TrainingState:
         seed: of the run.
         global_batch: images per step.
         backbone: name and fingerprint of the frozen backbone that the heads were trained on.
+        data: fingerprint of the training set.
         classes: of the data set, in the order of the heads' labels.
         category_ids: the data set's own numbers of those classes.
         stopped: step at which a head stopped because its loss was not finite, by name; it is not in this checkpoint.
@@ -65,6 +66,7 @@ class TrainingState:
     seed: int
     global_batch: int
     backbone: dict[str, str]
+    data: str
     classes: list[str]
     category_ids: list[int] = field(default_factory=list)
     stopped: dict[str, int] = field(default_factory=dict)
@@ -92,6 +94,18 @@ class Checkpoint:
                 f"{self.path} was trained on the backbone {saved['name']} with fingerprint {saved['fingerprint']}, but "
                 f"this one is {name} with fingerprint {fingerprint}: give the weights file of that run "
                 "(backbone.weights), or train anew with another --output"
+            )
+
+    def require_data(self, fingerprint: str) -> None:
+        """Refuse to continue on a training set that has changed: the stream of samples would be another one.
+
+        Raises:
+            CheckpointError: saying so.
+        """
+        if self.state.data != fingerprint:
+            raise CheckpointError(
+                f"{self.path} was trained on other training annotations or images (fingerprint {self.state.data}, now "
+                f"{fingerprint}): restore the files of that run, or train anew with another --output"
             )
 
     def require_fit(self, heads: Mapping[str, nn.Module]) -> None:
@@ -162,7 +176,7 @@ def save_checkpoint(
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _prune(run, keep=keep, protect=protect, stopped=state.stopped)
+    _prune(run, state, keep=keep, protect=protect)
     return target
 
 
@@ -368,10 +382,11 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _prune(run: RunFolder, *, keep: int, protect: Collection[int], stopped: Collection[str]) -> None:
-    folders = run.checkpoint_folders
+def _prune(run: RunFolder, state: TrainingState, *, keep: int, protect: Collection[int]) -> None:
+    # What lies after this step is what a resumed run passed over as damaged; it is replaced when its step comes.
+    folders = [folder for folder in run.checkpoint_folders if int(folder.name[5:]) <= state.step]
     wanted = set(folders[:keep]) | {run.checkpoint_folder(step) for step in protect}
-    for name in stopped:
+    for name in state.stopped:
         wanted |= set([folder for folder in folders if (folder / name / HEAD_FILE).exists()][:1])
     for folder in folders:
         if folder not in wanted:

@@ -97,7 +97,14 @@ def run(
         flush=True,
     )
 
-    log = _Log(folder, first_step)
+    with _Log(folder, first_step) as log:
+        _train(experiment, model, readouts, average, optimizer, train, val, first_step, place, command, log)
+        return _finish(experiment, model, average, val, place, command, log)
+
+
+def _train(experiment, model, readouts, average, optimizer, train, val, first_step, place, command, log) -> None:
+    """The loop: a step, the running average, and now and then a log line, an evaluation, a checkpoint."""
+    folder = Path(experiment.run_folder)
     batches = train_batches(train, experiment, first_step)
     accuracy = 0.0
     meter, since = _Meter(), time.monotonic()
@@ -128,10 +135,8 @@ def run(
             notes = {"accuracy": f"{accuracy:.4f}", "step": str(done), "num_steps": str(experiment.num_steps)}
             export(average, folder / "latest.safetensors", experiment, command, notes, torch.float32)
 
-    return _finish(folder, experiment, model, average, val, place, command, log)
 
-
-def _finish(folder, experiment, model, average, val, place, command, log) -> dict[str, float]:
+def _finish(experiment, model, average, val, place, command, log) -> dict[str, float]:
     """Compare the trained and the averaged weights, as they will be stored; ship the better one."""
     candidates = {"trained": model, "average": average}
     scores = {}
@@ -143,10 +148,9 @@ def _finish(folder, experiment, model, average, val, place, command, log) -> dic
     results = {f"val/{key}": value for key, value in scores[best].items()}
     results |= {f"val/{key}_of_{name}": value for name, both in scores.items() for key, value in both.items()}
     log.write(experiment.num_steps, results)
-    path = folder / f"{experiment.backbone}_{experiment.name.split('_', 1)[-1]}.safetensors"
+    path = Path(experiment.run_folder) / f"{experiment.backbone}_{experiment.name.split('_', 1)[-1]}.safetensors"
     notes = {"accuracy": f"{scores[best]['accuracy']:.4f}", "step": str(experiment.num_steps), "weights": best}
     export(candidates[best], path, experiment, command, notes, torch.bfloat16)
-    log.close()
     print(f"validation accuracy {scores[best]['accuracy']:.4f} ({best} weights); wrote {path}", flush=True)
     return results
 
@@ -362,7 +366,10 @@ class _Log:
         listed = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         print(f"step {step}  {listed}  {remark}".rstrip(), flush=True)
 
-    def close(self) -> None:
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self.file.close()
         self.board.close()
 

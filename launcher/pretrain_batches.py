@@ -29,8 +29,8 @@ def generator(seed: int, purpose: int, step: int) -> torch.Generator:
 def difficulty_limit(experiment: PretrainExperiment, step: int) -> float:
     """Highest difficulty drawn at a 0-based step: rises linearly to 1 over the curriculum's share of the run."""
     end = experiment.curriculum * experiment.num_steps
-    start = experiment.first_difficulty
-    return 1.0 if step >= end else start + (1 - start) * step / end
+    first = experiment.first_difficulty
+    return 1.0 if step >= end else first + (1 - first) * step / end
 
 
 def train_batches(

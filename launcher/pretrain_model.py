@@ -1,8 +1,9 @@
 """What is trained in pretraining: a classifier, its starting values, and read-outs that are thrown away afterwards.
 
 The label is one per picture, but it is also asked for place by place: which places of the fine maps belong to the
-figure, and which class the places of the third map show. From the one label per picture alone, the nano network was
-still at chance after 64,000 pictures; it has to find the figure before it can read it.
+figure, and which class the places of the third map show. Measured on the nano network: from the picture's label alone,
+SwinV2's own starting values and no curriculum it was still at chance after 64,000 pictures; with read-outs, the
+starting values below and easy pictures first it left chance after 10,000.
 """
 
 from __future__ import annotations

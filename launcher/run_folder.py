@@ -234,11 +234,9 @@ class RunFolder:
         except (OSError, ValueError):
             return None
 
-    def write_evidence(self, head: str, content: dict[str, Any]) -> Path:
-        """nonfinite_<head>.json: the samples and losses at which a head stopped. Returns its path."""
-        path = self.path / f"nonfinite_{head}.json"
-        write_atomically(path, json.dumps(content, indent=2) + "\n")
-        return path
+    def evidence(self, head: str) -> Path:
+        """nonfinite_<head>.json: the samples and losses at which a head stopped."""
+        return self.path / f"nonfinite_{head}.json"
 
     def write_replaced(self, reasons: dict[str, str]) -> None:
         """replaced_images.json: every training image that could not be read, with the reason."""

@@ -5,6 +5,8 @@ The loop itself is in train.py.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from permafrost.launcher.engine import Engine, build_engine
 from permafrost.launcher.errors import CheckpointError, HeadStopped, RecipeError
 from permafrost.launcher.evaluate import Metrics, evaluate_heads, metrics_table
 from permafrost.launcher.meters import Stopwatch, Window
+from permafrost.launcher.run_folder import write_atomically
 
 if TYPE_CHECKING:
     from permafrost.data.coco import ReplacementTracker
@@ -75,6 +78,13 @@ class Session:
     window: Window = field(default_factory=Window)
     save_error: str | None = None
 
+    def attempt(self, what: str, write: Callable[[], object]) -> None:
+        """Write a small file; a full disk is a warning, and training goes on."""
+        try:
+            write()
+        except OSError as error:
+            self.monitor.warn(f"{what} could not be written ({error}): training goes on")
+
     @property
     def engines(self) -> dict[str, Engine]:
         """Of the heads that still train, by name."""
@@ -92,12 +102,13 @@ def open_session(
     """Give every head its engine and, where there is a checkpoint, its state. Collective.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another backbone or to other heads.
+        CheckpointError: the checkpoint belongs to another backbone, other data or other heads.
         RecipeError: a head's metric is not one that the data set's evaluator gives.
     """
     require_metrics(experiment, parts)
     if checkpoint is not None:
         checkpoint.require_backbone(name=experiment.backbone.name, fingerprint=parts.backbone.fingerprint)
+        checkpoint.require_data(parts.train_set.fingerprint)
         checkpoint.require_fit(parts.heads)
     session = Session(experiment, world, run, monitor, parts, parts.train_set.tracker(), Stopwatch(world.device))
     global_batch = experiment.loop.global_batch
@@ -165,6 +176,7 @@ def save(session: Session, step: int, epoch: float) -> None:
         seed=loop.seed,
         global_batch=loop.global_batch,
         backbone={"name": session.experiment.backbone.name, "fingerprint": backbone.fingerprint},
+        data=session.parts.train_set.fingerprint,
         classes=list(session.parts.train_set.classes),
         category_ids=list(session.parts.train_set.category_ids),
         stopped=session.stopped,
@@ -195,10 +207,8 @@ def evaluate(session: Session, step: int) -> None:
     session.monitor.scalars(
         step, {f"{name}/{tag}": value for name, values in session.metrics.items() for tag, value in values.items()}
     )
-    try:
-        session.run.record_evaluation(step, session.metrics, session.best)
-    except OSError as error:
-        session.monitor.warn(f"the evaluation of step {step} could not be written ({error}): training goes on")
+    record = session.run.record_evaluation
+    session.attempt(f"the evaluation of step {step}", lambda: record(step, session.metrics, session.best))
     for name, values in session.metrics.items():
         shown = ", ".join(f"{tag} {values[tag]:.3f}" for tag in ("bbox/AP", "segm/AP") if tag in values)
         mark = " (best so far)" if session.best.get(name, {}).get("step") == step else ""
@@ -224,8 +234,10 @@ def stop_head(session: Session, trainee: Trainee, step: int) -> None:
     """
     evidence = session.world.gather_objects(trainee.evidence)
     if session.world.is_main:
-        path = session.run.write_evidence(trainee.name, {"head": trainee.name, "step": step, "ranks": evidence})
+        path = session.run.evidence(trainee.name)
         session.monitor.warn(f"head {trainee.name} stops after step {step}; what it saw last is listed in {path}")
+        content = {"head": trainee.name, "step": step, "ranks": evidence}
+        session.attempt(path.name, lambda: write_atomically(path, json.dumps(content, indent=2) + "\n"))
     session.stopped[trainee.name] = step
     del session.trainees[trainee.name]
 

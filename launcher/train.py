@@ -131,11 +131,11 @@ def train_steps(session: Session, start: int) -> int:
         session.monitor.progress(done, shown_losses(session))
         if done % loop.log_every == 0 or done == loop.num_steps:
             log(session, done, stream)
-        if not session.trainees:
-            return done
         with stopwatch.paused():
             if done % loop.checkpoint_every == 0 or evaluation_due(loop, done):
                 save(session, done, stream.epoch(done, loop.global_batch))
+            if not session.trainees:
+                return done
             if evaluation_due(loop, done):
                 evaluate(session, done)
             if loop.image_every and done % loop.image_every == 0:
@@ -235,7 +235,7 @@ def track_replaced(session: Session, micro_batches: Sequence[Batch]) -> None:
     for path, reason in new:
         session.monitor.warn(f"{path}: {reason}; its neighbour is used instead")
     if new and session.world.is_main:
-        session.run.write_replaced(session.tracker.reasons)
+        session.attempt("replaced_images.json", lambda: session.run.write_replaced(session.tracker.reasons))
 
 
 def shown_losses(session: Session) -> dict[str, float]:

@@ -99,7 +99,6 @@ def drop_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
     else:
         # Offloaded gradients: the next micro-batch overwrites rather than adds.
         zero.micro_step_id = -1
-        zero.ready_for_gradients = False
         for key in zero.averaged_gradients:
             zero.averaged_gradients[key] = None
         for key in zero.all_grad_tensors:

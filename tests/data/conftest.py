@@ -55,7 +55,7 @@ def make_content(split: str) -> dict[str, Any]:
         name = f"{split}_{image_id:03d}.jpg"
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
         for number in range(1 + position % 3):
-            x, y, w, h = 2 + 3 * number, 1 + 2 * number, 8 + position, 7 + number
+            x, y, w, h = 2 + 3 * number, 1 + 2 * number, 7 + position, 7 + number
             polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
             entry = {"bbox": [x, y, w, h], "area": w * h, "segmentation": [polygon], "iscrowd": 0}
             category = (5, 9, 70)[(position + number) % 3]

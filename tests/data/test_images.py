@@ -51,7 +51,7 @@ def test_cmyk_jpeg_keeps_its_colours(tmp_path):
 
 
 def test_16_bit_gray_is_scaled_not_clipped(tmp_path):
-    Image.fromarray((GRAY.astype(np.uint16) * 257)).save(tmp_path / "deep.png")
+    Image.fromarray(GRAY.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     with Image.open(tmp_path / "deep.png") as image:
         assert image.mode.startswith("I")
     image = read_image(tmp_path / "deep.png")

@@ -185,7 +185,9 @@ def test_sizes_lie_in_the_range():
 def test_run_lengths_are_those_of_pycocotools():
     rng = np.random.default_rng(1)
     for mask in [rng.random((7, 5)) < 0.5, np.zeros((4, 3), bool), np.ones((4, 3), bool), np.eye(6, dtype=bool)]:
-        back = mask_api.decode(mask_api.frPyObjects({"counts": _run_lengths(mask), "size": list(mask.shape)}, *mask.shape))
+        back = mask_api.decode(
+            mask_api.frPyObjects({"counts": _run_lengths(mask), "size": list(mask.shape)}, *mask.shape)
+        )
         assert np.array_equal(back, mask)
 
 
@@ -195,7 +197,7 @@ def _ensure(world: ShapesWorld, folder: Path) -> None:
 
 def test_processes_that_start_together_agree(tmp_path, file_bytes):
     folder = tmp_path / "cache" / "world"
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_ensure, args=(TINY, folder)) for _ in range(2)]
     for process in processes:
         process.start()

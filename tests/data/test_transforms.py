@@ -158,7 +158,9 @@ def test_color_changes_pixels_and_not_geometry():
     assert 0 < distances[0] < distances[1]
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(48, 64, (24, 32)), (64, 16, (32, 8)), (500, 5, (32, 1)), (7, 7, (32, 32))])
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(48, 64, (24, 32)), (64, 16, (32, 8)), (500, 5, (32, 1)), (7, 7, (32, 32))]
+)
 def test_fit_keeps_the_aspect_ratio(height, width, size):
     scene = make_scene(max(height, 8), max(width, 8)) if min(height, width) >= 8 else None
     if scene is None:
@@ -173,7 +175,9 @@ def test_fit_keeps_the_aspect_ratio(height, width, size):
 
 
 def test_scenes_without_objects():
-    scene = Scene(torch.zeros((3, 20, 30), dtype=torch.uint8), torch.zeros((0, 20, 30), dtype=torch.uint8), torch.zeros(0, 4))
+    scene = Scene(
+        torch.zeros((3, 20, 30), dtype=torch.uint8), torch.zeros((0, 20, 30), dtype=torch.uint8), torch.zeros(0, 4)
+    )
     for result in (
         FitTransform(64)(scene),
         JitterTransform(64, JitterConfig())(scene, SampleKey(0, 0, 0).generator("augment")),
@@ -198,7 +202,9 @@ def test_boxes_of_masks_against_nonzero():
                 assert box == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("fields", [{"scale_range": (2.0, 1.0)}, {"scale_range": (0.0, 1.0)}, {"flip": 1.5}, {"color": 1.0}])
+@pytest.mark.parametrize(
+    "fields", [{"scale_range": (2.0, 1.0)}, {"scale_range": (0.0, 1.0)}, {"flip": 1.5}, {"color": 1.0}]
+)
 def test_impossible_jitter_is_refused(fields):
     with pytest.raises(DataError, match=next(iter(fields))):
         JitterConfig(**fields)

@@ -95,7 +95,7 @@ def free_port() -> Callable[[], int]:
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable:
     """run_ranks(script, num_ranks, arguments, timeout=...): the dict that rank 0 saved."""
 
-    def run(script: str, num_ranks: int, arguments: dict | None = None, *, timeout: float = 180.0) -> dict:
+    def run(script: str, num_ranks: int, arguments: dict | None = None, *, timeout: float = 300.0) -> dict:
         result = tmp_path_factory.mktemp("ranks") / "result.pt"
         command = [sys.executable, str(HERE / script), json.dumps({**(arguments or {}), "result": str(result)})]
         environs = [make_clean_environment() for _ in range(num_ranks)]

@@ -30,6 +30,9 @@ def build(world, kind: str, *, seed: int = 0, double: bool = False, clip_norm=No
         world=world,
         global_batch=GLOBAL_BATCH,
     )
+    if kind == "accelerate":
+        # Whatever variables are set, by a launcher or by DeepSpeed: a world of one has no DDP.
+        assert isinstance(built._model, torch.nn.parallel.DistributedDataParallel) == (world.world_size > 1)
     built.train()
     return built
 
@@ -188,7 +191,7 @@ def mesh(world) -> dict:
 
 def main() -> None:
     args = arguments()
-    world = init_world("cpu", timeout=60)
+    world = init_world("cpu", timeout=180)
     result = {"world_size": world.world_size, "mesh": mesh(world)}
     sources = torch.load(args["sources"], weights_only=False) if "sources" in args else {}
     if "only_continue" not in args:
@@ -207,7 +210,7 @@ def main() -> None:
     if world.world_size == 1:
         # A second run in the same process.
         world.close()
-        world = init_world("cpu", timeout=60)
+        world = init_world("cpu", timeout=180)
         result["reopened"] = {kind: run(build(world, kind), world, 0, 4) for kind in KINDS}
     save_result(world, args["result"], result)
     world.close()

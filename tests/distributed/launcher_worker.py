@@ -13,7 +13,7 @@ from permafrost.launcher.mesh import init_world
 
 def main() -> None:
     args = arguments()
-    world = init_world(timeout=60)
+    world = init_world(timeout=180)
     config = EngineConfig(**args.get("engine", {}))
     kind, reason = choose_engine(config)
     engine = build_engine(

@@ -111,7 +111,7 @@ def take_steps(world, kind: str, steps: list[tuple[int, ...]], double: bool = Fa
 
 def main() -> None:
     args = arguments()
-    world = init_world("cpu", timeout=60)
+    world = init_world("cpu", timeout=180)
     # The second step has objects on the first rank only, the third on none.
     steps = [(3, 1, 2, 4), (2, 1, 0, 0), (0, 0, 0, 0), (1, 1, 1, 1)]
     result = {kind: take_steps(world, kind, steps) for kind in KINDS}

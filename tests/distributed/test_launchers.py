@@ -21,7 +21,7 @@ def launch(clean_environment, run_command, free_port, tmp_path_factory):
         result = tmp_path_factory.mktemp("launch") / "result.pt"
         command = [word.format(port=free_port()) for word in command]
         command += [str(HERE / "launcher_worker.py"), json.dumps({"result": str(result), "engine": engine or {}})]
-        ((code, output),) = run_command([command], [{**clean_environment(), **(variables or {})}], timeout=120)
+        ((code, output),) = run_command([command], [{**clean_environment(), **(variables or {})}], timeout=300)
         assert code == 0, output[-6000:]
         return torch.load(result, weights_only=False)
 
@@ -121,7 +121,7 @@ def test_srun(run_command, clean_environment, free_port, tmp_path, alone):
         }
         for rank in range(2)
     ]
-    outcomes = run_command([command] * 2, environs, timeout=120)
+    outcomes = run_command([command] * 2, environs, timeout=300)
     assert [code for code, _ in outcomes] == [0, 0], outcomes
     found = torch.load(result, weights_only=False)
     assert "Slurm" in found["world"]

@@ -52,6 +52,7 @@ def training_state(step: int, **fields: object) -> TrainingState:
         "seed": 3,
         "global_batch": 4,
         "backbone": {"name": "swinv2_nano", "fingerprint": "abc"},
+        "data": "d1",
         "classes": ["a", "b"],
         "loop": {"window": {"loss": [0.1 + 0.2, 3.0]}},
     }
@@ -279,6 +280,20 @@ def test_the_newest_few_and_the_best_are_kept(run: RunFolder) -> None:
     assert load_newest(run)[0].state.step == 6
 
 
+def test_what_is_damaged_takes_no_place_of_what_is_kept(run: RunFolder) -> None:
+    for step in (1, 6):
+        path = save(run, step, keep=1, protect=[1])
+    (path / "head/head.safetensors").write_bytes(b"")
+    # The run resumed at step 1 and now saves steps before the damaged one.
+    for step in (2, 4):
+        save(run, step, keep=1)
+        assert load_newest(run)[0].state.step == step
+    assert names(run) == ["step_00000004", "step_00000006"]
+    save(run, 6, keep=1)
+    assert names(run) == ["step_00000006"]
+    assert load_newest(run)[1] == []
+
+
 def test_the_last_state_of_a_stopped_head_is_kept(run: RunFolder) -> None:
     both = {"a": make_state(1.0), "b": make_state(2.0)}
     save(run, 1, both, keep=1)
@@ -341,6 +356,9 @@ def test_a_foreign_backbone_or_head_is_refused_by_name(run: RunFolder) -> None:
     checkpoint.require_backbone(name="swinv2_nano", fingerprint="abc")
     with pytest.raises(CheckpointError, match=r"swinv2_nano with fingerprint abc.*swinv2_tiny with fingerprint def"):
         checkpoint.require_backbone(name="swinv2_tiny", fingerprint="def")
+    checkpoint.require_data("d1")
+    with pytest.raises(CheckpointError, match=r"other training annotations or images \(fingerprint d1, now d2\)"):
+        checkpoint.require_data("d2")
     checkpoint.require_fit({"head": make_model()})
     with pytest.raises(CheckpointError, match="'head', but the recipe has only other"):
         checkpoint.require_fit({"other": make_model()})

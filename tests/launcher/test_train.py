@@ -106,7 +106,7 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 
 def train_killed(monkeypatch: pytest.MonkeyPatch, experiment: Experiment, num_steps: int) -> None:
-    """Train; the run dies once it has done `num_steps` steps of its own, before anything is saved after the last of them."""
+    """Train; the run dies after `num_steps` steps of its own, before anything is saved of the last."""
     original, calls = loop.track_replaced, []
 
     def counted(*arguments: object) -> None:
@@ -127,6 +127,8 @@ def keys_of_steps(steps: list[int], global_batch: int = 2, seed: int = 0) -> lis
     return [(key.epoch, key.index) for key in (stream.key(step * global_batch) for step in steps)]
 
 
+# Two workers on a machine with one core are slow, not wrong.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_seed_decides_everything_whatever_the_number_of_workers(tiny: Callable[..., Experiment]) -> None:
     first, second, other = tiny("a"), tiny("b", num_workers=2), tiny("c", seed=1)
     result = train(first)
@@ -450,6 +452,42 @@ def test_another_backbone_is_refused(tiny: Callable[..., Experiment], monkeypatc
     state = json.loads((Path(experiment.output) / "checkpoints/step_00000004/state.json").read_text())
     assert state["backbone"]["fingerprint"] in str(caught.value)
     assert other(experiment.backbone).fingerprint in str(caught.value)
+
+
+def test_weights_that_are_no_longer_finite_are_not_saved(
+    tiny: Callable[..., Experiment], make_head: Callable[..., HeadExperiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss need not be NaN for a step to spoil a weight that the loss does not reach."""
+    original = permafrost.launcher.session.build_engine
+
+    def spoiling(head: Head, **fields: object):
+        engine = original(head, **fields)
+        if isinstance(head, ProbeHead):
+            export, calls = engine.export_state, []
+
+            def export_state():
+                state = export()
+                calls.append(None)
+                if len(calls) == 2:
+                    state.parameters["conv.bias"][0] = math.inf
+                return state
+
+            engine.export_state = export_state
+        return engine
+
+    monkeypatch.setattr(permafrost.launcher.session, "build_engine", spoiling)
+    heads = {"fragile": make_head(ProbeConfig()), "detection": make_head()}
+    both, alone = tiny("both", heads=heads, checkpoint_every=2), tiny("alone", heads={"fragile": heads["fragile"]})
+    with pytest.raises(HeadStopped, match=r"fragile \(after step 4\)"):
+        train(both)
+    assert losses(both.output)[-1][0] == 8
+    assert sorted(path.name for path in (Path(both.output) / "checkpoints/step_00000004").iterdir()) == [
+        "detection",
+        "state.json",
+    ]
+    with pytest.raises(HeadStopped, match=r"fragile \(after step 8\)"):
+        train(alone)
+    assert (Path(alone.output) / "latest").read_text() == "step_00000004\n"
 
 
 def test_a_damaged_newest_checkpoint_costs_its_interval_only(
