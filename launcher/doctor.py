@@ -24,6 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from permafrost.data.cache import cache_folder
+
 Status = Literal["ok", "missing", "absent"]
 
 # Distribution, module to import, what it is for, whether the quickstart needs it.
@@ -262,12 +264,6 @@ def check_remote_shells() -> list[Check]:
         else Check("ssh", "absent", "not found", f"{needed}; apt install openssh-client"),
         Check("pdsh", "ok", pdsh) if pdsh else Check("pdsh", "absent", "not found", f"{needed}; apt install pdsh"),
     ]
-
-
-def cache_folder() -> Path:
-    """Where the built-in worlds are kept: $PERMAFROST_CACHE, else ~/.cache/permafrost."""
-    given = os.environ.get("PERMAFROST_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "permafrost"
 
 
 def memory() -> tuple[int | None, int | None]:

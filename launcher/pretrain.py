@@ -269,7 +269,8 @@ def export(
         "mean": MEAN,
         "std": STD,
         "command": command,
-        "recipe": asdict(experiment),
+        # Where the run was written says nothing about the weights.
+        "recipe": asdict(experiment) | {"output": None},
         "torch": torch.__version__,
     }
     save_weights(model, path, metadata | notes, dtype)

@@ -5,44 +5,28 @@ A scene is a textured background (stripes, checkers, value noise, gradients, or 
 strokes, objects of eight classes under random scale, stretch, rotation, colour and texture that hide one another, and
 sometimes a crowd: many tiny shapes annotated as one region. Everything about image i of a split is a function of
 (world, split, i), so equal parameters give equal bytes.
-
-The files follow COCO's official layout and take every form a reader must know: polygons for whole objects, compressed
-run lengths for hidden, cut or holed ones, uncompressed run lengths for crowds, category ids with gaps.
+`shapes_files` writes them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import os
-import shutil
-import tempfile
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
-from permafrost.data.errors import DataError
 from permafrost.data.procedural.drawing import colourise, rings_mask, rotation, smooth_noise, strokes_mask, to_uint8
 
 if TYPE_CHECKING:
     from permafrost.data.config import ShapesWorld
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent")
-CATEGORY_IDS = (1, 2, 3, 5, 8, 13, 21, 34)
 SPLITS = ("train", "val")
 TEXTURES = ("stripes", "checkers", "noise", "gradient")
 
-# Part of the cache folder's name: raise it when the pictures of unchanged parameters change.
-_RENDERER = 1
 _PLACEMENTS = 8
 _HUE_OFFSETS = np.array([0, 4, 2], dtype=np.float32)
-_FIRST_IMAGE_ID = {"train": 1, "val": 1_000_001}
 
 
 @dataclass
@@ -298,139 +282,3 @@ def _draw_crowd(rng: np.random.Generator, world: ShapesWorld, canvas: np.ndarray
         _blend(canvas, window, _fill(rng, world, under, bottom - top, right - left, size), coverage)
         union[top:bottom, left:right] |= coverage >= 0.5
     return SceneObject(label, [], union, float(union.sum()), is_crowd=True, is_whole=False)
-
-
-def _annotation(region: SceneObject, annotation_id: int, image_id: int, side: int) -> dict[str, Any]:
-    """COCO's entry for a region; box and area belong to exactly the pixels that the segmentation decodes to."""
-    from pycocotools import mask as mask_api
-
-    if region.is_whole and len(region.rings) == 1:
-        polygon = [round(float(value), 2) for value in region.rings[0].ravel()]
-        segmentation: Any = [polygon]
-        run_lengths = mask_api.frPyObjects([polygon], side, side)[0]
-    else:
-        run_lengths = mask_api.encode(np.asfortranarray(region.mask.astype(np.uint8)))
-        if region.is_crowd:
-            segmentation = {"counts": _run_lengths(region.mask), "size": [side, side]}
-        else:
-            segmentation = {"counts": run_lengths["counts"].decode("ascii"), "size": [side, side]}
-    return {
-        "id": annotation_id,
-        "image_id": image_id,
-        "category_id": CATEGORY_IDS[region.label],
-        "iscrowd": int(region.is_crowd),
-        "area": float(mask_api.area(run_lengths)),
-        "bbox": [float(value) for value in mask_api.toBbox(run_lengths)],
-        "segmentation": segmentation,
-    }
-
-
-def _run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's uncompressed run lengths of a mask (H, W): column by column, zeros first."""
-    flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
-    changes = np.flatnonzero(flat[1:] != flat[:-1])
-    runs = np.diff(np.concatenate([[0], changes, [mask.size]]))
-    return [int(run) for run in (runs[:-1] if runs[-1] == 0 else runs)]
-
-
-def cache_folder() -> Path:
-    """Where built-in worlds are kept: $PERMAFROST_CACHE, or ~/.cache/permafrost."""
-    given = os.environ.get("PERMAFROST_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "permafrost"
-
-
-def world_folder(world: ShapesWorld) -> Path:
-    """The cache folder of a world; its name ends with a hash of the parameters."""
-    return cache_folder() / f"shapes-{hashlib.sha256(_manifest(world).encode()).hexdigest()[:12]}"
-
-
-def _manifest(world: ShapesWorld) -> str:
-    return json.dumps({"world": "shapes", "renderer": _RENDERER, **asdict(world)}, sort_keys=True, indent=1) + "\n"
-
-
-def ensure_world(world: ShapesWorld, folder: Path | None = None) -> Path:
-    """Write the world unless it is there already, and return its folder.
-
-    Files are written to a temporary folder that is renamed when complete, so an interrupted run leaves no half world
-    and processes that start together do not disturb one another: the first to finish wins, the others discard equal
-    bytes.
-
-    Args:
-        world: The world's parameters.
-        folder: Where it belongs; None is its place in the cache.
-
-    Raises:
-        DataError: The folder holds something else, or cannot be written.
-    """
-    folder = world_folder(world) if folder is None else folder
-    if _is_there(world, folder):
-        return folder
-    start = time.monotonic()
-    staging = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        write_world(world, staging)
-        staging.chmod(0o755)
-        try:
-            staging.rename(folder)
-        except OSError:
-            # Another process was faster: what it wrote is equal, unless the folder is somebody else's.
-            if not _is_there(world, folder):
-                raise
-            return folder
-    except OSError as error:
-        raise DataError(
-            f"cannot write the shapes world to {folder}: {error}. Set PERMAFROST_CACHE or data.root to another folder"
-        ) from error
-    finally:
-        if staging is not None and staging.exists():
-            shutil.rmtree(staging, ignore_errors=True)
-    num_images = world.num_train + world.num_val
-    print(f"wrote the shapes world: {num_images} images to {folder} in {time.monotonic() - start:.1f} s", flush=True)
-    return folder
-
-
-def _is_there(world: ShapesWorld, folder: Path) -> bool:
-    """Whether the folder holds this world; an empty or absent folder does not, any other content is refused."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    manifest = folder / "world.json"
-    found = manifest.read_text(encoding="utf-8") if manifest.is_file() else None
-    if found == _manifest(world):
-        return True
-    what = "a world of other parameters" if found else "something other than a shapes world"
-    raise DataError(f"{folder} holds {what}: name an empty data.root, or delete that folder to have it rendered anew")
-
-
-def write_world(world: ShapesWorld, folder: Path) -> None:
-    """Render both splits into an existing folder: annotations/instances_*2017.json, *2017/%012d.jpg and world.json."""
-    (folder / "annotations").mkdir()
-    categories = [
-        {"id": category_id, "name": name, "supercategory": "shape"} for category_id, name in zip(CATEGORY_IDS, CLASSES)
-    ]
-    for split, num_images in zip(SPLITS, (world.num_train, world.num_val)):
-        pictures = folder / f"{split}2017"
-        pictures.mkdir()
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for index in range(num_images):
-            pixels, regions = render_scene(world, split, index)
-            image_id = _FIRST_IMAGE_ID[split] + index
-            name = f"{image_id:012d}.jpg"
-            buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, format="JPEG", quality=92)
-            (pictures / name).write_bytes(buffer.getvalue())
-            images.append({"id": image_id, "file_name": name, "height": len(pixels), "width": pixels.shape[1]})
-            for region in regions:
-                annotations.append(_annotation(region, len(annotations) + 1, image_id, len(pixels)))
-        content = {
-            "info": {"description": f"Permafrost's built-in world shapes, {split} split"},
-            "licenses": [],
-            "categories": categories,
-            "images": images,
-            "annotations": annotations,
-        }
-        path = folder / "annotations" / f"instances_{split}2017.json"
-        path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
-    (folder / "world.json").write_text(_manifest(world), encoding="utf-8")

@@ -15,15 +15,12 @@ from pycocotools import mask as mask_api
 from permafrost.data.annotations import encode_segmentation, load_coco_file
 from permafrost.data.config import ShapesDataConfig, ShapesWorld
 from permafrost.data.errors import DataError
-from permafrost.data.procedural.shapes import (
+from permafrost.data.procedural import shapes_files
+from permafrost.data.procedural.shapes import CLASSES, TEXTURES, outline, render_scene, texture_field
+from permafrost.data.procedural.shapes_files import (
     CATEGORY_IDS,
-    CLASSES,
-    TEXTURES,
     _run_lengths,
     ensure_world,
-    outline,
-    render_scene,
-    texture_field,
     world_folder,
     write_world,
 )
@@ -47,6 +44,31 @@ def test_equal_parameters_give_equal_bytes(tmp_path, file_bytes):
     other = file_bytes(tmp_path / "other")
     assert first.keys() == other.keys()
     assert all(first[name] != other[name] for name in first)
+
+
+def test_the_number_of_processes_changes_no_byte(tmp_path, file_bytes):
+    for processes in (1, 2, 7):
+        (tmp_path / str(processes)).mkdir()
+        write_world(TINY, tmp_path / str(processes), num_processes=processes)
+    one = file_bytes(tmp_path / "1")
+    assert one == file_bytes(tmp_path / "2")
+    assert one == file_bytes(tmp_path / "7"), "more processes than pictures in a split"
+
+
+def test_a_rendering_process_that_dies_is_an_error(tmp_path, monkeypatch):
+    start = shapes_files._start_process
+
+    def start_and_kill(*job):
+        child = start(*job)
+        child.kill()
+        return child
+
+    monkeypatch.setattr(shapes_files, "_start_process", start_and_kill)
+    monkeypatch.setattr(shapes_files, "_IMAGES_PER_PROCESS", 4)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    with pytest.raises(DataError, match="renders the shapes world ended with -9"):
+        ensure_world(TINY, tmp_path / "world")
+    assert list(tmp_path.iterdir()) == [], "and nothing half-written stays"
 
 
 def test_an_image_depends_on_its_index_only(tmp_path):
@@ -220,7 +242,7 @@ def test_a_lost_race_keeps_the_winner(tmp_path, monkeypatch, capsys):
         folder.mkdir()
         real(world, folder)
 
-    monkeypatch.setattr("permafrost.data.procedural.shapes.write_world", render_and_lose)
+    monkeypatch.setattr("permafrost.data.procedural.shapes_files.write_world", render_and_lose)
     assert ensure_world(TINY, folder) == folder
     assert [path.name for path in tmp_path.iterdir()] == ["world"]
     assert capsys.readouterr().out == ""
@@ -231,7 +253,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path, monkeypatch):
         (staging / "half").write_text("x")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("permafrost.data.procedural.shapes.write_world", fail)
+    monkeypatch.setattr("permafrost.data.procedural.shapes_files.write_world", fail)
     with pytest.raises(DataError, match=r"cannot write the shapes world .*No space left"):
         ensure_world(TINY, tmp_path / "world")
     assert list(tmp_path.iterdir()) == []

@@ -129,15 +129,6 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
     assert "set X" in found.remedy
 
 
-def test_cache_folder_is_the_one_that_worlds_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    from permafrost.data.procedural.shapes import cache_folder
-
-    monkeypatch.setenv("PERMAFROST_CACHE", "~/somewhere")
-    assert doctor.cache_folder() == cache_folder()
-    monkeypatch.delenv("PERMAFROST_CACHE")
-    assert doctor.cache_folder() == cache_folder()
-
-
 def test_verdict_and_text() -> None:
     report = {"packages": [Check("torch", "ok", "2.15"), Check("timm", "absent", "not installed", "get it")]}
     assert doctor.can_run_quickstart(report)

@@ -1,0 +1,238 @@
+"""The files of the built-in world `shapes`: JPEGs and COCO JSON, written once into a cache folder.
+
+They follow COCO's official layout and take every form a reader must know: polygons for whole objects, compressed run
+lengths for hidden, cut or holed ones, uncompressed run lengths for crowds, category ids with gaps. Equal parameters
+give equal bytes, however many processes render.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from permafrost.data.cache import cache_folder
+from permafrost.data.errors import DataError
+from permafrost.data.procedural.shapes import CLASSES, SPLITS, SceneObject, render_scene
+
+if TYPE_CHECKING:
+    from permafrost.data.config import ShapesWorld
+
+CATEGORY_IDS = (1, 2, 3, 5, 8, 13, 21, 34)
+
+# Part of the cache folder's name: raise it when the pictures of unchanged parameters change.
+_RENDERER = 1
+_FIRST_IMAGE_ID = {"train": 1, "val": 1_000_001}
+# A further process pays from this many pictures on: it takes half a second to start, a picture 5 ms.
+_IMAGES_PER_PROCESS = 200
+
+
+def _annotation(region: SceneObject, side: int) -> dict[str, Any]:
+    """COCO's entry for a region, its ids aside; box and area are of exactly the pixels the segmentation decodes to."""
+    from pycocotools import mask as mask_api
+
+    if region.is_whole and len(region.rings) == 1:
+        polygon = [round(float(value), 2) for value in region.rings[0].ravel()]
+        segmentation: Any = [polygon]
+        run_lengths = mask_api.frPyObjects([polygon], side, side)[0]
+    else:
+        run_lengths = mask_api.encode(np.asfortranarray(region.mask.astype(np.uint8)))
+        if region.is_crowd:
+            segmentation = {"counts": _run_lengths(region.mask), "size": [side, side]}
+        else:
+            segmentation = {"counts": run_lengths["counts"].decode("ascii"), "size": [side, side]}
+    return {
+        "category_id": CATEGORY_IDS[region.label],
+        "iscrowd": int(region.is_crowd),
+        "area": float(mask_api.area(run_lengths)),
+        "bbox": [float(value) for value in mask_api.toBbox(run_lengths)],
+        "segmentation": segmentation,
+    }
+
+
+def _run_lengths(mask: np.ndarray) -> list[int]:
+    """COCO's uncompressed run lengths of a mask (H, W): column by column, zeros first."""
+    flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
+    runs = np.diff(np.concatenate([[0], changes, [mask.size]]))
+    return [int(run) for run in (runs[:-1] if runs[-1] == 0 else runs)]
+
+
+def world_folder(world: ShapesWorld) -> Path:
+    """The cache folder of a world; its name ends with a hash of the parameters."""
+    return cache_folder() / f"shapes-{hashlib.sha256(_manifest(world).encode()).hexdigest()[:12]}"
+
+
+def _manifest(world: ShapesWorld) -> str:
+    return json.dumps({"world": "shapes", "renderer": _RENDERER, **asdict(world)}, sort_keys=True, indent=1) + "\n"
+
+
+def ensure_world(world: ShapesWorld, folder: Path | None = None) -> Path:
+    """Write the world unless it is there already, and return its folder.
+
+    Files are written to a temporary folder that is renamed when complete, so an interrupted run leaves no half world
+    and processes that start together do not disturb one another: the first to finish wins, the others discard equal
+    bytes.
+
+    Args:
+        world: The world's parameters.
+        folder: Where it belongs; None is its place in the cache.
+
+    Raises:
+        DataError: The folder holds something else, or cannot be written.
+    """
+    folder = world_folder(world) if folder is None else folder
+    if _is_there(world, folder):
+        return folder
+    start = time.monotonic()
+    staging = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        write_world(world, staging)
+        staging.chmod(0o755)
+        try:
+            staging.rename(folder)
+        except OSError:
+            # Another process was faster: what it wrote is equal, unless the folder is somebody else's.
+            if not _is_there(world, folder):
+                raise
+            return folder
+    except OSError as error:
+        raise DataError(
+            f"cannot write the shapes world to {folder}: {error}. Set PERMAFROST_CACHE or data.root to another folder"
+        ) from error
+    finally:
+        if staging is not None and staging.exists():
+            shutil.rmtree(staging, ignore_errors=True)
+    num_images = world.num_train + world.num_val
+    print(f"wrote the shapes world: {num_images} images to {folder} in {time.monotonic() - start:.1f} s", flush=True)
+    return folder
+
+
+def _is_there(world: ShapesWorld, folder: Path) -> bool:
+    """Whether the folder holds this world; an empty or absent folder does not, any other content is refused."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    manifest = folder / "world.json"
+    found = manifest.read_text(encoding="utf-8") if manifest.is_file() else None
+    if found == _manifest(world):
+        return True
+    what = "a world of other parameters" if found else "something other than a shapes world"
+    raise DataError(f"{folder} holds {what}: name an empty data.root, or delete that folder to have it rendered anew")
+
+
+def write_world(world: ShapesWorld, folder: Path, num_processes: int | None = None) -> None:
+    """Render both splits into an existing folder: annotations/instances_*2017.json, *2017/%012d.jpg and world.json.
+
+    Args:
+        world: The world's parameters.
+        folder: Exists and is empty.
+        num_processes: Rendering processes, this one included; None is one for each core that this process may use,
+            fewer for a small world.
+
+    Raises:
+        OSError: The folder cannot be written.
+        DataError: A rendering process died.
+    """
+    counts = dict(zip(SPLITS, (world.num_train, world.num_val)))
+    if num_processes is None:
+        num_processes = min(len(os.sched_getaffinity(0)), sum(counts.values()) // _IMAGES_PER_PROCESS, 16)
+    (folder / "annotations").mkdir()
+    for split in SPLITS:
+        (folder / f"{split}2017").mkdir()
+    parts = max(1, num_processes)
+    children = [_start_process(world, folder, part, parts) for part in range(1, parts)]
+    try:
+        rendered = [_render_part(world, folder, 0, parts)]
+        for child in children:
+            output, _ = child.communicate()
+            if child.returncode:
+                raise DataError(f"a process that renders the shapes world ended with {child.returncode}; see above")
+            rendered.append(json.loads(output))
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+            child.stdout.close()
+    for split in SPLITS:
+        # Picture i is the (i // parts)-th of part i % parts.
+        regions = [rendered[index % parts][split][index // parts] for index in range(counts[split])]
+        path = folder / "annotations" / f"instances_{split}2017.json"
+        path.write_text(json.dumps(_coco(world, split, regions), separators=(",", ":")), encoding="utf-8")
+    (folder / "world.json").write_text(_manifest(world), encoding="utf-8")
+
+
+def _coco(world: ShapesWorld, split: str, regions: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """COCO's JSON of a split from the annotations of each picture, which get their ids here."""
+    side, first = world.image_side, _FIRST_IMAGE_ID[split]
+    numbered = [(first + index, region) for index, of_image in enumerate(regions) for region in of_image]
+    return {
+        "info": {"description": f"Permafrost's built-in world shapes, {split} split"},
+        "licenses": [],
+        "categories": [
+            {"id": category_id, "name": name, "supercategory": "shape"}
+            for category_id, name in zip(CATEGORY_IDS, CLASSES)
+        ],
+        "images": [
+            {"id": first + index, "file_name": _file_name(split, index), "height": side, "width": side}
+            for index in range(len(regions))
+        ],
+        "annotations": [
+            {"id": number, "image_id": image_id, **region} for number, (image_id, region) in enumerate(numbered, 1)
+        ],
+    }
+
+
+def _file_name(split: str, index: int) -> str:
+    return f"{_FIRST_IMAGE_ID[split] + index:012d}.jpg"
+
+
+def _render_part(world: ShapesWorld, folder: Path, part: int, parts: int) -> dict[str, list[list[dict[str, Any]]]]:
+    """Write every `parts`-th picture of both splits, from `part` on; returns their annotations, without ids."""
+    regions: dict[str, list[list[dict[str, Any]]]] = {}
+    for split, num_images in zip(SPLITS, (world.num_train, world.num_val)):
+        regions[split] = []
+        for index in range(part, num_images, parts):
+            pixels, objects = render_scene(world, split, index)
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, format="JPEG", quality=92)
+            (folder / f"{split}2017" / _file_name(split, index)).write_bytes(buffer.getvalue())
+            regions[split].append([_annotation(region, len(pixels)) for region in objects])
+    return regions
+
+
+def _start_process(world: ShapesWorld, folder: Path, part: int, parts: int) -> subprocess.Popen[str]:
+    """A process that runs `_render_part`.
+
+    Its own command, not multiprocessing's: the caller may hold threads, which forbids a fork, and a spawned process
+    would run the user's script again where that has no main guard.
+    """
+    job = {"world": asdict(world), "folder": str(folder), "part": part, "parts": parts}
+    command = [sys.executable, "-m", __spec__.name, json.dumps(job)]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+
+
+def _main() -> None:
+    """One rendering process: the job is the argument, the annotations go to stdout as JSON."""
+    from permafrost.data.config import ShapesWorld
+
+    job = json.loads(sys.argv[1])
+    regions = _render_part(ShapesWorld(**job["world"]), Path(job["folder"]), job["part"], job["parts"])
+    json.dump(regions, sys.stdout, separators=(",", ":"))
+
+
+if __name__ == "__main__":
+    _main()
