@@ -6,13 +6,13 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError, WeightsError
-from permafrost.model.spec import PATCH_SIZE, FeatureSpec, check_name
+from permafrost.model.spec import FeatureSpec, check_name
 from permafrost.model.swin import SwinV2
 from permafrost.model.weights import FLOATING_DTYPES, check_fit, fingerprint, random_weights, read_weights
 from permafrost.model.windows import Windows, choose_windows
@@ -26,6 +26,23 @@ PIXEL_RANGE = (-0.5, 1.5)
 _CHECKSUM_CHUNK = 1 << 22
 
 
+class Network(Protocol):
+    """What a module must offer, besides being an nn.Module, to be frozen."""
+
+    spec: FeatureSpec
+    min_image_size: int
+    """Smallest side of an image in pixels."""
+
+    def fold(self) -> None:
+        """Computes, or arranges to keep, all that depends on the parameters alone; they never change from here on."""
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as plain values: windows, tapped layers, ..."""
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Feature maps as `spec` says, channels_last, of normalised images (B, 3, H, W) in the parameters' dtype."""
+
+
 class FrozenBackbone(nn.Module):
     """B: images in, feature maps out; it cannot be trained.
 
@@ -34,7 +51,7 @@ class FrozenBackbone(nn.Module):
     fixed at loading; it can be moved between devices. Use `load_backbone` to make one.
 
     Args:
-        network: The network, with its weights, in the dtype it is to compute in.
+        network: The network (see Network), with its weights, in the dtype it is to compute in.
         mean: Mean of the network's training images per channel, pixels in [0, 1].
         std: Standard deviation likewise.
         fingerprint: Hash of the source tensors.
@@ -46,7 +63,7 @@ class FrozenBackbone(nn.Module):
 
     def __init__(
         self,
-        network: SwinV2,
+        network: Network,
         *,
         mean: Sequence[float],
         std: Sequence[float],
@@ -79,12 +96,17 @@ class FrozenBackbone(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype the network computes in and the features have."""
-        return self.network.patch_embed.proj.weight.dtype
+        return self._patch_weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the network is, and moves the images to."""
-        return self.network.patch_embed.proj.weight.device
+        return self._patch_weight.device
+
+    @property
+    def _patch_weight(self) -> Tensor:
+        """The first convolution: what it computes in, the network computes in; constants may be more precise."""
+        return next(module.weight for module in self.network.modules() if isinstance(module, nn.Conv2d))
 
     @property
     def num_parameters(self) -> int:
@@ -96,10 +118,10 @@ class FrozenBackbone(nn.Module):
         """Computes the raw feature maps, finest first.
 
         Args:
-            images: (B, 3, H, W), RGB: uint8, or floating point in [0, 1]. Any size from one patch (4 x 4) up.
+            images: (B, 3, H, W), RGB: uint8, or floating point in [0, 1]. Any size from one patch up (4 x 4 for a Swin).
 
         Returns:
-            Four maps (B, C_i, ceil(H / s_i), ceil(W / s_i)) as `spec` says, channels_last, in the network's dtype.
+            Maps (B, C_i, ceil(H / s_i), ceil(W / s_i)) as `spec` says, channels_last, in the network's dtype.
 
         Raises:
             BackboneError: If shape, dtype or range of the images are others.
@@ -125,8 +147,7 @@ class FrozenBackbone(nn.Module):
             "fingerprint": self.fingerprint,
             "device": str(self.device),
             "num_parameters": self.num_parameters,
-            "window_size": self.network.window_size,
-            "pretrained_window_size": self.network.pretrained_window_size,
+            **self.network.describe(),
             "mean": tuple(round(value, 6) for value in self.mean.tolist()),
             "std": tuple(round(value, 6) for value in self.std.tolist()),
         }
@@ -156,10 +177,11 @@ class FrozenBackbone(nn.Module):
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
             found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise BackboneError(f"A backbone takes images of shape (B, 3, H, W), found {found}.")
-        if min(images.shape[2:]) < PATCH_SIZE:
+        smallest = self.network.min_image_size
+        if min(images.shape[2:]) < smallest:
             raise BackboneError(
                 f"Images of {images.shape[2]} x {images.shape[3]} pixels are smaller than one patch "
-                f"({PATCH_SIZE} x {PATCH_SIZE}); resize or pad them."
+                f"({smallest} x {smallest}); resize or pad them."
             )
         if images.dtype == torch.uint8:
             return
@@ -225,6 +247,47 @@ def load_backbone(
     device = _usable_device(device)
     dtype, reason = _usable_dtype(dtype, device)
 
+    network, source = _load_swin(
+        name,
+        weights=weights,
+        window_size=window_size,
+        pretrained_window_size=pretrained_window_size,
+        dtype=dtype,
+        device=device,
+        prefix=prefix,
+        extra_norm_interval=extra_norm_interval,
+    )
+    return FrozenBackbone(
+        network,
+        mean=source["mean"],
+        std=source["std"],
+        fingerprint=source["fingerprint"],
+        choices={
+            "name": name,
+            "weights": source["weights"],
+            "dtype": str(dtype).removeprefix("torch."),
+            "dtype_reason": reason,
+            **source["choices"],
+        },
+    )
+
+
+def _load_swin(
+    name: str,
+    *,
+    weights: str | os.PathLike[str],
+    window_size: int | Sequence[int] | None,
+    pretrained_window_size: int | Sequence[int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    prefix: str | None,
+    extra_norm_interval: int | None,
+) -> tuple[SwinV2, dict[str, Any]]:
+    """A Swin with its weights.
+
+    Returns:
+        The network, and where it comes from: `weights`, `mean`, `std`, `fingerprint`, and `choices` for `describe`.
+    """
     seed = re.fullmatch(r"random(?::(\d+))?", str(weights))
     checkpoint = None if seed else read_weights(weights, prefix=prefix)
     if checkpoint is None:
@@ -256,23 +319,18 @@ def load_backbone(
         if overflowing:
             raise WeightsError(f"{checkpoint.source}: {overflowing[0]} overflows in float16; use bfloat16 or float32.")
     network.load_state_dict(resident, assign=True)
-    choices = {
-        "name": name,
+    return network, {
         "weights": checkpoint.source,
-        "dtype": str(dtype).removeprefix("torch."),
-        "dtype_reason": reason,
-        "attention": "torch scaled_dot_product_attention; position bias, logit scale and q, v biases folded",
-        "trained_window_size": checkpoint.windows.window_size,
-        "extra_norm_interval": network.extra_norm_interval,
-        "left_out": sorted(checkpoint.tensors.keys() - tensors.keys()),
+        "mean": checkpoint.metadata.get("mean", IMAGENET_MEAN),
+        "std": checkpoint.metadata.get("std", IMAGENET_STD),
+        "fingerprint": fingerprint(tensors),
+        "choices": {
+            "attention": "torch scaled_dot_product_attention; position bias, logit scale and q, v biases folded",
+            "trained_window_size": checkpoint.windows.window_size,
+            "extra_norm_interval": network.extra_norm_interval,
+            "left_out": sorted(checkpoint.tensors.keys() - tensors.keys()),
+        },
     }
-    return FrozenBackbone(
-        network,
-        mean=checkpoint.metadata.get("mean", IMAGENET_MEAN),
-        std=checkpoint.metadata.get("std", IMAGENET_STD),
-        fingerprint=fingerprint(tensors),
-        choices=choices,
-    )
 
 
 def _resident_dtype(key: str, dtype: torch.dtype) -> torch.dtype:

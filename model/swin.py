@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -342,6 +343,8 @@ class SwinV2(nn.Module):
         BackboneError: If a value is out of range or the name is not in the table.
     """
 
+    min_image_size = PATCH_SIZE
+
     def __init__(
         self,
         size: str | SwinV2Size,
@@ -390,6 +393,10 @@ class SwinV2(nn.Module):
     def spec(self) -> FeatureSpec:
         """Channels and strides of the four maps."""
         return self.size.spec
+
+    def describe(self) -> dict[str, Any]:
+        """The windows, for the start-up lines and the run folder."""
+        return {"window_size": self.window_size, "pretrained_window_size": self.pretrained_window_size}
 
     def init_weights(self) -> None:
         """Initial values for training from scratch: every block starts as the identity (its norms are zero)."""
