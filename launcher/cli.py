@@ -72,7 +72,7 @@ def _run(argv: list[str]) -> int:
         print(f"error: there is no command {command!r}: {guess} Commands: {known}", file=sys.stderr)
         return USAGE_ERROR
 
-    from permafrost.launcher.errors import USER_ERRORS, HeadStopped
+    from permafrost.launcher.errors import USER_ERRORS, TrainingStopped
 
     try:
         module = importlib.import_module(f"permafrost.launcher.commands.{command.replace('-', '_')}")
@@ -80,7 +80,7 @@ def _run(argv: list[str]) -> int:
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except HeadStopped as error:
+    except TrainingStopped as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
 

@@ -21,9 +21,9 @@ class LaunchError(ValueError):
     """Processes, devices or engines do not fit together: says which variable or file, and what would."""
 
 
-class HeadStopped(RuntimeError):
-    """A head stopped because its loss was not finite several times in a row; raised when everything else of the run is
-    done.
+class TrainingStopped(RuntimeError):
+    """Training stopped because the loss was not finite (of a head: several times in a row, and raised when everything
+    else of the run is done).
 
     Not a mistake in the input, hence not among USER_ERRORS: the command line prints it without a traceback and exits
     with 1.

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from permafrost.data.procedural import glyphs
-from permafrost.launcher.errors import CheckpointError, RunFolderError
+from permafrost.launcher.errors import CheckpointError, RunFolderError, TrainingStopped
 from permafrost.launcher.pretrain_batches import DROP_PATH, difficulty_limit, generator, train_batches
 from permafrost.launcher.pretrain_config import PretrainExperiment
 from permafrost.launcher.pretrain_model import (
@@ -65,6 +65,7 @@ def run(
     Raises:
         RunFolderError: The folder and `resume` do not go together, or it belongs to another recipe.
         CheckpointError: The checkpoint cannot be read.
+        TrainingStopped: The loss is not finite.
     """
     folder = Path(experiment.run_folder)
     command = command or _command()
@@ -113,7 +114,7 @@ def _train(experiment, model, readouts, average, optimizer, train, val, first_st
         loss, correct = train_step(model, readouts, optimizer, batch, experiment, step)
         update_average(average, model, experiment.ema_decay, step)
         if not math.isfinite(loss):
-            raise RunFolderError(f"{folder}: the loss is {loss} at step {step + 1}; lower learning_rate")
+            raise TrainingStopped(f"{folder}: the loss is {loss} at step {step + 1}; lower learning_rate")
         meter.add(loss, correct, len(labels))
 
         done = step + 1

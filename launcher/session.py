@@ -14,7 +14,7 @@ from permafrost.data.metrics.coco import STATISTICS
 from permafrost.launcher.build import TrainingParts, on_main
 from permafrost.launcher.checkpoint import Checkpoint, TrainingState, is_finite, save_checkpoint
 from permafrost.launcher.engine import Engine, build_engine
-from permafrost.launcher.errors import CheckpointError, HeadStopped, RecipeError
+from permafrost.launcher.errors import CheckpointError, RecipeError, TrainingStopped
 from permafrost.launcher.evaluate import Metrics, evaluate_heads, metrics_table
 from permafrost.launcher.meters import Stopwatch, Window
 from permafrost.launcher.run_folder import write_atomically
@@ -267,11 +267,11 @@ def conclude(run: RunFolder, final: dict[str, Any]) -> Metrics:
     """The metrics of a run that has ended.
 
     Raises:
-        HeadStopped: not all of its heads have got through.
+        TrainingStopped: not all of its heads have got through.
     """
     if final["stopped"]:
         heads = ", ".join(f"{name} (after step {step})" for name, step in final["stopped"].items())
-        raise HeadStopped(
+        raise TrainingStopped(
             f"stopped by losses that were not finite: {heads}. {run}/nonfinite_<head>.json lists the samples; the last "
             "good checkpoint stays. A lower learning rate, a longer warm-up or optimizer.clip_norm usually helps; "
             "train anew with another --output"

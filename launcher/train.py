@@ -55,7 +55,7 @@ def train(experiment: Experiment, *, resume: str = "auto", device: str = "auto")
         The final evaluation: of each head, the evaluator's values.
 
     Raises:
-        HeadStopped: at the end, when a head's losses were not finite; the others have trained on.
+        TrainingStopped: at the end, when a head's losses were not finite; the others have trained on.
         ValueError: one of launcher.errors.USER_ERRORS, for what a user can mend.
     """
     world = init_world(device)

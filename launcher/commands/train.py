@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     """Train; returns 0.
 
     Raises:
-        HeadStopped: non-finite losses stopped a head; the program exits with 1.
+        TrainingStopped: non-finite losses stopped a head; the program exits with 1.
     """
     options, recipe, fields = split_recipe(make_parser(), argv)
     description = "Besides these fields: --resume, --device (see `permafrost train --help`)."

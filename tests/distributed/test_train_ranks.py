@@ -105,7 +105,9 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_both(outcome: tuple[Path, 
     folder, outcomes = outcome
     for ranks in (1, 2):
         for own in outcomes[ranks][2]:
-            assert own["error"].startswith("HeadStopped: stopped by losses that were not finite: probe (after step 3)")
+            assert own["error"].startswith(
+                "TrainingStopped: stopped by losses that were not finite: probe (after step 3)"
+            )
     evidence = json.loads((folder / "nan2/nonfinite_probe.json").read_text())["ranks"]
     assert [[entry["step"] for entry in rank] for rank in evidence] == [[1, 2, 3], [1, 2, 3]]
     seen = [[(s["epoch"], s["index"]) for entry in rank for s in entry["samples"]] for rank in evidence]

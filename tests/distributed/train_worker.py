@@ -23,7 +23,7 @@ from permafrost.heads.config import (
     PoolingConfig,
     RPNConfig,
 )
-from permafrost.launcher.errors import USER_ERRORS, HeadStopped
+from permafrost.launcher.errors import USER_ERRORS, TrainingStopped
 from permafrost.launcher.experiment import (
     EngineConfig,
     Experiment,
@@ -131,7 +131,7 @@ def run(kill_after: int | None = None, resume: str = "auto", **fields) -> dict:
     loop.track_replaced = counted
     try:
         return {"metrics": loop.train(experiment(**fields), resume=resume, device="cpu")}
-    except (*USER_ERRORS, HeadStopped) as error:
+    except (*USER_ERRORS, TrainingStopped) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     except Killed:
         return {"killed": True}

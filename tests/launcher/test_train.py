@@ -32,7 +32,7 @@ from permafrost.data.sampler import GlobalStream
 from permafrost.data.types import DetectionResult
 from permafrost.heads.base import Head, world_mean_counts
 from permafrost.heads.config import MaskRCNNConfig
-from permafrost.launcher.errors import CheckpointError, HeadStopped, RecipeError, RunFolderError
+from permafrost.launcher.errors import CheckpointError, RecipeError, RunFolderError, TrainingStopped
 from permafrost.launcher.experiment import EngineConfig, Experiment, HeadExperiment
 from permafrost.launcher.run_folder import read_json_lines
 from permafrost.launcher.train import train
@@ -338,7 +338,7 @@ def test_three_in_a_row_stop_that_head_only(
     heads = {"fragile": make_head(ProbeConfig(bad=bad)), "detection": make_head()}
     fields = {"num_steps": 12, "checkpoint_every": 2, "keep_checkpoints": 1}
     both, alone = tiny("both", heads=heads, **fields), tiny("alone", heads={"detection": make_head()}, **fields)
-    with pytest.raises(HeadStopped, match=r"fragile \(after step 7\)"):
+    with pytest.raises(TrainingStopped, match=r"fragile \(after step 7\)"):
         train(both)
     train(alone)
     assert losses(both.output) == losses(alone.output)
@@ -356,7 +356,7 @@ def test_three_in_a_row_stop_that_head_only(
     assert final["stopped"] == {"fragile": 7}
     assert list(final["metrics"]) == ["detection"]
     assert "head fragile stops" in capsys.readouterr().err
-    with pytest.raises(HeadStopped, match="fragile"):
+    with pytest.raises(TrainingStopped, match="fragile"):
         train(both)
 
 
@@ -366,12 +366,12 @@ def test_a_stopped_head_stays_stopped_when_the_run_resumes(
     heads = {"fragile": make_head(ProbeConfig(bad=tuple(keys_of_steps([2, 3, 4])))), "detection": make_head()}
     fields = {"num_steps": 10, "checkpoint_every": 2}
     stopped, whole = tiny("stopped", heads=heads, **fields), tiny("whole", heads=heads, **fields)
-    with pytest.raises(HeadStopped):
+    with pytest.raises(TrainingStopped):
         train(whole)
     for number in (5, 5):
         # First in the middle of the bad steps, with two of the three already counted, then after the stop.
         train_killed(monkeypatch, stopped, number)
-    with pytest.raises(HeadStopped, match=r"fragile \(after step 5\)"):
+    with pytest.raises(TrainingStopped, match=r"fragile \(after step 5\)"):
         train(stopped)
     assert_same_bits(tensors(stopped.output, 10), tensors(whole.output, 10))
     assert [start["start_step"] for start in read_json_lines(Path(stopped.output) / "provenance.jsonl")] == [0, 4, 8]
@@ -382,7 +382,7 @@ def test_when_no_head_is_left_the_run_ends(
 ) -> None:
     head = make_head(ProbeConfig(bad=tuple(keys_of_steps([2, 3, 4]))))
     experiment = tiny(heads={"detection": head}, num_steps=1000, checkpoint_every=2)
-    with pytest.raises(HeadStopped, match=r"detection \(after step 5\)"):
+    with pytest.raises(TrainingStopped, match=r"detection \(after step 5\)"):
         train(experiment)
     # The checkpoint of step 4 lies within the bad steps, which changed nothing.
     assert (Path(experiment.output) / "latest").read_text() == "step_00000004\n"
@@ -478,14 +478,14 @@ def test_weights_that_are_no_longer_finite_are_not_saved(
     monkeypatch.setattr(permafrost.launcher.session, "build_engine", spoiling)
     heads = {"fragile": make_head(ProbeConfig()), "detection": make_head()}
     both, alone = tiny("both", heads=heads, checkpoint_every=2), tiny("alone", heads={"fragile": heads["fragile"]})
-    with pytest.raises(HeadStopped, match=r"fragile \(after step 4\)"):
+    with pytest.raises(TrainingStopped, match=r"fragile \(after step 4\)"):
         train(both)
     assert losses(both.output)[-1][0] == 8
     assert sorted(path.name for path in (Path(both.output) / "checkpoints/step_00000004").iterdir()) == [
         "detection",
         "state.json",
     ]
-    with pytest.raises(HeadStopped, match=r"fragile \(after step 8\)"):
+    with pytest.raises(TrainingStopped, match=r"fragile \(after step 8\)"):
         train(alone)
     assert (Path(alone.output) / "latest").read_text() == "step_00000004\n"
 
