@@ -14,7 +14,7 @@ from safetensors import safe_open
 from permafrost.configs.pretrain import nano_glyphs, nano_glyphs_debug
 from permafrost.data.procedural import glyphs
 from permafrost.launcher import pretrain, pretrain_model
-from permafrost.launcher.errors import CheckpointError, RecipeError, RunFolderError
+from permafrost.launcher.errors import CheckpointError, RecipeError, RunFolderError, TrainingStopped
 from permafrost.launcher.pretrain_batches import augment, difficulty_limit, generator, train_batches
 from permafrost.launcher.pretrain_config import PretrainExperiment
 from permafrost.model import load_backbone
@@ -244,6 +244,7 @@ class TestRun:
         assert header["name"] == "swinv2_nano"
         assert header["command"] == "permafrost pretrain tiny"
         assert json.loads(header["window_size"]) == [8, 4, 2, 1]
+        assert json.loads(header["recipe"])["output"] is None, "no folder of the machine that trained"
         assert float(header["accuracy"]) == pytest.approx(results["val/accuracy"], abs=1e-4)
         tensors = tensors_of(path)
         assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -322,7 +323,7 @@ class TestRun:
 
     def test_a_loss_that_is_not_finite_stops_the_run(self, tiny, monkeypatch):
         monkeypatch.setattr(pretrain, "train_step", lambda *args: (math.nan, 0))
-        with pytest.raises(RunFolderError, match="learning_rate"):
+        with pytest.raises(TrainingStopped, match="learning_rate"):
             pretrain.run(tiny())
 
     def test_compiled_stages_keep_the_names(self, tiny, monkeypatch):
