@@ -6,6 +6,7 @@ they are derived from Slurm's; without any of them the run is one process and no
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -99,8 +100,16 @@ class World:
             dist.barrier(group=self._control_group)
 
     def close(self) -> None:
-        """Take down the process group, if this world (or an engine on it) brought it up. Safe to call twice."""
+        """Take down the process group, if this world (or an engine on it) brought it up. Safe to call twice.
+
+        Ranks leave together, unless an exception is on its way: one that still works on its last message while
+        another takes the group down, or while its own interpreter ends, may abort.
+        """
         if self._owns_process_group and dist.is_available() and dist.is_initialized():
+            if sys.exc_info()[0] is None:
+                # A rank that died says so itself; this one is done.
+                with contextlib.suppress(RuntimeError):
+                    self.barrier()
             # DeepSpeed keeps groups of its own; taken down through it, a later run in this process can bring up others.
             comm = sys.modules.get("deepspeed.comm")
             if comm is not None and comm.is_initialized():

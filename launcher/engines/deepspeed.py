@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +184,10 @@ def start_deepspeed(world: World) -> Any:
         )
     if device.type == "cpu":
         skip_shared_memory_op()
+    # torch 2.14 renames these; DeepSpeed 0.19 calls them by the names that older ones know as well.
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated", FutureWarning
+    )
     # Explicit: on a CPU its own choice of a backend depends on what else is installed.
     deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
     return deepspeed
