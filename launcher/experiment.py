@@ -11,7 +11,7 @@ from typing import Literal
 from permafrost.data.config import CocoDataConfig
 from permafrost.heads.config import MaskRCNNConfig
 from permafrost.launcher.errors import RecipeError
-from permafrost.model.config import BackboneConfig
+from permafrost.model.config import BackboneConfig, OffloadMode
 
 
 @dataclass
@@ -112,6 +112,9 @@ class EngineConfig:
     """Autocast of the head's compute (parameters stay float32): auto is bfloat16 on CUDA, float32 on a CPU."""
     accumulation: int = 1
     """Micro-batches per step on each rank."""
+    offload: OffloadMode = "off"
+    """What leaves for host memory between a head's forward and its backward: off; features, the backbone's maps; all,
+    whatever the head saves."""
 
     def __post_init__(self) -> None:
         if self.accumulation < 1:

@@ -81,6 +81,7 @@ def gather_facts(
         f"{len(parts.train_set.classes)} classes",
         f"batch        {loop.global_batch} = {micro_batch} images x {world.world_size} rank(s) x {accumulation} "
         "micro-batch(es)",
+        *([f"offload      {experiment.engine.offload}"] if experiment.engine.offload != "off" else []),
         f"steps        {loop.num_steps:,} = {loop.num_steps * loop.global_batch / len(parts.train_set):.1f} epochs",
     ]
     for name, trainee in session.trainees.items():

@@ -32,6 +32,7 @@ from permafrost.launcher.pictures import Pictures
 from permafrost.launcher.run_folder import RunFolder
 from permafrost.launcher.session import Session, Trainee, conclude, evaluate, finish, open_session, save, stop_head
 from permafrost.launcher.startup import announce, count_parameters
+from permafrost.model.offload import ActivationOffload, KeptFeatures
 
 if TYPE_CHECKING:
     from permafrost.data.types import Batch
@@ -107,6 +108,7 @@ def train_steps(session: Session, start: int) -> int:
         num_workers=loop.num_workers,
         timeout=loop.worker_timeout,
     )
+    offload = ActivationOffload(experiment.engine.offload, world.device)
     batches, pictures = iter(loader), Pictures(parts.val_set, world.device)
     if start and evaluation_due(loop, start) and not on_main(world, lambda: session.run.has_evaluation(start)):
         # The run ended between the checkpoint and its evaluation.
@@ -116,10 +118,11 @@ def train_steps(session: Session, start: int) -> int:
         with stopwatch.host("data_wait"):
             micro_batches = [next(batches).to(world.device) for _ in range(accumulation)]
         with stopwatch.device("backbone"), torch.no_grad():
-            features = [parts.backbone(batch.images) for batch in micro_batches]
+            features = [offload.forward(parts.backbone, batch.images) for batch in micro_batches]
         with stopwatch.device("heads"):
             losses = {
-                name: head_losses(engine, features, micro_batches, world) for name, engine in session.engines.items()
+                name: head_losses(engine, features, micro_batches, world, offload)
+                for name, engine in session.engines.items()
             }
             means = mean_over_ranks(losses, world)
             for trainee in list(session.trainees.values()):
@@ -130,7 +133,7 @@ def train_steps(session: Session, start: int) -> int:
         stopwatch.count_step()
         session.monitor.progress(done, shown_losses(session))
         if done % loop.log_every == 0 or done == loop.num_steps:
-            log(session, done, stream)
+            log(session, done, stream, offload)
         with stopwatch.paused():
             if done % loop.checkpoint_every == 0 or evaluation_due(loop, done):
                 save(session, done, stream.epoch(done, loop.global_batch))
@@ -145,7 +148,11 @@ def train_steps(session: Session, start: int) -> int:
 
 
 def head_losses(
-    engine: Engine, features: Sequence[Sequence[Tensor]], micro_batches: Sequence[Batch], world: World
+    engine: Engine,
+    features: Sequence[KeptFeatures],
+    micro_batches: Sequence[Batch],
+    world: World,
+    offload: ActivationOffload,
 ) -> dict[str, Tensor]:
     """Forward and backward of one head over a step's micro-batches.
 
@@ -157,12 +164,15 @@ def head_losses(
         # The denominators belong to the whole step, so all of it is counted before the first backward.
         counts = RecordedCounts(world, len(micro_batches))
         with torch.no_grad(), buffers_restored(engine.head):
-            for maps, batch in zip(features, micro_batches):
-                engine(maps, batch, counts.record)
+            for kept, batch in zip(features, micro_batches):
+                engine(kept.take(), batch, counts.record)
         counts.fix()
     means: dict[str, Tensor] = {}
-    for maps, batch in zip(features, micro_batches):
-        losses = engine(maps, batch, counts)
+    for kept, batch in zip(features, micro_batches):
+        maps = kept.take()
+        with offload.saving(engine.head, kept, maps):
+            losses = engine(maps, batch, counts)
+        del maps
         engine.backward(torch.stack(list(losses.values())).sum())
         for name, loss in losses.items():
             means[name] = means.get(name, 0) + loss.detach() / len(micro_batches)
@@ -245,7 +255,7 @@ def shown_losses(session: Session) -> dict[str, float]:
     return {shown: means[f"{name}/loss"] for name, shown in names.items() if f"{name}/loss" in means}
 
 
-def log(session: Session, done: int, stream: GlobalStream) -> None:
+def log(session: Session, done: int, stream: GlobalStream, offload: ActivationOffload) -> None:
     """Record what was measured since the last log line, and begin a new window."""
     loop = session.experiment.loop
     values = session.window.take()
@@ -255,6 +265,10 @@ def log(session: Session, done: int, stream: GlobalStream) -> None:
     values |= {"data/epoch": stream.epoch(done, loop.global_batch), "data/replaced_images": session.tracker.count}
     values |= session.stopwatch.take(loop.global_batch)
     values |= memory_peaks(session.world.device)
+    if offload.mode != "off":
+        saved = offload.take_statistics()
+        values["offload/share"] = saved.offloaded_bytes / max(1, saved.saved_bytes)
+        values["memory/offload_gib"] = offload.buffers.allocated_bytes / 2**30
     session.monitor.scalars(done, values)
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from permafrost.model.frozen import FrozenBackbone
 
+OffloadMode = Literal["off", "features", "all"]
+
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 

@@ -89,6 +89,11 @@ class FrozenBackbone(nn.Module):
         return self.network.spec
 
     @property
+    def stages(self) -> tuple[nn.Module, ...]:
+        """Modules whose outputs are the storages of the maps, where the network says so."""
+        return tuple(getattr(self.network, "layers", ()))
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the source tensors, the same on every device and in every dtype the network is loaded in."""
         return self._fingerprint

@@ -1,0 +1,291 @@
+"""Activation offload: what a head saves for its backward waits in host memory.
+
+A backward needs what its forward saved, much later. In between it may leave the device: every saved tensor is copied
+to a (pinned, reused) host buffer on a stream of its own while the forward goes on, and comes back a few tensors ahead
+of the backward. The maps of the frozen backbone are the largest of them, and the only ones that several heads share: in
+host memory they exist once.
+
+On a CPU the same code runs without streams. It saves nothing there; it is how equal gradients are shown without a GPU.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+if TYPE_CHECKING:
+    from permafrost.model.config import OffloadMode
+    from permafrost.model.frozen import FrozenBackbone
+
+# Below this a copy costs more than the memory is worth; masks and scales of norms stay.
+_MIN_BYTES = 1 << 14
+_BUFFER_STEP = 1 << 16
+
+
+@dataclass
+class OffloadStatistics:
+    """What heads saved for their backward, each storage once a forward, parameters and buffers of the head aside.
+
+    Attributes:
+        saved_bytes: All of it.
+        offloaded_bytes: What left for host memory.
+    """
+
+    saved_bytes: int = 0
+    offloaded_bytes: int = 0
+
+
+class HostBuffers:
+    """Host memory for copies, taken back when a copy is no longer needed; pinned if a GPU copies into it.
+
+    Args:
+        pinned: Whether the memory is page-locked, which asynchronous copies need.
+    """
+
+    def __init__(self, pinned: bool) -> None:
+        self.pinned = pinned
+        self.allocated_bytes = 0
+        self._free: dict[int, list[tuple[Tensor, torch.cuda.Event | None]]] = defaultdict(list)
+
+    def take(self, num_bytes: int) -> Tensor:
+        """A buffer uint8 of at least so many bytes, which no copy uses any more."""
+        size = -(-num_bytes // _BUFFER_STEP) * _BUFFER_STEP
+        if self._free[size]:
+            buffer, event = self._free[size].pop(0)
+            if event is not None:
+                event.synchronize()
+            return buffer
+        self.allocated_bytes += size
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+
+    def give_back(self, buffer: Tensor, event: torch.cuda.Event | None) -> None:
+        """Return a buffer; it is reused once `event`, the last copy from or to it, has happened."""
+        self._free[buffer.numel()].append((buffer, event))
+
+
+class HostCopy:
+    """One storage's bytes in host memory, and the way back.
+
+    Whole storages, because that is what a saved tensor keeps alive: all views of one share one copy.
+
+    Args:
+        storage: What to copy. It may be freed as soon as this returns.
+        buffers: Where the host memory comes from, and goes back to when this object dies.
+        stream: The side stream of the copies; None copies in place, on a CPU.
+    """
+
+    def __init__(self, storage: torch.UntypedStorage, buffers: HostBuffers, stream: torch.cuda.Stream | None) -> None:
+        self.device, self.num_bytes = storage.device, storage.nbytes()
+        buffer = buffers.take(self.num_bytes)
+        self._host = buffer[: self.num_bytes]
+        self._stream = stream
+        # The last copy that touches the buffer; shared with the finalizer, which must not hold this object.
+        self._last: list[torch.cuda.Event | None] = [None]
+        self._returning: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._returned: StorageWeakRef | None = None
+        weakref.finalize(self, _give_back, buffers, buffer, self._last)
+        source = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
+        if stream is None:
+            self._host.copy_(source)
+            return
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._host.copy_(source, non_blocking=True)
+            self._last[0] = stream.record_event()
+        # The allocator must not hand the memory out before the copy has read it.
+        source.record_stream(stream)
+
+    def prefetch(self) -> None:
+        """Start the way back, unless the bytes are on the device already."""
+        if self._returning is not None or (self._returned is not None and not self._returned.expired()):
+            return
+        # Allocated for the stream that will use it; the side stream waits until that memory is really free.
+        target = torch.empty(self.num_bytes, dtype=torch.uint8, device=self.device)
+        if self._stream is None:
+            self._returning = (target.copy_(self._host), None)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(self._host, non_blocking=True)
+            self._last[0] = self._stream.record_event()
+        target.record_stream(self._stream)
+        self._returning = (target, self._last[0])
+
+    def fetch(self) -> torch.UntypedStorage:
+        """The storage, on its device again; the current stream waits for it, the CPU does not."""
+        self.prefetch()
+        if self._returning is None:
+            return torch.UntypedStorage._new_with_weak_ptr(self._returned.cdata)
+        (target, event), self._returning = self._returning, None
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+        storage = target.untyped_storage()
+        self._returned = StorageWeakRef(storage)
+        return storage
+
+
+@dataclass(frozen=True)
+class SavedView:
+    """A tensor as a view of a storage that is in host memory."""
+
+    copy: HostCopy
+    dtype: torch.dtype
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor, copy: HostCopy) -> SavedView:
+        """The view that `tensor` is of its own storage, whose bytes `copy` holds."""
+        return cls(copy, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def fetch(self) -> Tensor:
+        """The tensor, on its device again."""
+        storage = self.copy.fetch()
+        return torch.empty(0, dtype=self.dtype, device=storage.device).set_(
+            storage, self.offset, self.shape, self.stride
+        )
+
+
+class KeptFeatures:
+    """The maps of one micro-batch between the backbone and the last head: on the device, or in host memory."""
+
+    def __init__(self, maps: Sequence[Tensor], views: Sequence[SavedView] | None) -> None:
+        self._maps = tuple(maps) if views is None else ()
+        self.views = views
+
+    def take(self) -> tuple[Tensor, ...]:
+        """The maps, on the device."""
+        if self.views is None:
+            return self._maps
+        for view in self.views:
+            view.copy.prefetch()
+        return tuple(view.fetch() for view in self.views)
+
+
+class ActivationOffload:
+    """Moves what heads save for their backward to host memory and back.
+
+    Args:
+        mode: "off"; "features": the backbone's maps only; "all": every saved tensor whose storage has 16 KiB or more,
+            parameters and buffers of the head aside. Under autocast the head's weights are cast, and the casts,
+            being no parameters, leave too.
+        device: Where the heads compute.
+        num_ahead: How many storages the way back is ahead of the backward.
+    """
+
+    def __init__(self, mode: OffloadMode, device: torch.device, *, num_ahead: int = 3) -> None:
+        self.mode, self.device, self.num_ahead = mode, device, num_ahead
+        on_gpu = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if on_gpu and mode != "off" else None
+        self.buffers = HostBuffers(pinned=on_gpu)
+        self.statistics = OffloadStatistics()
+
+    def forward(self, backbone: FrozenBackbone, images: Tensor) -> KeptFeatures:
+        """The backbone's maps of one micro-batch; unless the mode is "off", they leave as its stages produce them.
+
+        Args:
+            backbone: Its `stages`, if it names any, are watched.
+            images: What it takes.
+        """
+        if self.mode == "off":
+            return KeptFeatures(backbone(images), None)
+        # Stage outputs on their way out before anybody asked for them, by storage and version.
+        early: dict[tuple[int, int], tuple[StorageWeakRef, HostCopy]] = {}
+
+        def leave(stage: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            early[_state(output)] = (StorageWeakRef(output.untyped_storage()), self._copy(output))
+
+        hooks = [stage.register_forward_hook(leave) for stage in backbone.stages]
+        try:
+            maps = backbone(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        copies = [early[_state(one)][1] if _state(one) in early else self._copy(one) for one in maps]
+        return KeptFeatures(maps, [SavedView.of(one, copy) for one, copy in zip(maps, copies)])
+
+    @contextmanager
+    def saving(self, head: nn.Module, kept: KeptFeatures, maps: Sequence[Tensor]) -> Iterator[None]:
+        """What is saved for a backward inside this context is offloaded, as the mode says.
+
+        Args:
+            head: Its parameters and buffers stay.
+            kept: Where the maps came from.
+            maps: What `kept.take` returned.
+        """
+        if self.mode == "off":
+            yield
+            return
+        resident = {tensor.untyped_storage().data_ptr() for tensor in (*head.parameters(), *head.buffers())}
+        # By storage and version: its copy and its place on the tape. The weak reference keeps the key unique.
+        known: dict[tuple[int, int], tuple[StorageWeakRef, HostCopy, int]] = {}
+        tape: list[weakref.ref[HostCopy]] = []
+        counted: dict[int, StorageWeakRef] = {}
+
+        def enter(tensor: Tensor, copy: HostCopy) -> None:
+            known[_state(tensor)] = (StorageWeakRef(tensor.untyped_storage()), copy, len(tape))
+            tape.append(weakref.ref(copy))
+
+        for one, view in zip(maps, kept.views):
+            enter(one, view.copy)
+
+        def pack(tensor: Tensor) -> Any:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() in resident or storage.device.type != self.device.type:
+                return tensor
+            state = _state(tensor)
+            leaves = state in known or (self.mode == "all" and storage.nbytes() >= _MIN_BYTES)
+            if state[0] not in counted:
+                counted[state[0]] = StorageWeakRef(storage)
+                self.statistics.saved_bytes += storage.nbytes()
+                self.statistics.offloaded_bytes += storage.nbytes() * leaves
+            if not leaves:
+                return tensor
+            if state not in known:
+                enter(tensor, self._copy(tensor))
+            _, copy, place = known[state]
+            return SavedView.of(tensor, copy), place
+
+        def unpack(saved: Any) -> Tensor:
+            if isinstance(saved, Tensor):
+                return saved
+            view, place = saved
+            tensor = view.fetch()
+            for reference in reversed(tape[max(0, place - self.num_ahead) : place]):
+                if (earlier := reference()) is not None:
+                    earlier.prefetch()
+            return tensor
+
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                yield
+        finally:
+            # From here on the graph alone holds the copies, and frees each with its node.
+            known.clear()
+            counted.clear()
+
+    def take_statistics(self) -> OffloadStatistics:
+        """What was counted since the last call."""
+        statistics, self.statistics = self.statistics, OffloadStatistics()
+        return statistics
+
+    def _copy(self, tensor: Tensor) -> HostCopy:
+        return HostCopy(tensor.untyped_storage(), self.buffers, self.stream)
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """A storage and its version; unique while a weak reference to the storage is held."""
+    return tensor.untyped_storage()._cdata, tensor._version
+
+
+def _give_back(buffers: HostBuffers, buffer: Tensor, last: list[torch.cuda.Event | None]) -> None:
+    buffers.give_back(buffer, last[0])
