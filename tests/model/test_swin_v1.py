@@ -36,7 +36,8 @@ def from_timm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ("swin_tiny_patch4_window7_224", "swin_tiny", (14, 14, 14, 7), 224),
         ("swin_small_patch4_window7_224", "swin_small", 7, 224),
         ("swin_base_patch4_window7_224", "swin_base", 7, 224),
-        ("swin_large_patch4_window7_224", "swin_large", 7, 224),
+        # 2 GB, and a quarter of this file's time.
+        pytest.param("swin_large_patch4_window7_224", "swin_large", 7, 224, marks=pytest.mark.slow),
     ],
 )
 def test_equals_timm(randomise, relative_error, theirs, name, window, side) -> None:
