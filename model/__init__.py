@@ -1,4 +1,4 @@
-"""B, the frozen base network: SwinV2 in all its sizes, its weights, and the contract a head sees.
+"""B, the frozen base network: Swin V1 and V2 in all their sizes, its weights, and the contract a head sees.
 
 Names are imported on first use, so that `import permafrost.model` stays free of torch.
 """
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from permafrost.model.frozen import FrozenBackbone, load_backbone
     from permafrost.model.spec import FeatureSpec
     from permafrost.model.swin import SwinV2, SwinV2Classifier
+    from permafrost.model.swin_v1 import SwinV1
     from permafrost.model.weights import save_weights
 
 _HOMES = {
@@ -21,6 +22,7 @@ _HOMES = {
     "BackboneError": "errors",
     "FeatureSpec": "spec",
     "FrozenBackbone": "frozen",
+    "SwinV1": "swin_v1",
     "SwinV2": "swin",
     "SwinV2Classifier": "swin",
     "WeightsError": "errors",
@@ -33,6 +35,7 @@ __all__ = [
     "BackboneError",
     "FeatureSpec",
     "FrozenBackbone",
+    "SwinV1",
     "SwinV2",
     "SwinV2Classifier",
     "WeightsError",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from permafrost.model.errors import BackboneError
-from permafrost.model.spec import check_name, per_stage
+from permafrost.model.spec import check_extra_norms, check_name, per_stage
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ class BackboneConfig:
     """The frozen base network of a run."""
 
     name: str
-    """swinv2_{nano,tiny,small,base,large,huge,giant_1b,giant}."""
+    """swinv2_{nano,tiny,small,base,large,huge,giant_1b,giant}, or swin_{tiny,small,base,large} (Swin V1)."""
     weights: str
     """A file, a known name, or "random" (seeded; "random:7" for another draw). There is no default: a forgotten field
     must not train for days on noise."""
@@ -31,13 +31,14 @@ class BackboneConfig:
     """Window, for all stages or one per stage; None takes the one the weights were trained with."""
     pretrained_window_size: int | tuple[int, int, int, int] | None = None
     """Window each stage had when the weights were trained; None reads it from the file. It is refused where it differs
-    from the file, and needed to use another window than the file's on purpose."""
+    from the file, and needed to use another window than the file's on purpose (of a Swin V1 the position tables are
+    then resampled)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
     """auto: bfloat16 on CUDA, float32 elsewhere."""
     prefix: str | None = None
     """Takes only the tensors of the file whose names start with this, without it: "backbone.", "encoder."."""
     extra_norm_interval: int | None = None
-    """Blocks between extra norms on the main branch, 0 for none; None: as the table of sizes has it."""
+    """SwinV2: blocks between extra norms on the main branch, 0 for none; None: as the table of sizes has it."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -57,6 +58,7 @@ class BackboneConfig:
                 f"backbone.extra_norm_interval is {self.extra_norm_interval}: give at least 1, 0 for none, "
                 "or None for the size's own"
             )
+        check_extra_norms(self.name, self.extra_norm_interval, field="backbone.extra_norm_interval")
 
     def build(self, device: torch.device | str = "cpu") -> FrozenBackbone:
         """Loads the network.

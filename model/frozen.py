@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError, WeightsError
-from permafrost.model.spec import FeatureSpec, check_name
+from permafrost.model.spec import SWIN_V1_SIZES, FeatureSpec, check_extra_norms, check_name
 from permafrost.model.swin import SwinV2
+from permafrost.model.swin_parts import Swin
+from permafrost.model.swin_v1 import SwinV1
 from permafrost.model.weights import FLOATING_DTYPES, check_fit, fingerprint, random_weights, read_weights
 from permafrost.model.windows import Windows, choose_windows
 
@@ -230,20 +232,23 @@ def load_backbone(
         name: A name in the table of sizes (permafrost.model.spec).
         weights: A file (safetensors, or an official `.pth`), a known name, or "random" ("random:SEED").
         window_size: Window, for all stages or one per stage. None takes the file's configured window; another one
-            than the file's also needs `pretrained_window_size`. See permafrost.model.windows.
+            than the file's also needs `pretrained_window_size`, and resamples the position tables of a Swin V1. See
+            permafrost.model.windows.
         pretrained_window_size: The window each stage had in training. None reads it from the file; if given it must
             be what the file says.
         dtype: The dtype to compute in; None: bfloat16 on CUDA, float32 elsewhere.
         device: Where to put it.
         tensor_group: Process group to split the network over. Must be None.
         prefix: Take only the file's tensors whose names start with this, without it.
-        extra_norm_interval: Blocks between extra norms on the main branch; None: as the file or the table says.
+        extra_norm_interval: Blocks between extra norms on the main branch of a SwinV2; None: as the file or the table
+            says.
 
     Raises:
         BackboneError: If name, dtype, device or windows make no sense.
         WeightsError: If the weights cannot be read or belong to another network.
     """
     check_name(name)
+    check_extra_norms(name, extra_norm_interval, field="extra_norm_interval")
     if tensor_group is not None:
         raise BackboneError(
             "tensor_group is given, but splitting the backbone comes with tensor parallelism, which this version does "
@@ -287,7 +292,7 @@ def _load_swin(
     device: torch.device,
     prefix: str | None,
     extra_norm_interval: int | None,
-) -> tuple[SwinV2, dict[str, Any]]:
+) -> tuple[Swin, dict[str, Any]]:
     """A Swin with its weights.
 
     Returns:
@@ -305,13 +310,14 @@ def _load_swin(
             window_size=window_size,
             pretrained_window_size=pretrained_window_size,
             source=checkpoint.source,
+            position_tables=name in SWIN_V1_SIZES,
         )
+    arguments = {"window_size": windows.window_size, "pretrained_window_size": windows.pretrained_window_size}
     with torch.device("meta"):
-        network = SwinV2(
-            name,
-            window_size=windows.window_size,
-            pretrained_window_size=windows.pretrained_window_size,
-            extra_norm_interval=extra_norm_interval,
+        network = (
+            SwinV1(name, **arguments)
+            if name in SWIN_V1_SIZES
+            else SwinV2(name, **arguments, extra_norm_interval=extra_norm_interval)
         )
     if checkpoint is None:
         checkpoint = random_weights(network, seed=int(seed[1] or 0))
@@ -330,9 +336,7 @@ def _load_swin(
         "std": checkpoint.metadata.get("std", IMAGENET_STD),
         "fingerprint": fingerprint(tensors),
         "choices": {
-            "attention": "torch scaled_dot_product_attention; position bias, logit scale and q, v biases folded",
             "trained_window_size": checkpoint.windows.window_size,
-            "extra_norm_interval": network.extra_norm_interval,
             "left_out": sorted(checkpoint.tensors.keys() - tensors.keys()),
         },
     }
@@ -340,7 +344,7 @@ def _load_swin(
 
 def _resident_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
     """Keeps what the folded constants come from in float32: they are computed once, so precision costs nothing."""
-    precise = ".cpb_mlp." in key or key.endswith(".logit_scale")
+    precise = ".cpb_mlp." in key or key.endswith((".logit_scale", ".relative_position_bias_table"))
     return torch.promote_types(dtype, torch.float32) if precise else dtype
 
 

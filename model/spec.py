@@ -52,22 +52,18 @@ class FeatureSpec:
 
 
 @dataclass(frozen=True)
-class SwinV2Size:
-    """One row of the table of SwinV2 sizes.
+class SwinSize:
+    """What the tables of Swin sizes have in common.
 
     Attributes:
         embed_dim: Channels of the first stage; each later stage doubles them.
         depths: Blocks of each stage.
         num_heads: Attention heads of each stage (32 channels per head throughout).
-        extra_norm_interval: A LayerNorm on the main branch after every so many blocks, counted within a stage; 0: none.
-        window_size: Window of a model that is built without weights which know better.
     """
 
     embed_dim: int
     depths: tuple[int, ...]
     num_heads: tuple[int, ...]
-    extra_norm_interval: int = 0
-    window_size: int = 8
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -79,6 +75,38 @@ class SwinV2Size:
         """The feature maps this size gives to a head."""
         return FeatureSpec(self.channels, tuple(PATCH_SIZE * 2**stage for stage in range(len(self.depths))))
 
+
+@dataclass(frozen=True)
+class SwinV1Size(SwinSize):
+    """One row of the table of Swin V1 sizes.
+
+    Attributes:
+        window_size: Window of a model that is built without weights which know better.
+    """
+
+    window_size: int = 7
+
+
+@dataclass(frozen=True)
+class SwinV2Size(SwinSize):
+    """One row of the table of SwinV2 sizes.
+
+    Attributes:
+        extra_norm_interval: A LayerNorm on the main branch after every so many blocks, counted within a stage; 0: none.
+        window_size: Window of a model that is built without weights which know better.
+    """
+
+    extra_norm_interval: int = 0
+    window_size: int = 8
+
+
+# Section 3.3 of "Swin Transformer" (Liu et al., ICCV 2021).
+SWIN_V1_SIZES: dict[str, SwinV1Size] = {
+    "swin_tiny": SwinV1Size(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "swin_small": SwinV1Size(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "swin_base": SwinV1Size(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "swin_large": SwinV1Size(192, (2, 2, 18, 2), (6, 12, 24, 48)),
+}
 
 # Widths and depths of "Swin Transformer V2" (Liu et al., CVPR 2022), tables of sections 3.4 and 4.1; its huge and giant
 # models carry the extra norm every 6 blocks. giant_1b is the 1.06 B model released with SimMIM, whose width follows
@@ -120,13 +148,31 @@ def check_name(name: str) -> None:
     Raises:
         BackboneError: If not, with the nearest name that can.
     """
-    if name in SWINV2_SIZES:
+    names = (*SWINV2_SIZES, *SWIN_V1_SIZES)
+    if name in names:
         return
-    known = ", ".join(SWINV2_SIZES)
+    known = ", ".join(names)
     if not isinstance(name, str):
         raise BackboneError(f"A backbone is called by its name, found {name!r}; the names are {known}.")
-    nearest = get_close_matches(name.removeprefix("timm/"), SWINV2_SIZES, n=1, cutoff=0.4)
+    nearest = get_close_matches(name.removeprefix("timm/"), names, n=1, cutoff=0.4)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     if name.startswith("timm/"):
         raise BackboneError(f"{name!r}: timm backbones are not supported yet; the names are {known}.{hint}")
     raise BackboneError(f"There is no backbone called {name!r}; the names are {known}.{hint}")
+
+
+def check_extra_norms(name: str, extra_norm_interval: int | None, *, field: str) -> None:
+    """Checks that extra norms are only asked of a network that has them.
+
+    Args:
+        name: Name of the base network.
+        extra_norm_interval: The interval asked for; None and 0 are none.
+        field: Name of the field, for the error.
+
+    Raises:
+        BackboneError: If it is a Swin V1.
+    """
+    if name in SWIN_V1_SIZES and extra_norm_interval:
+        raise BackboneError(
+            f"{field} is {extra_norm_interval}, but {name} is a Swin V1, and only SwinV2 has extra norms; leave it out."
+        )

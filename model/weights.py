@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from permafrost.model.errors import WeightsError
-from permafrost.model.spec import NUM_STAGES, SWINV2_SIZES
+from permafrost.model.spec import NUM_STAGES, SWIN_V1_SIZES, SWINV2_SIZES
 from permafrost.model.swin import INITIAL_LOGIT_SCALE, SwinV2, SwinV2Classifier
+from permafrost.model.swin_parts import Swin
 from permafrost.model.windows import Windows, is_buffer, windows_of_buffers
 
 PRETRAINED_FOLDER = Path(__file__).parent / "pretrained"
@@ -135,11 +136,12 @@ def locate(weights: str | os.PathLike[str]) -> Path:
     )
 
 
-def random_weights(network: SwinV2, *, seed: int) -> Checkpoint:
+def random_weights(network: Swin, *, seed: int) -> Checkpoint:
     """Draws parameters for an untrained network in which nothing is an identity by accident.
 
     Weights are normal with variance 1 / fan-in, norms are spread around 1 and 0, so that features keep their scale
-    through the depth. Drawn on the CPU in float32: a seed means the same network everywhere.
+    through the depth; position tables weigh as much as the logits they are added to. Drawn on the CPU in float32: a
+    seed means the same network everywhere.
 
     Args:
         network: Gives names and shapes; may live on the meta device.
@@ -151,6 +153,8 @@ def random_weights(network: SwinV2, *, seed: int) -> Checkpoint:
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("logit_scale"):
             tensors[name] = INITIAL_LOGIT_SCALE + 0.2 * noise
+        elif name.endswith("relative_position_bias_table"):
+            tensors[name] = noise
         elif "norm" in name.split(".")[-2] and name.endswith("weight"):
             tensors[name] = 1.0 + 0.2 * noise.clamp(-3.0, 3.0)
         elif parameter.ndim == 1:
@@ -160,7 +164,7 @@ def random_weights(network: SwinV2, *, seed: int) -> Checkpoint:
     return Checkpoint(f"random (seed {seed})", tensors, Windows(None, None))
 
 
-def check_fit(network: SwinV2, name: str, checkpoint: Checkpoint) -> None:
+def check_fit(network: Swin, name: str, checkpoint: Checkpoint) -> None:
     """Checks that a file holds exactly the tensors of a network.
 
     Args:
@@ -210,12 +214,12 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save_weights(
-    model: SwinV2, path: str | os.PathLike[str], metadata: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
+    model: Swin, path: str | os.PathLike[str], metadata: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Writes a network as safetensors under the official names, atomically.
 
-    The header states name, window_size, pretrained_window_size, extra_norm_interval and, for a classifier, num_classes;
-    `read_weights` takes them from there.
+    The header states name, window_size, pretrained_window_size, for a SwinV2 extra_norm_interval and, for a classifier,
+    num_classes; `read_weights` takes them from there.
 
     Args:
         model: The network or the classifier.
@@ -227,12 +231,13 @@ def save_weights(
     Raises:
         WeightsError: If metadata contradicts the model, or a weight is not finite.
     """
-    names = [name for name, size in SWINV2_SIZES.items() if size == model.size]
+    names = [name for name, size in (SWINV2_SIZES | SWIN_V1_SIZES).items() if size == model.size]
     own: dict[str, Any] = {
         "window_size": model.window_size,
         "pretrained_window_size": model.pretrained_window_size,
-        "extra_norm_interval": model.extra_norm_interval,
     }
+    if isinstance(model, SwinV2):
+        own["extra_norm_interval"] = model.extra_norm_interval
     if names:
         own["name"] = names[0]
     if isinstance(model, SwinV2Classifier):
@@ -373,8 +378,13 @@ def _hint(
             prefix = key.removesuffix("patch_embed.proj.weight")
             if prefix and prefix != key:
                 return f"Its names start with {prefix!r}: give prefix={prefix!r}."
-    if any(key.endswith("relative_position_bias_table") for key in found):
+    has_tables, needs_tables = (
+        any(key.endswith("relative_position_bias_table") for key in keys) for keys in (found, expected)
+    )
+    if has_tables and not needs_tables:
         return "It is a Swin V1 checkpoint."
+    if needs_tables and any(".cpb_mlp." in key for key in found):
+        return "It is a SwinV2 checkpoint."
     if "layers.3.downsample.norm.weight" in found:
         return "It is in timm's format; give the original checkpoint."
     if not shapes and all(".enorm." in key for key in missing + unexpected):
@@ -386,7 +396,8 @@ def _hint(
         if match := re.match(r"layers\.([0-3])\.blocks\.(\d+)\.", key):
             depths[int(match[1])] = max(depths[int(match[1])], int(match[2]) + 1)
     width = found.get("patch_embed.proj.weight", (0,))[0]
-    like = [name for name, size in SWINV2_SIZES.items() if (size.embed_dim, size.depths) == (width, tuple(depths))]
+    sizes = SWIN_V1_SIZES if needs_tables else SWINV2_SIZES
+    like = [name for name, size in sizes.items() if (size.embed_dim, size.depths) == (width, tuple(depths))]
     return f"It looks like {like[0]}." if like else ""
 
 

@@ -9,9 +9,16 @@ files, the window of the first training in those that were fine-tuned with a lar
 window (16, 16, 16, 8), pretrained (12, 12, 12, 6)). The second belongs to the weights and can only be confirmed. The
 first can be changed: to another window on purpose, which has to be said by giving the second as well.
 
-Unless told otherwise every stage is used with the *configured* window, the largest of the four, as the released code
-does: a model trained at 192 pixels had a window of 6 in its last stage because the map was 6 x 6; on a large image that
-stage runs windows of 12 whose coordinates are still divided by 6 - 1. Maps that are smaller clip the window again.
+Unless told otherwise every stage of a SwinV2 is used with the *configured* window, the largest of the four, as the
+released code does: a model trained at 192 pixels had a window of 6 in its last stage because the map was 6 x 6; on a
+large image that stage runs windows of 12 whose coordinates are still divided by 6 - 1. Maps that are smaller clip the
+window again.
+
+Swin V1 has a table of position biases instead, one entry per offset, so the window shows in its shape: a table of
+(2W - 1) ** 2 entries belongs to windows of W, and both statements are W. Another window means resampled tables (see
+permafrost.model.swin_v1), other biases than those of training. So every stage keeps the window of its own table, and
+whatever differs has to be said, the configured window in a stage whose map was smaller included: a model trained at 224
+pixels with windows of 14 has tables of 14, 14, 14 and 7.
 """
 
 from __future__ import annotations
@@ -29,6 +36,7 @@ from permafrost.model.spec import NUM_STAGES, per_stage
 _BUFFER = re.compile(
     r"(?:^|\.)layers\.(\d+)\.blocks\.\d+\.(attn\.relative_coords_table|attn\.relative_position_index|attn_mask)$"
 )
+_TABLE = re.compile(r"(?:^|\.)layers\.(\d+)\.blocks\.\d+\.attn\.relative_position_bias_table$")
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,8 @@ class Windows:
 
     Attributes:
         window_size: Side of the windows, per stage.
-        pretrained_window_size: Window that scales the coordinates of the position bias, per stage.
+        pretrained_window_size: Window that scales the coordinates of the position bias, or whose offsets the position
+            table lists, per stage.
     """
 
     window_size: tuple[int, ...] | None
@@ -50,17 +59,25 @@ def is_buffer(name: str) -> bool:
 
 
 def windows_of_buffers(tensors: Mapping[str, Tensor], *, source: str) -> Windows:
-    """Reads the windows from the buffers that official checkpoints carry.
+    """Reads the windows from the buffers that official checkpoints carry, and from the position tables of a Swin V1.
 
     Shapes give the window: (1, 2W - 1, 2W - 1, 2) of the coordinates, (L, L) of the index, (N, L, L) of the mask. The
-    largest coordinate, log2(8 * (W - 1) / (P - 1) + 1) / 3, gives the pretrained window P.
+    largest coordinate, log2(8 * (W - 1) / (P - 1) + 1) / 3, gives the pretrained window P. A position table of
+    (2W - 1) ** 2 rows gives both; one with another number of rows says nothing, and is refused when it is compared with
+    the network.
 
     Raises:
-        WeightsError: If the buffers contradict one another.
+        WeightsError: If they contradict one another.
     """
     sides: dict[int, set[int]] = {}
     pretrained: dict[int, set[int]] = {}
     for name, tensor in tensors.items():
+        if match := _TABLE.search(name):
+            side = (math.isqrt(tensor.shape[0]) + 1) // 2 if tensor.ndim == 2 else 0
+            if side and (2 * side - 1) ** 2 == tensor.shape[0]:
+                for found in (sides, pretrained):
+                    found.setdefault(int(match[1]), set()).add(side)
+            continue
         match = _BUFFER.search(name)
         if match is None:
             continue
@@ -96,6 +113,7 @@ def choose_windows(
     window_size: int | Sequence[int] | None,
     pretrained_window_size: int | Sequence[int] | None,
     source: str,
+    position_tables: bool = False,
 ) -> Windows:
     """Brings what the file states and what the recipe asks for together.
 
@@ -104,9 +122,11 @@ def choose_windows(
         window_size: The recipe's window; None takes the file's.
         pretrained_window_size: The recipe's statement about the weights; None takes the file's.
         source: The file, for errors.
+        position_tables: Whether the network is a Swin V1, whose biases are a table that belongs to one window.
 
     Returns:
-        Windows without None.
+        Windows without None; with None only for position tables that the file does not have, which is for the
+        comparison with the network to say.
 
     Raises:
         WeightsError: If recipe and file contradict each other, or neither knows.
@@ -121,6 +141,8 @@ def choose_windows(
             f"{stated}. Leave it out: it is read from the file."
         )
     pretrained = stored.pretrained_window_size or stated
+    if position_tables and stored.window_size is None:
+        return Windows(wanted, pretrained)
     if pretrained is None or (wanted is None and stored.window_size is None):
         missing = [] if wanted or stored.window_size else ["window_size"]
         missing += [] if pretrained else ["pretrained_window_size"]
@@ -131,14 +153,15 @@ def choose_windows(
         )
     if stored.window_size is None:
         return Windows(wanted, pretrained)
-    configured = max(stored.window_size)
+    configured = stored.window_size if position_tables else (max(stored.window_size),) * NUM_STAGES
     if wanted is None:
-        return Windows((configured,) * NUM_STAGES, pretrained)
-    agrees = all(one in (own, configured) for one, own in zip(wanted, stored.window_size, strict=True))
+        return Windows(configured, pretrained)
+    agrees = all(one in pair for one, *pair in zip(wanted, stored.window_size, configured, strict=True))
     if not agrees and stated is None:
+        consequence = "; its position tables are then resampled" if position_tables else ""
         raise WeightsError(
             f"{source} was trained with window_size={stored.window_size}, but the recipe asks for {wanted}. Leave "
             f"window_size out, or, if another window is meant, say so by also giving "
-            f"pretrained_window_size={pretrained}."
+            f"pretrained_window_size={pretrained}{consequence}."
         )
     return Windows(wanted, pretrained)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from permafrost.model import BackboneConfig, BackboneError, FeatureSpec
-from permafrost.model.spec import SWINV2_SIZES
+from permafrost.model.spec import SWIN_V1_SIZES, SWINV2_SIZES
 
 
 def test_feature_spec_holds_channels_and_strides() -> None:
@@ -37,10 +37,12 @@ def test_feature_spec_refuses_what_makes_no_sense(channels, strides, message: st
 
 
 def test_sizes_have_32_channels_per_head_and_the_usual_strides() -> None:
-    for size in SWINV2_SIZES.values():
+    for size in (*SWINV2_SIZES.values(), *SWIN_V1_SIZES.values()):
         assert size.channels == tuple(32 * heads for heads in size.num_heads)
         assert size.spec.strides == (4, 8, 16, 32)
     assert SWINV2_SIZES["swinv2_giant"].depths == (2, 2, 42, 4)
+    assert SWIN_V1_SIZES["swin_large"].channels == (192, 384, 768, 1536)
+    assert {size.window_size for size in SWIN_V1_SIZES.values()} == {7}
 
 
 def test_importing_the_package_and_a_config_needs_no_torch() -> None:
@@ -66,6 +68,9 @@ def test_package_lists_its_names_and_knows_no_others() -> None:
     ("fields", "message"),
     [
         ({"name": "swinv2_bse"}, "Did you mean 'swinv2_base'"),
+        ({"name": "swin_bse"}, "names are swinv2_nano.*swin_large.*Did you mean 'swin_base'"),
+        ({"name": "timm/swin_tiny_patch4_window7_224"}, "timm backbones are not supported yet.*'swin_tiny'"),
+        ({"name": "swin_tiny", "extra_norm_interval": 6}, "swin_tiny is a Swin V1, and only SwinV2 has extra norms"),
         ({"name": "timm/swinv2_tiny_window8_256"}, "timm backbones are not supported yet.*'swinv2_tiny'"),
         ({"weights": ""}, "give a file, a known name"),
         ({"window_size": 0}, "backbone.window_size"),

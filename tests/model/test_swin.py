@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from permafrost.model import swin
+from permafrost.model import swin, swin_parts
 from permafrost.model.errors import BackboneError
 from permafrost.model.spec import SWINV2_SIZES, SwinV2Size
 from permafrost.model.swin import SwinV2, SwinV2Classifier, WindowAttention
@@ -222,7 +222,7 @@ def test_many_windows_are_attended_in_several_calls(randomise, monkeypatch) -> N
     images = torch.randn(2, 3, 61, 90, dtype=torch.float64)
     with torch.no_grad():
         expected = model(images)
-        monkeypatch.setattr(swin, "MAX_WINDOWS_PER_CALL", 7)
+        monkeypatch.setattr(swin_parts, "MAX_WINDOWS_PER_CALL", 7)
         found = model(images)
     assert all(torch.allclose(one, two, rtol=0, atol=1e-12) for one, two in zip(found, expected, strict=True))
 

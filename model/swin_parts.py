@@ -1,0 +1,349 @@
+"""What Swin V1 and SwinV2 have in common: windows, their shift, the stages, and the way through them.
+
+The two differ in how tokens attend (`ShiftedWindowAttention` leaves that open), where a block and the step between
+stages normalise, and where the position bias comes from; see permafrost.model.swin_v1 and permafrost.model.swin.
+
+Shapes: B batch, H W map size, C channels, N windows, L tokens per window (window * window), A attention heads, D head
+dim. Maps travel as (B, H, W, C); the four outputs are (B, C, H, W) views in channels_last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from permafrost.model.errors import BackboneError
+from permafrost.model.spec import PATCH_SIZE, FeatureSpec, SwinSize
+
+# Added to the logits between tokens that are neighbours only because of the cyclic shift. Finite, as in the released
+# models: with a logit scale of up to 100 it weighs against them without always removing them.
+SHIFT_PENALTY = -100.0
+MLP_RATIO = 4
+# CUDA's attention kernels put the batch on a grid axis, which ends here.
+MAX_WINDOWS_PER_CALL = 65_535
+
+
+@lru_cache(maxsize=64)
+def relative_position_index(window: int, device: torch.device) -> Tensor:
+    """Where each pair of tokens finds its entry in a table over all relative offsets.
+
+    Returns:
+        (L * L,) int64, query-major: row of the ((2 * window - 1) ** 2)-entry table for (query, key).
+    """
+    with torch.inference_mode(False):
+        axis = torch.arange(window, device=device)
+        offset = axis[:, None] - axis[None, :] + window - 1
+        rows = offset[:, None, :, None].expand(window, window, window, window)
+        columns = offset[None, :, None, :].expand(window, window, window, window)
+        return (rows * (2 * window - 1) + columns).reshape(-1)
+
+
+@lru_cache(maxsize=64)
+def shift_penalties(window: int, shift: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What the cyclic shift adds to the logits, for the four kinds of window it creates.
+
+    Rolling a map by `shift` leaves every window whole except those of the last row, whose lowest `shift` rows came from
+    the top of the map, and those of the last column, likewise. Tokens of different origin are penalised.
+
+    Returns:
+        (2, 2, L, L), indexed by (is in the last row of windows, is in the last column).
+    """
+    with torch.inference_mode(False):
+        wrapped = torch.arange(window, device=device) >= window - shift
+        none = torch.zeros_like(wrapped)
+        penalties = torch.empty(2, 2, window**2, window**2, device=device, dtype=dtype)
+        for last_row, rows in enumerate((none, wrapped)):
+            for last_column, columns in enumerate((none, wrapped)):
+                origin = (2 * rows[:, None] + columns[None, :].long()).reshape(-1)
+                penalties[last_row, last_column] = SHIFT_PENALTY * (origin[:, None] != origin[None, :])
+        return penalties
+
+
+class ShiftedWindowAttention(nn.Module):
+    """Self-attention within (shifted) windows of a map. A subclass adds the parameters and two methods.
+
+    Args:
+        num_heads: Heads A.
+    """
+
+    qkv: nn.Linear
+    proj: nn.Linear
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        # None: the constants are recomputed in each forward, with gradients. A dict: folded, see Swin.fold.
+        self.folded: dict[int, tuple[Tensor, Tensor | float, Tensor]] | None = None
+
+    def compute_constants(self, window: int) -> tuple[Tensor, Tensor | float, Tensor]:
+        """Computes all that depends on the parameters but not on the image.
+
+        Args:
+            window: Side of the window that is used, which may be smaller than the configured one.
+
+        Returns:
+            The bias of q, k, v (3 * C,); the logit scale, a number or (A, 1, 1); the position bias of every offset
+            (A, (2 * window - 1) ** 2), in float32 or better.
+        """
+        raise NotImplementedError
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: Tensor | float, bias: Tensor) -> Tensor:
+        """Attends within each window: q, k, v (N, A, L, D), bias (1, A, L, L) in their dtype -> (N, A, L, D)."""
+        raise NotImplementedError
+
+    def _apply(self, fn, recurse=True):
+        # Whatever moves the parameters leaves constants folded from the old ones behind.
+        if self.folded:
+            self.folded.clear()
+        return super()._apply(fn, recurse)
+
+    def constants(self, window: int) -> tuple[Tensor, Tensor | float, Tensor]:
+        """What `compute_constants` says, kept after the first time once folded."""
+        if self.folded is not None and window in self.folded:
+            return self.folded[window]
+        with torch.autocast(self.qkv.weight.device.type, enabled=False):
+            constants = self.compute_constants(window)
+        if self.folded is not None:
+            self.folded[window] = constants
+        return constants
+
+    def forward(self, x: Tensor, window: int, shift: int) -> Tensor:
+        """Attends within windows.
+
+        The map is padded at the bottom and the right to whole windows and only then rolled. Padded tokens are zero on
+        entry, so their query, key and value are the biases of these; they take part like any other token.
+
+        Args:
+            x: (B, H, W, C).
+            window: Side of a window.
+            shift: Cyclic shift of the windows; needs H and W above `window`.
+
+        Returns:
+            (B, H, W, C).
+        """
+        height, width = x.shape[1:3]
+        pad_bottom, pad_right = -height % window, -width % window
+        if pad_bottom or pad_right:
+            x = F.pad(x, (0, 0, 0, pad_right, 0, pad_bottom))
+        if shift:
+            x = torch.roll(x, (-shift, -shift), dims=(1, 2))
+
+        qkv_bias, scale, table = self.constants(window)
+        qkv = F.linear(x, self.qkv.weight, qkv_bias)
+        bias = table[:, relative_position_index(window, table.device)].view(self.num_heads, window**2, window**2)
+        if not shift:
+            x = self._attend_windows(qkv, window, scale, bias)
+        else:
+            # One call per kind of window keeps the bias at (A, L, L): a mask per window would be as large as the
+            # logits themselves.
+            penalties = shift_penalties(window, shift, bias.device, bias.dtype)
+            bottom, right = qkv.shape[1] - window, qkv.shape[2] - window
+            rows = []
+            for last_row, strip in enumerate((qkv[:, :bottom], qkv[:, bottom:])):
+                left_and_right = (strip[:, :, :right], strip[:, :, right:])
+                parts = [
+                    self._attend_windows(part, window, scale, bias + penalties[last_row, last_column])
+                    for last_column, part in enumerate(left_and_right)
+                ]
+                rows.append(torch.cat(parts, dim=2))
+            x = torch.roll(torch.cat(rows, dim=1), (shift, shift), dims=(1, 2))
+        return self.proj(x[:, :height, :width])
+
+    def _attend_windows(self, qkv: Tensor, window: int, scale: Tensor | float, bias: Tensor) -> Tensor:
+        """Attends within windows that share one bias: qkv (B, H, W, 3 * C) in whole windows, bias (A, L, L)."""
+        batch, height, width, _ = qkv.shape
+        grid = (batch, height // window, width // window)
+        qkv = qkv.reshape(batch, grid[1], window, grid[2], window, 3, self.num_heads, -1)
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, math.prod(grid), self.num_heads, window**2, -1)
+        bias = bias.to(qkv.dtype)[None]
+        chunks = zip(*(tensor.split(MAX_WINDOWS_PER_CALL) for tensor in qkv), strict=True)
+        parts = [self.attend(*chunk, scale, bias) for chunk in chunks]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts)
+        x = x.view(*grid, self.num_heads, window, window, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        return x.reshape(batch, height, width, -1)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
+        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Turns each patch of 4 x 4 pixels into a token."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=PATCH_SIZE, stride=PATCH_SIZE)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps normalised images (B, 3, H, W) to (B, ceil(H / 4), ceil(W / 4), C)."""
+        height, width = images.shape[2:]
+        if height % PATCH_SIZE or width % PATCH_SIZE:
+            images = F.pad(images, (0, -width % PATCH_SIZE, 0, -height % PATCH_SIZE))
+        return self.norm(self.proj(images).permute(0, 2, 3, 1))
+
+
+def join_neighbours(x: Tensor) -> Tensor:
+    """Joins the channels of each 2 x 2 neighbours; an odd side is padded with zeros first.
+
+    Args:
+        x: (B, H, W, C).
+
+    Returns:
+        (B, ceil(H / 2), ceil(W / 2), 4 * C), the four ordered column by column as in the released models.
+    """
+    height, width = x.shape[1:3]
+    if height % 2 or width % 2:
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+    return torch.cat((x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]), dim=-1)
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution, then the step to the next.
+
+    Args:
+        blocks: The blocks; every second one shifts its windows.
+        downsample: The step to the next resolution; None in the last stage.
+        window_size: Side of a window on maps larger than it.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None, *, window_size: int) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+    def window_and_shift(self, height: int, width: int) -> tuple[int, int]:
+        """Window and shift of the odd blocks on a map of this size: a map no larger than a window is not shifted."""
+        if min(height, width) <= self.window_size:
+            return min(height, width), 0
+        return self.window_size, self.window_size // 2
+
+    def forward(self, x: Tensor, branch_scales: Sequence[Tensor | None]) -> Tensor:
+        """Maps (B, H, W, C) to the same shape, before the step to the next resolution."""
+        window, shift = self.window_and_shift(*x.shape[1:3])
+        for index, (block, branch_scale) in enumerate(zip(self.blocks, branch_scales, strict=True)):
+            x = block(x, window, shift if index % 2 else 0, branch_scale)
+        return x
+
+
+class Swin(nn.Module):
+    """The way of an image through the four stages: normalised images in, four raw feature maps out.
+
+    It trains like any module. For frozen use `fold` keeps what never changes; FrozenBackbone does that. Parameter names
+    are those of the official checkpoints, so a published state dict loads without renaming; nothing else is stored.
+
+    Args:
+        size: Row of the table of sizes.
+        layers: The four stages.
+        window_size: Side of a window, per stage.
+        pretrained_window_size: Window that the parameters of the position bias belong to, per stage.
+        drop_path_rate: Probability of dropping a residual branch of an image in the last block, rising linearly from 0
+            in the first; in training mode only.
+
+    Raises:
+        BackboneError: If a value is out of range.
+    """
+
+    min_image_size = PATCH_SIZE
+
+    def __init__(
+        self,
+        size: SwinSize,
+        layers: Iterable[Stage],
+        *,
+        window_size: tuple[int, ...],
+        pretrained_window_size: tuple[int, ...],
+        drop_path_rate: float,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise BackboneError(f"drop_path_rate must be at least 0 and below 1, found {drop_path_rate}.")
+        self.size = size
+        self.window_size = window_size
+        self.pretrained_window_size = pretrained_window_size
+        self.drop_path_rate = drop_path_rate
+        self.patch_embed = PatchEmbed(size.embed_dim)
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """Channels and strides of the four maps."""
+        return self.size.spec
+
+    def describe(self) -> dict[str, Any]:
+        """The windows, for the start-up lines and the run folder."""
+        return {"window_size": self.window_size, "pretrained_window_size": self.pretrained_window_size}
+
+    def fold(self) -> None:
+        """Keeps everything that depends on the parameters alone after the first forward that needs it.
+
+        Per block and window that is what `ShiftedWindowAttention.constants` gives, with the position bias in its
+        compact form (one row of all offsets per head). Moving or casting the module drops what was kept; changing a
+        parameter in place does not, so this is for networks that never change.
+        """
+        for module in self.modules():
+            if isinstance(module, ShiftedWindowAttention):
+                module.folded = {}
+
+    def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """Computes the raw output of every stage, before the step to the next resolution.
+
+        Args:
+            images: (B, 3, H, W), normalised, of any size from one patch (4 x 4) up.
+            generator: CPU generator that drop path draws from; None: the global one.
+
+        Returns:
+            Four maps (B, C_i, ceil(H / s_i), ceil(W / s_i)) in channels_last.
+
+        Raises:
+            BackboneError: If the images are not (B, 3, H, W) or smaller than a patch.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise BackboneError(f"Images must have shape (B, 3, H, W), found {tuple(images.shape)}.")
+        if min(images.shape[2:]) < PATCH_SIZE:
+            raise BackboneError(
+                f"Images of {images.shape[2]} x {images.shape[3]} pixels are smaller than one patch "
+                f"({PATCH_SIZE} x {PATCH_SIZE}); resize or pad them."
+            )
+        branch_scales = self._draw_branch_scales(images, generator)
+        x = self.patch_embed(images)
+        features = []
+        first = 0
+        for stage in self.layers:
+            x = stage(x, branch_scales[first : first + len(stage.blocks)])
+            first += len(stage.blocks)
+            features.append(x.permute(0, 3, 1, 2))
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return tuple(features)
+
+    def _draw_branch_scales(self, images: Tensor, generator: torch.Generator | None) -> Sequence[Tensor | None]:
+        """Draws stochastic depth (Huang et al., ECCV 2016) per image for all blocks at once.
+
+        Drawn on the CPU, so that a seed means the same on every device.
+
+        Returns:
+            Per block None, or (2, B, 1, 1, 1): 0 for a dropped branch and 1 / (1 - rate) for a kept one.
+        """
+        num_blocks = sum(self.size.depths)
+        if not self.training or self.drop_path_rate == 0.0:
+            return [None] * num_blocks
+        keep = 1.0 - torch.linspace(0.0, self.drop_path_rate, num_blocks)[:, None, None]
+        kept = torch.rand(num_blocks, 2, images.shape[0], generator=generator) < keep
+        scales = (kept / keep).to(images.device, images.dtype, non_blocking=True)
+        return list(scales[..., None, None, None])
