@@ -55,6 +55,7 @@ FREE_FIELDS = (
     "engine.zero_stage",
     "engine.deepspeed_config",
     "engine.accumulation",
+    "mesh.tensor",
 )
 """Fields in which a resumed run may differ from the one in the folder, since they do not change what is learned."""
 
