@@ -7,9 +7,14 @@ from pathlib import Path
 
 import torch
 from common import arguments, save_result
+from mask_rcnn_worker import CONFIG, SIDE, image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from permafrost.data.types import Batch, SampleKey
+from permafrost.heads.base import world_mean_counts
+from permafrost.launcher.engine import build_engine
+from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
 from permafrost.launcher.mesh import init_world
 from permafrost.model import BackboneError, SwinV2, load_backbone
 from permafrost.model.fairscale_groups import join_tensor_group
@@ -70,6 +75,42 @@ def forwards(world, group) -> dict:
                 errors[network, str(dtype), kind] = compare(found, images, split.spec, expected)
                 assert all(torch.equal(one, two) for one, two in zip(found, split(images)))
     return errors
+
+
+def half_precision(world, group) -> dict[str, float]:
+    """How far the maps in bfloat16 are from those in float64, split and whole."""
+    images = draw_images(world, "equal")
+    exact = load_backbone("swinv2_nano", weights="random:3", dtype=torch.float64)
+    errors = {}
+    for kind, own in (("split", group), ("whole", None)):
+        backbone = load_backbone("swinv2_nano", weights="random:3", dtype=torch.bfloat16, tensor_group=own)
+        errors[kind] = compare(backbone(images), images, exact.spec, exact(images))
+    return errors
+
+
+def detection_losses(world, group, num_steps: int = 20) -> list[dict[str, float]]:
+    """Steps of a small Mask R-CNN in float64 on the maps of a backbone in float64, one image on each rank."""
+    backbone = load_backbone("swinv2_nano", weights="random", dtype=torch.float64, tensor_group=group)
+    torch.manual_seed(0)
+    engine = build_engine(
+        CONFIG.build(spec=backbone.spec, classes=["circle", "square", "star"]).double(),
+        optimizer=OptimizerConfig(),
+        engine=EngineConfig(),
+        world=world,
+        global_batch=world.world_size,
+    )
+    engine.train()
+    steps = []
+    for step in range(num_steps):
+        key = SampleKey(11, step, world.rank)
+        images = torch.randint(0, 256, (1, 3, SIDE, SIDE), dtype=torch.uint8, generator=key.generator("pixels"))
+        _, target = image(step, world.rank, (3, 1, 2, 4)[world.rank])
+        losses = engine(backbone(images), Batch(images, [target], [key]), world_mean_counts)
+        engine.backward(sum(losses.values()))
+        report = engine.step(1e-3)
+        means = world.all_reduce_mean({name: loss.item() for name, loss in losses.items()})
+        steps.append({**means, "grad_norm": report.grad_norm})
+    return steps
 
 
 def custom_size(world, group) -> float:
@@ -182,7 +223,11 @@ def main() -> None:
     if "load" in args:
         # Nothing is caught here: what becomes of the processes is looked at from outside.
         world = init_world("cpu", timeout=60)
-        load_backbone("swinv2_nano", weights=args["load"][world.rank], tensor_group=join_tensor_group(world.world_size))
+        try:
+            group = join_tensor_group(world.world_size)
+            load_backbone("swinv2_nano", weights=args["load"][world.rank], tensor_group=group)
+        finally:
+            world.close()
         return
     # Freed memory of more than 64 KiB goes back to the system at once (M_MMAP_THRESHOLD): what is left is in use.
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
@@ -198,6 +243,8 @@ def main() -> None:
         result["errors"][degree] = world.gather_objects(forwards(world, group))
         result["loading"][degree] = world.gather_objects(loading(world, group, args["files"]))
         if degree == 2:
+            result["half"] = world.gather_objects(half_precision(world, group))
+            result["steps"] = {kind: detection_losses(world, own) for kind, own in (("split", group), ("whole", None))}
             result["custom"] = world.gather_objects(custom_size(world, group))
             result["faults"] = world.gather_objects(faults(world, group, args["faults"]))
             old = load_backbone("swinv2_nano", weights="random", tensor_group=group)

@@ -70,6 +70,18 @@ def test_maps_of_a_network_of_ones_own_size(found: dict[str, Any]) -> None:
     assert max(found["custom"]) < 1e-13
 
 
+def test_bfloat16_is_as_near_as_that_of_the_whole_network(found: dict[str, Any]) -> None:
+    for errors in found["half"]:
+        assert 1e-4 < errors["split"] < 1.3 * errors["whole"]
+
+
+def test_detection_trains_the_same_in_float64(found: dict[str, Any]) -> None:
+    split, whole = found["steps"]["split"], found["steps"]["whole"]
+    assert len(whole) == 20
+    for own, expected in zip(split, whole):
+        assert own == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("degree", [2, 4])
 def test_each_rank_holds_its_part_of_the_file_and_no_more(
     found: dict[str, Any], files: dict[str, str], degree: int
