@@ -136,6 +136,8 @@ class SplitSwinV2(nn.Module):
         for stage in (network.layers[index] for index in SPLIT_STAGES):
             for block in stage.blocks:
                 block.attn.num_heads //= group.degree
+                # What was folded belongs to all heads.
+                block.attn.folded = None
                 block.attn.proj = ReducedLinear(block.attn.proj, group)
                 block.mlp.fc2 = ReducedLinear(block.mlp.fc2, group)
             if stage.downsample is not None:
