@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from pathlib import Path
 
 import torch
@@ -73,7 +74,8 @@ def forwards(world, group) -> dict:
                 found = split(images)
                 expected = whole(images) if len(images) else None
                 errors[network, str(dtype), kind] = compare(found, images, split.spec, expected)
-                assert all(torch.equal(one, two) for one, two in zip(found, split(images)))
+                if kind == "uneven":
+                    assert all(torch.equal(one, two) for one, two in zip(found, split(images)))
     return errors
 
 
@@ -160,15 +162,38 @@ def resident_kib() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
 
+class Peak(threading.Thread):
+    """Watches `resident_kib` from beside."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.before = self.kib = resident_kib()
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(0.001):
+            self.kib = max(self.kib, resident_kib())
+
+    def __enter__(self) -> Peak:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.done.set()
+        self.join()
+
+
 def loading(world, group, files: list[str]) -> dict:
     """What a file leaves in memory, in each format, and that the parts make up the file."""
     found = {}
     tensors = load_file(next(file for file in files if file.endswith(".safetensors")))
     names = [name for name in tensors if not name.startswith(("norm.", "head."))]
     for file in files:
-        before = resident_kib()
-        split = load_backbone("swinv2_tiny", weights=file, window_size=8, pretrained_window_size=8, tensor_group=group)
-        grown = (resident_kib() - before) * 1024
+        with Peak() as peak:
+            split = load_backbone(
+                "swinv2_tiny", weights=file, window_size=8, pretrained_window_size=8, tensor_group=group
+            )
+        grown = (resident_kib() - peak.before) * 1024
         state = split.network.network.state_dict()
         resident = sum(parameter.numel() * parameter.element_size() for parameter in state.values())
         # No part keeps the whole that it was cut from.
@@ -181,6 +206,7 @@ def loading(world, group, files: list[str]) -> dict:
         assert all(torch.equal(joined[name], tensors[name]) for name in names)
         found[Path(file).suffix] = {
             "grown": grown,
+            "peak": (peak.kib - peak.before) * 1024,
             "resident": resident,
             "fingerprint": split.fingerprint,
             "described": described,
@@ -231,7 +257,7 @@ def main() -> None:
         return
     # Freed memory of more than 64 KiB goes back to the system at once (M_MMAP_THRESHOLD): what is left is in use.
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
-    world = init_world("cpu", timeout=60)
+    world = init_world("cpu", timeout=180)
     result: dict = {"errors": {}, "custom": {}, "loading": {}}
     old = None
     for degree in (2, 4):
