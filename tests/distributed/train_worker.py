@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +26,13 @@ from permafrost.heads.config import (
     RPNConfig,
 )
 from permafrost.launcher.errors import USER_ERRORS, TrainingStopped
+from permafrost.launcher.evaluate import evaluate_run
 from permafrost.launcher.experiment import (
     EngineConfig,
     Experiment,
     HeadExperiment,
     LoopConfig,
+    MeshConfig,
     OptimizerConfig,
     ScheduleConfig,
 )
@@ -91,7 +95,14 @@ def mask_rcnn() -> MaskRCNNConfig:
 
 
 def experiment(
-    output: str, *, heads: list[str], bad: list[int] = (), engine: dict | None = None, root: str = "", **fields
+    output: str,
+    *,
+    heads: list[str],
+    bad: list[int] = (),
+    engine: dict | None = None,
+    tensor: int = 1,
+    root: str = "",
+    **fields,
 ) -> Experiment:
     configs = {"probe": ProbeConfig(bad=tuple(bad)), "detection": mask_rcnn()}
     world = ShapesWorld(num_train=12, num_val=5, image_side=64, objects=(1, 4))
@@ -110,6 +121,7 @@ def experiment(
         heads={name: head(configs[name]) for name in heads},
         loop=LoopConfig(**{**defaults, **fields}),
         engine=EngineConfig(**(engine or {})),
+        mesh=MeshConfig(tensor=tensor),
         output=output,
     )
 
@@ -150,5 +162,16 @@ if __name__ == "__main__":
         if own.get("root"):
             Path(own["root"]).parent.mkdir(parents=True, exist_ok=True)
         outcomes.append(world.gather_objects(run(**own)))
-    save_result(world, given["result"], {"outcomes": outcomes, "pid": os.getpid()})
+    metrics = []
+    for evaluated in given.get("evaluate", []):
+        # Another layout for a run that has ended: only what its recipe says of the mesh is changed.
+        if world.is_main and "copy" in evaluated:
+            shutil.copytree(evaluated["copy"], evaluated["run"])
+            recipe = Path(evaluated["run"]) / "recipe.json"
+            content = json.loads(recipe.read_text())
+            content["experiment"]["mesh"]["tensor"] = evaluated["tensor"]
+            recipe.write_text(json.dumps(content))
+        world.barrier()
+        metrics.append(world.gather_objects(evaluate_run(evaluated["run"], device="cpu")))
+    save_result(world, given["result"], {"outcomes": outcomes, "metrics": metrics, "pid": os.getpid()})
     world.close()

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from permafrost.launcher.errors import RecipeError
-from permafrost.launcher.experiment import EngineConfig, Experiment, LoopConfig, OptimizerConfig, ScheduleConfig
+from permafrost.launcher.experiment import (
+    EngineConfig,
+    Experiment,
+    LoopConfig,
+    MeshConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 
 
 def torch_rates(
@@ -87,6 +94,7 @@ def test_the_rate_belongs_to_a_batch(scaling: str, expected: float) -> None:
         (lambda: LoopConfig(evaluate_every=0), r"loop\.evaluate_every is 0.*None"),
         (lambda: LoopConfig(num_workers=-1), r"loop\.num_workers is -1"),
         (lambda: EngineConfig(accumulation=0), r"engine\.accumulation is 0"),
+        (lambda: MeshConfig(tensor=0), r"mesh\.tensor is 0"),
     ],
 )
 def test_impossible_values_name_their_field(build: Callable[[], object], message: str) -> None:
@@ -99,6 +107,10 @@ def test_impossible_combinations_name_their_fields(tiny: Callable[..., Experimen
     fields = {name: getattr(experiment, name) for name in ("name", "backbone", "data", "heads", "loop")}
     with pytest.raises(RecipeError, match=r"loop\.global_batch 6 does not divide into engine\.accumulation 4"):
         Experiment(**fields, engine=EngineConfig(accumulation=4))
+    with pytest.raises(
+        RecipeError, match=r"mesh\.tensor is 3: swinv2_nano has 4 and 8 heads .* possible degrees are 1, 2, 4\."
+    ):
+        Experiment(**fields, mesh=MeshConfig(tensor=3))
     with pytest.raises(RecipeError, match="heads is empty"):
         Experiment(**{**fields, "heads": {}})
     for name in ("my head", "../up", "a/b", ""):

@@ -194,6 +194,16 @@ def test_single_process_world(monkeypatch):
     world.close()
 
 
+@pytest.mark.parametrize(("world_size", "tensor"), [(1, 2), (3, 2), (6, 4), (2, 4)])
+def test_a_world_that_does_not_divide_into_tensor_groups(world_size, tensor):
+    world = mesh.World(0, world_size, 0, torch.device("cpu"))
+    for refuse in (world.require_mesh, world.tensor_group):
+        with pytest.raises(LaunchError, match=rf"mesh\.tensor is {tensor} but there are {world_size} process"):
+            refuse(tensor)
+    world.require_mesh(1)
+    assert world.tensor_group(1) is None
+
+
 def test_complete_single_process():
     environ = {"MASTER_ADDR": "here", "RANK": ""}
     complete_single_process(environ)

@@ -464,8 +464,8 @@ def test_another_backbone_is_refused(tiny: Callable[..., Experiment], monkeypatc
     # The same recipe, but the weights behind its name have changed.
     original = BackboneConfig.build
 
-    def other(self: BackboneConfig, device: object = "cpu"):
-        return original(dataclasses.replace(self, weights="random:7"), device)
+    def other(self: BackboneConfig, device: object = "cpu", **fields: object):
+        return original(dataclasses.replace(self, weights="random:7"), device, **fields)
 
     monkeypatch.setattr(BackboneConfig, "build", other)
     with pytest.raises(CheckpointError) as caught:
