@@ -23,7 +23,7 @@ class BackboneConfig:
     name: str
     """swinv2_{nano,tiny,small,base,large,huge,giant_1b,giant}."""
     weights: str
-    """A file, a known name, or "random" (seeded; "random:7" for another draw). There is no default: a forgotten field
+    """A file or folder, a known name, or "random" (seeded; "random:7" for another draw). There is no default: a forgotten field
     must not train for days on noise."""
     window_size: int | tuple[int, int, int, int] | None = None
     """Window, for all stages or one per stage; None takes the one the weights were trained with."""
@@ -33,7 +33,9 @@ class BackboneConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
     """auto: bfloat16 on CUDA, float32 elsewhere."""
     prefix: str | None = None
-    """Takes only the tensors of the file whose names start with this, without it: "backbone.", "encoder."."""
+    """Takes only the tensors of the file whose names start with this, without it: "my_net.". None finds the prefix."""
+    weights_key: str | None = None
+    """The entry of a PyTorch checkpoint that holds the weights: "student". None finds it (model, state_dict, teacher)."""
     extra_norm_interval: int | None = None
     """Blocks between extra norms on the main branch, 0 for none; None: as the table of sizes has it."""
 
@@ -78,5 +80,6 @@ class BackboneConfig:
             dtype=None if self.dtype == "auto" else getattr(torch, self.dtype),
             device=device,
             prefix=self.prefix,
+            weights_key=self.weights_key,
             extra_norm_interval=self.extra_norm_interval,
         )

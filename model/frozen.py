@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError, WeightsError
+from permafrost.model.formats import grouped
 from permafrost.model.spec import FeatureSpec, check_name
 from permafrost.model.swin import SwinV2
-from permafrost.model.weights import FLOATING_DTYPES, check_fit, fingerprint, random_weights, read_weights
+from permafrost.model.weights import FLOATING_DTYPES, check_fit, random_weights, read_weights
 from permafrost.model.windows import Windows, choose_windows
 
 # Per-channel mean and standard deviation (RGB, pixels in [0, 1]) of ImageNet, which every released Swin was trained
@@ -217,13 +218,14 @@ def load_backbone(
     device: torch.device | str = "cpu",
     tensor_group: Any = None,
     prefix: str | None = None,
+    weights_key: str | None = None,
     extra_norm_interval: int | None = None,
 ) -> FrozenBackbone:
     """Loads a frozen base network.
 
     Args:
         name: A name in the table of sizes (permafrost.model.spec).
-        weights: A file (safetensors, or an official `.pth`), a known name, or "random" ("random:SEED").
+        weights: A file or folder (see permafrost.model.weights), a known name, or "random" ("random:SEED").
         window_size: Window, for all stages or one per stage. None takes the file's configured window; another one
             than the file's also needs `pretrained_window_size`. See permafrost.model.windows.
         pretrained_window_size: The window each stage had in training. None reads it from the file; if given it must
@@ -231,7 +233,8 @@ def load_backbone(
         dtype: The dtype to compute in; None: bfloat16 on CUDA, float32 elsewhere.
         device: Where to put it.
         tensor_group: Process group to split the network over. Must be None.
-        prefix: Take only the file's tensors whose names start with this, without it.
+        prefix: Take only the file's tensors whose names start with this, without it; None finds the prefix.
+        weights_key: The entry of a PyTorch checkpoint that holds the weights ("student"); None finds it.
         extra_norm_interval: Blocks between extra norms on the main branch; None: as the file or the table says.
 
     Raises:
@@ -255,6 +258,7 @@ def load_backbone(
         dtype=dtype,
         device=device,
         prefix=prefix,
+        weights_key=weights_key,
         extra_norm_interval=extra_norm_interval,
     )
     return FrozenBackbone(
@@ -281,6 +285,7 @@ def _load_swin(
     dtype: torch.dtype,
     device: torch.device,
     prefix: str | None,
+    weights_key: str | None,
     extra_norm_interval: int | None,
 ) -> tuple[SwinV2, dict[str, Any]]:
     """A Swin with its weights.
@@ -289,7 +294,7 @@ def _load_swin(
         The network, and where it comes from: `weights`, `mean`, `std`, `fingerprint`, and `choices` for `describe`.
     """
     seed = re.fullmatch(r"random(?::(\d+))?", str(weights))
-    checkpoint = None if seed else read_weights(weights, prefix=prefix)
+    checkpoint = None if seed else read_weights(weights, prefix=prefix, weights_key=weights_key)
     if checkpoint is None:
         windows = Windows(window_size, pretrained_window_size)
     else:
@@ -313,7 +318,9 @@ def _load_swin(
     check_fit(network, name, checkpoint)
 
     tensors = checkpoint.backbone_tensors()
-    resident = {key: tensor.to(device, _resident_dtype(key, dtype), copy=True) for key, tensor in tensors.items()}
+    resident, digest = checkpoint.load_backbone(
+        lambda key, tensor: tensor.to(device, resident_dtype(key, dtype), copy=True)
+    )
     if dtype == torch.float16:
         overflowing = [key for key, tensor in resident.items() if not torch.isfinite(tensor).all()]
         if overflowing:
@@ -323,17 +330,18 @@ def _load_swin(
         "weights": checkpoint.source,
         "mean": checkpoint.metadata.get("mean", IMAGENET_MEAN),
         "std": checkpoint.metadata.get("std", IMAGENET_STD),
-        "fingerprint": fingerprint(tensors),
+        "fingerprint": digest,
         "choices": {
             "attention": "torch scaled_dot_product_attention; position bias, logit scale and q, v biases folded",
             "trained_window_size": checkpoint.windows.window_size,
             "extra_norm_interval": network.extra_norm_interval,
-            "left_out": sorted(checkpoint.tensors.keys() - tensors.keys()),
+            "names": checkpoint.rule,
+            "left_out": grouped([*(checkpoint.tensors.keys() - tensors.keys()), *checkpoint.dropped]),
         },
     }
 
 
-def _resident_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
+def resident_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
     """Keeps what the folded constants come from in float32: they are computed once, so precision costs nothing."""
     precise = ".cpb_mlp." in key or key.endswith(".logit_scale")
     return torch.promote_types(dtype, torch.float32) if precise else dtype
