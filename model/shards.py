@@ -29,7 +29,7 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "permafrost weights 1"
-DEFAULT_SHARD_BYTES = 4 << 30
+DEFAULT_SHARD_BYTES = 2 << 30
 # How safetensors spells dtypes.
 _DTYPES = {
     "F64": torch.float64,
@@ -147,7 +147,7 @@ def save_sharded(
     dtype: Callable[[str], torch.dtype | None] = lambda name: None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Path:
-    """Writes tensors as a sharded checkpoint. No more than one shard is in memory at a time.
+    """Writes tensors as a sharded checkpoint, one shard after the other: about two shards are in memory at a time.
 
     The folder appears when it is complete; until then its name ends in `.partial`.
 
@@ -164,7 +164,7 @@ def save_sharded(
         The index.
 
     Raises:
-        WeightsError: If the folder holds something, or a tensor does not fit its new dtype.
+        WeightsError: If the folder holds something or cannot be written, or a tensor does not fit its new dtype.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -174,8 +174,8 @@ def save_sharded(
     plan = _plan(sizes, max_shard_bytes)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         weight_map, shards, digest = {}, {}, hashlib.sha256()
         for number, names in enumerate(plan, start=1):
             file = f"model-{number:05}-of-{len(plan):05}.safetensors"
@@ -198,9 +198,10 @@ def save_sharded(
         total = sum(sizes.values())
         _write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
         partial.replace(folder)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{folder} cannot be written ({error}); give a folder with room.") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
     return folder / INDEX_NAME
 
 
