@@ -21,13 +21,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from permafrost.model.download import fetch
 from permafrost.model.errors import WeightsError
 from permafrost.model.fit import check_fit
 from permafrost.model.formats import Reading, choose_state_dict, listed, to_official_names
 from permafrost.model.header import decode_header, encode_header
+from permafrost.model.known_weights import PUBLIC_WEIGHTS, find_public, windows_on
 from permafrost.model.safe_pickle import load_checkpoint
 from permafrost.model.shards import INDEX_NAME, SINGLE_NAME, Manifest, read_sharded, read_single, save_sharded
-from permafrost.model.spec import NUM_STAGES, PATCH_SIZE, SWINV2_SIZES
+from permafrost.model.spec import NUM_STAGES, SWINV2_SIZES
 from permafrost.model.swin import INITIAL_LOGIT_SCALE, SwinV2, SwinV2Classifier
 from permafrost.model.tensor_map import Entry, Tensors, fingerprint, is_finite, materialise
 from permafrost.model.windows import Windows, is_buffer, windows_of_buffers
@@ -137,7 +139,8 @@ def read_weights(
     """Reads a weights file, as far as names, shapes and windows go: tensors are read when they are used.
 
     Args:
-        weights: A file, a folder that holds one, the index of a sharded checkpoint, or a name in KNOWN_WEIGHTS.
+        weights: A file, a folder that holds one, the index of a sharded checkpoint, a name in KNOWN_WEIGHTS, or one in
+            permafrost.model.known_weights, which is downloaded once.
         prefix: Take only tensors whose names start with this, and strip it; "" takes all names as they are. None finds
             the prefix.
         weights_key: The entry of a PyTorch checkpoint that holds the weights. None finds it.
@@ -146,6 +149,7 @@ def read_weights(
         WeightsError: If there is no such file, it is no weights file, or holds something else than weights.
     """
     path = locate(weights)
+    public = None if Path(weights).expanduser().exists() else find_public(weights)
     tensors, header, manifest, note = _read_file(path, weights_key)
     reading = to_official_names(tensors, path=path, prefix=prefix)
     if note:
@@ -154,6 +158,8 @@ def read_weights(
     windows = Windows(metadata.pop("window_size", None), metadata.pop("pretrained_window_size", None))
     if windows.window_size is None:
         windows = _find_windows(reading, path)
+    if windows.window_size is None and public is not None:
+        windows = Windows(public.window_size, public.pretrained_window_size)
     parameters = {name: entry for name, entry in reading.tensors.entries.items() if not is_buffer(name)}
     wrong = [f"{name} ({entry.dtype})" for name, entry in parameters.items() if entry.dtype not in FLOATING_DTYPES]
     if wrong:
@@ -163,7 +169,7 @@ def read_weights(
 
 
 def locate(weights: str | os.PathLike[str]) -> Path:
-    """Finds the file behind a path or a known name; of a folder, the file or index in it.
+    """Finds the file behind a path or a known name; of a folder, the file or index in it. Public files are downloaded.
 
     Raises:
         WeightsError: If there is none, naming what comes nearest.
@@ -185,14 +191,18 @@ def locate(weights: str | os.PathLike[str]) -> Path:
         raise WeightsError(
             f"{path} is a folder without {', '.join(_FOLDER_NAMES)}; give the weights file in it by its name."
         )
+    public = find_public(weights)
+    if public is not None:
+        return fetch(public.url, file=public.file, sha256=public.sha256)
     known = ["random", *KNOWN_WEIGHTS]
-    neighbours = []
+    neighbours = list(PUBLIC_WEIGHTS)
     if path.parent.is_dir():
-        neighbours = [str(path.parent / entry.name) for entry in path.parent.iterdir() if entry.is_file()]
+        neighbours += [str(path.parent / entry.name) for entry in path.parent.iterdir() if entry.is_file()]
     nearest = get_close_matches(str(weights), known + neighbours, n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise WeightsError(
-        f"There are no weights {str(weights)!r}: no such file, and no such name (known: {', '.join(known)}).{hint}"
+        f"There are no weights {str(weights)!r}: no such file, and no such name (known: {', '.join(known)}, "
+        f"and {len(PUBLIC_WEIGHTS)} public files, listed in permafrost.model.known_weights).{hint}"
     )
 
 
@@ -341,8 +351,7 @@ def _windows_of_configuration(path: Path) -> Windows:
         config = json.loads(path.read_text())
         if config["model_type"] != "swinv2":
             return Windows(None, None)
-        sides = [config["image_size"] // (PATCH_SIZE * 2**stage) for stage in range(NUM_STAGES)]
-        windows = [min(config["window_size"], side) for side in sides]
+        windows = windows_on(config["image_size"], config["window_size"])
         pretrained = config.get("pretrained_window_sizes") or [0] * NUM_STAGES
         trained = [given or own for given, own in zip(pretrained, windows, strict=True)]
     except FileNotFoundError:
@@ -351,4 +360,4 @@ def _windows_of_configuration(path: Path) -> Windows:
         raise WeightsError(
             f"{path} does not say the windows of a Swin ({error!r}); copy it again, or remove it."
         ) from error
-    return Windows(tuple(windows), tuple(trained))
+    return Windows(windows, tuple(trained))
