@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import os
 import shutil
+import socket
 import sys
 import time
 import urllib.error
@@ -146,6 +147,8 @@ def _attempt(url: str, partial: Path, validator: Path, by_hand: str) -> int:
             raise _Broken(f"the server answered {error.code} {error.reason}") from error
         raise WeightsError(f"{url}: the server answered {error.code} {error.reason}. {by_hand}") from error
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(getattr(error, "reason", None), socket.gaierror):
+            raise WeightsError(f"{url} cannot be reached ({error}); is there a network? {by_hand}") from error
         raise _Broken(str(error) or type(error).__name__) from error
     with response:
         resumed = response.status == 206

@@ -204,6 +204,12 @@ def test_no_server_at_all(server, cache) -> None:
         fetch(server.url, file="weights.pth")
 
 
+def test_a_host_that_has_no_address_is_not_asked_again(cache) -> None:
+    # RFC 2606 keeps .invalid free of hosts.
+    with pytest.raises(WeightsError, match=r"nowhere\.invalid/weights\.pth cannot be reached .*is there a network"):
+        fetch("http://nowhere.invalid/weights.pth", file="weights.pth")
+
+
 def test_full_disk_and_unwritable_folder(server, cache, tmp_path, monkeypatch) -> None:
     usage = download.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage._replace(free=1000))
