@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from permafrost.model.errors import BackboneError
+from permafrost.model.known_weights import find_public
 from permafrost.model.spec import check_name, per_stage
 
 if TYPE_CHECKING:
@@ -23,8 +25,8 @@ class BackboneConfig:
     name: str
     """swinv2_{nano,tiny,small,base,large,huge,giant_1b,giant}."""
     weights: str
-    """A file or folder, a known name, or "random" (seeded; "random:7" for another draw). There is no default: a forgotten field
-    must not train for days on noise."""
+    """A file or folder, a known name (downloaded once), or "random" (seeded; "random:7" for another draw). There is no
+    default: a forgotten field must not train for days on noise."""
     window_size: int | tuple[int, int, int, int] | None = None
     """Window, for all stages or one per stage; None takes the one the weights were trained with."""
     pretrained_window_size: int | tuple[int, int, int, int] | None = None
@@ -44,6 +46,13 @@ class BackboneConfig:
         if not isinstance(self.weights, str) or not self.weights:
             raise BackboneError(
                 f"backbone.weights is {self.weights!r}: give a file, a known name, or 'random' for an untrained network"
+            )
+        public = find_public(self.weights)
+        if public is not None and public.backbone != self.name and not Path(self.weights).expanduser().exists():
+            # Before it is downloaded.
+            raise BackboneError(
+                f"backbone.weights is {self.weights!r}, which are weights of {public.backbone}, but backbone.name is "
+                f"{self.name!r}"
             )
         for field in ("window_size", "pretrained_window_size"):
             value = getattr(self, field)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,8 +152,8 @@ def to_official_names(tensors: Tensors, *, path: Path, prefix: str | None) -> Re
     if convention == "Hugging Face names":
         entries = _from_hugging_face(entries, path)
     elif convention == "timm names":
-        entries = {_from_timm(name): entry for name, entry in entries.items()}
-    renamed = {name.replace(".rpe_mlp.", ".cpb_mlp."): entry for name, entry in entries.items()}
+        entries = _renamed(entries, _from_timm, path)
+    renamed = _renamed(entries, lambda name: name.replace(".rpe_mlp.", ".cpb_mlp."), path)
     if renamed.keys() != entries.keys():
         done.append("rpe_mlp read as cpb_mlp")
     return Reading(Tensors(renamed), "; ".join([convention, *done]), tuple(sorted(dropped)))
@@ -195,6 +195,21 @@ def _find_prefix(names: Iterable[str], path: Path) -> str:
     return prefix
 
 
+def _renamed(entries: Mapping[str, Entry], rename: Callable[[str], str], path: Path) -> dict[str, Entry]:
+    """Renames; two names must not become one.
+
+    Raises:
+        WeightsError: If they would.
+    """
+    renamed: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        official = rename(name)
+        if official in renamed:
+            raise WeightsError(f"{path} holds {official} twice, under names of two conventions ({name} is one).")
+        renamed[official] = entry
+    return renamed
+
+
 def _from_timm(name: str) -> str:
     name = re.sub(r"^head\.fc\.", "head.", name)
     return re.sub(r"^layers\.(\d+)\.downsample\.", lambda match: f"layers.{int(match[1]) - 1}.downsample.", name)
@@ -205,12 +220,13 @@ def _from_hugging_face(entries: dict[str, Entry], path: Path) -> dict[str, Entry
 
     V2 has biases for query and value alone (official `q_bias`, `v_bias`), V1 for all three (`qkv.bias`).
     """
-    renamed = {}
-    for name, entry in entries.items():
+
+    def rename(name: str) -> str:
         for pattern, replacement in _HUGGING_FACE:
             name = re.sub(pattern, replacement, name)
-        renamed[name] = entry
+        return name
 
+    renamed = _renamed(entries, rename, path)
     for query in [name for name in renamed if name.endswith(".attn.query.weight")]:
         attention = query.removesuffix("query.weight")
         parts = [f"{attention}{part}.weight" for part in ("query", "key", "value")]

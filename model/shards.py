@@ -108,6 +108,11 @@ def read_sharded(index: Path) -> tuple[Tensors, dict[str, str], Manifest | None]
     outside = [name for name in files if Path(name).name != name]
     if outside:
         raise WeightsError(f"{index} names files outside its folder: {listed(outside)}.")
+    if not all(name.endswith(".safetensors") for name in files):
+        raise WeightsError(
+            f"{index} is the index of {files[0]} and others, which are not safetensors; only sharded safetensors are read. "
+            "Save the model as safetensors."
+        )
     missing = [name for name in files if not (index.parent / name).is_file()]
     if missing:
         raise WeightsError(

@@ -16,7 +16,7 @@ import pytest
 
 from permafrost.data.cache import cache_folder
 from permafrost.data.procedural.glyphs import default_cache_dir
-from permafrost.model import WeightsError, download, load_backbone
+from permafrost.model import BackboneConfig, BackboneError, WeightsError, download, load_backbone
 from permafrost.model.download import fetch, weights_folder
 from permafrost.model.known_weights import PUBLIC_WEIGHTS, PublicWeights, find_public
 from permafrost.model.spec import SWINV2_SIZES
@@ -291,6 +291,13 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch, official_file) -
         locate("swinv2_base_patch4_window8_256")
     with pytest.raises(WeightsError, match="Did you mean 'swinv2_large_patch4_window12_192_22k'"):
         locate("swinv2_large_patch4_windows12_192_22k")
+
+
+def test_configuration_names_another_network_before_anything_is_downloaded() -> None:
+    name = "swinv2_large_patch4_window12_192_22k"
+    with pytest.raises(BackboneError, match=rf"{name}', which are weights of swinv2_large, but backbone\.name is"):
+        BackboneConfig(name="swinv2_base", weights=name)
+    assert BackboneConfig(name="swinv2_large", weights=f"{name}.pth").weights == f"{name}.pth"
 
 
 def test_table_of_public_files() -> None:

@@ -168,6 +168,10 @@ def escape(folder: Path) -> None:
     change_json(folder / INDEX_NAME, lambda content: content["weight_map"].update(a="../../etc/passwd"))
 
 
+def pickled(folder: Path) -> None:
+    change_json(folder / INDEX_NAME, lambda content: content["weight_map"].update(a="pytorch_model-00001-of-00002.bin"))
+
+
 def empty_index(folder: Path) -> None:
     (folder / INDEX_NAME).write_text("{}")
 
@@ -189,6 +193,7 @@ def half_index(folder: Path) -> None:
         (broken_manifest, r"manifest\.json is damaged \(no 'fingerprint'\)"),
         (newer_manifest, r"format 'permafrost weights 9', expected 'permafrost weights 1'"),
         (escape, r"names files outside its folder: \.\./\.\./etc/passwd"),
+        (pickled, r"which are not safetensors; only sharded safetensors are read"),
         (empty_index, r"has no weight_map"),
         (half_index, r"cannot be read as JSON"),
     ],

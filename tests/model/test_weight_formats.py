@@ -294,6 +294,12 @@ def test_nothing_is_left_out_in_silence(official_file) -> None:
         load_backbone("swinv2_nano", weights=path)
 
 
+def test_one_tensor_under_two_names_is_refused(official_file) -> None:
+    extra = {"layers__0__blocks__1__attn__rpe_mlp__0__bias": torch.zeros(512)}
+    with pytest.raises(WeightsError, match=r"holds layers\.0\.blocks\.1\.attn\.cpb_mlp\.0\.bias twice"):
+        read_weights(official_file(change=renamed(lambda name: name, **extra)))
+
+
 def test_tensors_are_read_when_used(tmp_path, randomise) -> None:
     state = {name: value.detach().clone() for name, value in randomise(SwinV2("swinv2_nano")).state_dict().items()}
     state["layers.3.blocks.1.mlp.fc2.weight"][3, 5] = torch.nan
