@@ -45,6 +45,7 @@ def convert(
         WeightsError: If the weights cannot be read, are no Swin, are not finite, or the folder cannot be written.
     """
     checkpoint = read_weights(weights, prefix=prefix, weights_key=weights_key)
+    checkpoint.check_shards()
     architecture = infer_architecture(checkpoint.tensors.shapes, source=checkpoint.source)
     windows = _complete(checkpoint, window_size, pretrained_window_size)
     for line in _report(checkpoint, architecture, windows):

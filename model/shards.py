@@ -142,6 +142,14 @@ def read_sharded(index: Path) -> tuple[Tensors, dict[str, str], Manifest | None]
     return Tensors(entries), header, manifest
 
 
+def write_safetensors(tensors: dict[str, Tensor], path: Path, header: Mapping[str, str]) -> None:
+    """Writes one file with the permissions that this process gives its files; safetensors leaves it to the owner alone."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(tensors, path, metadata=dict(header))
+    path.chmod(mode)
+
+
 def save_sharded(
     tensors: Mapping[str, Tensor],
     folder: str | os.PathLike[str],
@@ -188,7 +196,7 @@ def save_sharded(
             for name, tensor in content.items():
                 if in_fingerprint(name):
                     add_to_fingerprint(digest, name, tensor)
-            save_file(content, partial / file, metadata={"format": "pt", **header})
+            write_safetensors(content, partial / file, {"format": "pt", **header})
             weight_map |= dict.fromkeys(names, file)
             shards[file] = {"num_bytes": (partial / file).stat().st_size, "sha256": _sha256(partial / file)}
             del content

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from permafrost.model.download import fetch
@@ -28,7 +27,15 @@ from permafrost.model.formats import Reading, choose_state_dict, listed, to_offi
 from permafrost.model.header import decode_header, encode_header
 from permafrost.model.known_weights import PUBLIC_WEIGHTS, find_public, windows_on
 from permafrost.model.safe_pickle import load_checkpoint
-from permafrost.model.shards import INDEX_NAME, SINGLE_NAME, Manifest, read_sharded, read_single, save_sharded
+from permafrost.model.shards import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Manifest,
+    read_sharded,
+    read_single,
+    save_sharded,
+    write_safetensors,
+)
 from permafrost.model.spec import NUM_STAGES, SWINV2_SIZES
 from permafrost.model.swin import INITIAL_LOGIT_SCALE, SwinV2, SwinV2Classifier
 from permafrost.model.tensor_map import Entry, Tensors, fingerprint, is_finite, materialise
@@ -121,11 +128,22 @@ class Checkpoint:
         """
         kept, digest = materialise(self.backbone_tensors(), keep)
         if self.manifest is not None and digest != self.manifest.fingerprint:
-            raise WeightsError(
-                f"{self.source}: the tensors are not those that were written. Damaged: "
-                f"{listed(self.manifest.damaged_shards()) or 'the manifest'}; copy the folder again."
-            )
+            self.check_shards()
+            raise WeightsError(f"{self.source}: its manifest is of other tensors; copy the folder again.")
         return kept, digest
+
+    def check_shards(self) -> None:
+        """Hashes the shards of a checkpoint that has a manifest.
+
+        Raises:
+            WeightsError: If one is not what was written, naming it.
+        """
+        damaged = self.manifest.damaged_shards() if self.manifest else []
+        if damaged:
+            raise WeightsError(
+                f"{self.source}: the tensors are not those that were written. Damaged: {listed(damaged)}; copy the "
+                "folder again."
+            )
 
 
 def is_backbone(name: str) -> bool:
@@ -158,8 +176,10 @@ def read_weights(
     windows = Windows(metadata.pop("window_size", None), metadata.pop("pretrained_window_size", None))
     if windows.window_size is None:
         windows = _find_windows(reading, path)
-    if windows.window_size is None and public is not None:
-        windows = Windows(public.window_size, public.pretrained_window_size)
+    if public is not None:
+        windows = Windows(
+            windows.window_size or public.window_size, windows.pretrained_window_size or public.pretrained_window_size
+        )
     parameters = {name: entry for name, entry in reading.tensors.entries.items() if not is_buffer(name)}
     wrong = [f"{name} ({entry.dtype})" for name, entry in parameters.items() if entry.dtype not in FLOATING_DTYPES]
     if wrong:
@@ -273,7 +293,7 @@ def save_weights(
             f"{path}: weights that are not finite (NaN or infinite) in {listed(broken)}; nothing is written."
         )
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=header)
+    write_safetensors(tensors, partial, header)
     partial.replace(path)
 
 

@@ -176,6 +176,17 @@ def test_nothing_is_left_of_a_failed_conversion(simmim, tmp_path, capsys) -> Non
     assert [entry.name for entry in tmp_path.iterdir()] == ["simmim.pth"]
 
 
+def test_a_damaged_shard_is_not_passed_on(simmim, tmp_path, capsys) -> None:
+    assert main(["convert", str(simmim), str(tmp_path / "out"), "--max-shard-size", "3MB"]) == 0
+    # The first shard holds the classifier, which a backbone is loaded without.
+    shard = sorted((tmp_path / "out").glob("*.safetensors"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert main(["convert", str(tmp_path / "out"), str(tmp_path / "again")]) == 2
+    assert f"Damaged: {shard.name}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

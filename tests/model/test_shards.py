@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from permafrost.model import WeightsError, frozen, load_backbone
 from permafrost.model.shards import INDEX_NAME, MANIFEST_NAME
 from permafrost.model.swin import SwinV2, SwinV2Classifier
-from permafrost.model.weights import is_backbone, read_weights, save_sharded
+from permafrost.model.weights import is_backbone, read_weights, save_sharded, save_weights
 
 HEADER = {
     "name": "swinv2_nano",
@@ -74,6 +75,17 @@ def test_round_trip(folder: Path, randomise) -> None:
         expected = {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         assert manifest["shards"][path.name] == expected
         assert sum(tensor.nbytes for tensor in load_file(path).values()) <= 2_000_000
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path, randomise) -> None:
+    before = os.umask(0o027)
+    try:
+        save_sharded({"a": torch.ones(1)}, tmp_path / "out", header={}, architecture={}, in_fingerprint=is_backbone)
+        save_weights(randomise(SwinV2("swinv2_nano")), tmp_path / "own.safetensors", {})
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "out").iterdir(), tmp_path / "own.safetensors"]
+    assert [file.stat().st_mode & 0o777 for file in files] == [0o640] * 4
 
 
 def test_transformers_reads_the_index(folder: Path) -> None:
@@ -211,6 +223,12 @@ def test_a_flipped_bit_is_found_and_its_shard_named(folder: Path) -> None:
     content[-5] ^= 1
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=rf"not those that were written\. Damaged: {path.name};"):
+        load_backbone("swinv2_nano", weights=folder)
+
+
+def test_a_manifest_of_another_checkpoint_is_refused(folder: Path) -> None:
+    change_json(folder / MANIFEST_NAME, lambda content: content.update(fingerprint="0" * 64))
+    with pytest.raises(WeightsError, match="its manifest is of other tensors"):
         load_backbone("swinv2_nano", weights=folder)
 
 
