@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from permafrost.model.errors import BackboneError
+from permafrost.model.known_weights import find_public
 from permafrost.model.spec import check_extra_norms, check_name, per_stage
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ class BackboneConfig:
     name: str
     """swinv2_{nano,tiny,small,base,large,huge,giant_1b,giant}, or swin_{tiny,small,base,large} (Swin V1)."""
     weights: str
-    """A file, a known name, or "random" (seeded; "random:7" for another draw). There is no default: a forgotten field
-    must not train for days on noise."""
+    """A file or folder, a known name (downloaded once), or "random" (seeded; "random:7" for another draw). There is no
+    default: a forgotten field must not train for days on noise."""
     window_size: int | tuple[int, int, int, int] | None = None
     """Window, for all stages or one per stage; None takes the one the weights were trained with."""
     pretrained_window_size: int | tuple[int, int, int, int] | None = None
@@ -37,7 +39,9 @@ class BackboneConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
     """auto: bfloat16 on CUDA, float32 elsewhere."""
     prefix: str | None = None
-    """Takes only the tensors of the file whose names start with this, without it: "backbone.", "encoder."."""
+    """Takes only the tensors of the file whose names start with this, without it: "my_net.". None finds the prefix."""
+    weights_key: str | None = None
+    """The entry of a PyTorch checkpoint that holds the weights: "student". None finds it (model, state_dict, teacher)."""
     extra_norm_interval: int | None = None
     """SwinV2: blocks between extra norms on the main branch, 0 for none; None: as the table of sizes has it."""
 
@@ -46,6 +50,13 @@ class BackboneConfig:
         if not isinstance(self.weights, str) or not self.weights:
             raise BackboneError(
                 f"backbone.weights is {self.weights!r}: give a file, a known name, or 'random' for an untrained network"
+            )
+        public = find_public(self.weights)
+        if public is not None and public.backbone != self.name and not Path(self.weights).expanduser().exists():
+            # Before it is downloaded.
+            raise BackboneError(
+                f"backbone.weights is {self.weights!r}, which are weights of {public.backbone}, but backbone.name is "
+                f"{self.name!r}"
             )
         for field in ("window_size", "pretrained_window_size"):
             value = getattr(self, field)
@@ -85,5 +96,6 @@ class BackboneConfig:
             device=device,
             tensor_group=tensor_group,
             prefix=self.prefix,
+            weights_key=self.weights_key,
             extra_norm_interval=self.extra_norm_interval,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,17 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError, WeightsError
+from permafrost.model.formats import grouped
 from permafrost.model.spec import SWIN_V1_SIZES, FeatureSpec, check_extra_norms, check_name
 from permafrost.model.swin import SwinV2
 from permafrost.model.swin_v1 import SwinV1
-from permafrost.model.weights import (
-    FLOATING_DTYPES,
-    Checkpoint,
-    add_to_fingerprint,
-    check_fit,
-    draw_weights,
-    read_weights,
-)
+from permafrost.model.tensor_map import materialise
+from permafrost.model.weights import FLOATING_DTYPES, Checkpoint, check_fit, draw_weights, read_weights
 from permafrost.model.windows import Windows, choose_windows
 
 # Per-channel mean and standard deviation (RGB, pixels in [0, 1]) of ImageNet, which every released Swin was trained
@@ -233,13 +228,14 @@ def load_backbone(
     device: torch.device | str = "cpu",
     tensor_group: Any = None,
     prefix: str | None = None,
+    weights_key: str | None = None,
     extra_norm_interval: int | None = None,
 ) -> FrozenBackbone:
     """Loads a frozen base network.
 
     Args:
         name: A name in the table of sizes (permafrost.model.spec).
-        weights: A file (safetensors, or an official `.pth`), a known name, or "random" ("random:SEED").
+        weights: A file or folder (see permafrost.model.weights), a known name, or "random" ("random:SEED").
         window_size: Window, for all stages or one per stage. None takes the file's configured window; another one
             than the file's also needs `pretrained_window_size`, and resamples the position tables of a Swin V1. See
             permafrost.model.windows.
@@ -249,7 +245,8 @@ def load_backbone(
         device: Where to put it.
         tensor_group: TensorGroup (permafrost.model.fairscale_groups) to split the network over; loading and every
             forward are then collective over it, see permafrost.model.tensor_parallel. None: this process has all of it.
-        prefix: Take only the file's tensors whose names start with this, without it.
+        prefix: Take only the file's tensors whose names start with this, without it; None finds the prefix.
+        weights_key: The entry of a PyTorch checkpoint that holds the weights ("student"); None finds it.
         extra_norm_interval: Blocks between extra norms on the main branch of a SwinV2; None: as the file or the table
             says.
 
@@ -277,6 +274,7 @@ def load_backbone(
         device=device,
         tensor_group=tensor_group,
         prefix=prefix,
+        weights_key=weights_key,
         extra_norm_interval=extra_norm_interval,
     )
     if tensor_group is None:
@@ -312,6 +310,7 @@ def _load_swin(
     device: torch.device,
     tensor_group: Any,
     prefix: str | None,
+    weights_key: str | None,
     extra_norm_interval: int | None,
 ) -> tuple[Network, dict[str, Any]]:
     """A Swin with its weights, or this process's part of one.
@@ -323,7 +322,9 @@ def _load_swin(
     seed = re.fullmatch(r"random(?::(\d+))?", str(weights))
     # One member of a group reads all of a file; the others only what they hold.
     is_reader = tensor_group is None or tensor_group.rank == 0
-    checkpoint = None if seed else read_weights(weights, prefix=prefix, check_values=is_reader)
+    checkpoint = None
+    if not seed:
+        checkpoint = read_weights(weights, prefix=prefix, weights_key=weights_key, check_values=is_reader)
     if checkpoint is None:
         windows = Windows(window_size, pretrained_window_size)
     else:
@@ -343,28 +344,29 @@ def _load_swin(
             if name in SWIN_V1_SIZES
             else SwinV2(name, **arguments, extra_norm_interval=extra_norm_interval)
         )
-    stream: Iterable[tuple[str, Tensor]]
     if checkpoint is None:
-        checkpoint = Checkpoint(f"random (seed {int(seed[1] or 0)})", {}, Windows(None, None))
-        tensors: Mapping[str, Tensor] = {}
-        stream = draw_weights(network, seed=int(seed[1] or 0))
+        number = int(seed[1] or 0)
+        checkpoint = Checkpoint(f"random (seed {number})", {}, Windows(None, None), rule="drawn at random")
+        drawn = draw_weights(network, seed=number)
     else:
         check_fit(network, name, checkpoint)
-        tensors = checkpoint.backbone_tensors()
-        stream = ((key, tensors[key]) for key in sorted(tensors))
+        drawn = None
+    tensors = checkpoint.backbone_tensors()
 
-    digest, shards = hashlib.sha256(), None
+    def keep(key: str, tensor: Tensor) -> Tensor:
+        return tensor.to(device, resident_dtype(key, dtype), copy=True)
+
+    shards = None
     if tensor_group is not None:
         from permafrost.model.tensor_parallel import ShardReader, SplitSwinV2
 
         shards = ShardReader(tensor_group)
-    resident = {}
-    for key, tensor in stream:
-        if shards is None:
-            add_to_fingerprint(digest, key, tensor)
-        else:
-            tensor = shards.take(key, tensor)
-        resident[key] = tensor.to(device, _resident_dtype(key, dtype), copy=True)
+        stream = drawn or ((key, tensors[key]) for key in sorted(tensors))
+        resident = {key: keep(key, shards.take(key, tensor)) for key, tensor in stream}
+    elif drawn is not None:
+        resident, digest = materialise(drawn, keep)
+    else:
+        resident, digest = checkpoint.load_backbone(keep)
     if dtype == torch.float16:
         overflowing = [key for key, tensor in resident.items() if not torch.isfinite(tensor).all()]
         if overflowing:
@@ -375,15 +377,16 @@ def _load_swin(
         "weights": checkpoint.source,
         "mean": checkpoint.metadata.get("mean", IMAGENET_MEAN),
         "std": checkpoint.metadata.get("std", IMAGENET_STD),
-        **({"fingerprint": digest.hexdigest()} if shards is None else {"shards": shards}),
+        **({"fingerprint": digest} if shards is None else {"shards": shards}),
         "choices": {
             "trained_window_size": checkpoint.windows.window_size,
-            "left_out": sorted(checkpoint.tensors.keys() - tensors.keys()),
+            "names": checkpoint.rule,
+            "left_out": grouped([*(checkpoint.tensors.keys() - tensors.keys()), *checkpoint.dropped]),
         },
     }
 
 
-def _resident_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
+def resident_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
     """Keeps what the folded constants come from in float32: they are computed once, so precision costs nothing."""
     precise = ".cpb_mlp." in key or key.endswith((".logit_scale", ".relative_position_bias_table"))
     return torch.promote_types(dtype, torch.float32) if precise else dtype

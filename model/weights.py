@@ -1,40 +1,70 @@
 """Weights of a base network: every file format in, one state dict of official names out, and the writer of our own.
 
-Nothing in a file is executed. Read are safetensors files and PyTorch checkpoints (`{"model": state_dict}`, as released
-with Swin Transformer, `{"state_dict": ...}`, or a bare state dict). Files written by `save_weights` say in their header
-what they are; see there.
+Nothing in a file is executed. Read are safetensors files, single or sharded, and PyTorch checkpoints; with the names of
+the official code, of SimMIM, EsViT and the detection code, of timm and of Hugging Face (permafrost.model.formats).
+Tensors are read when they are used, from memory-mapped files. Files written by `save_weights` say in their header what
+they are; see there.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import re
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from permafrost.model.download import fetch
 from permafrost.model.errors import WeightsError
+from permafrost.model.fit import check_fit
+from permafrost.model.formats import Reading, choose_state_dict, listed, to_official_names
+from permafrost.model.header import decode_header, encode_header
+from permafrost.model.known_weights import PUBLIC_WEIGHTS, find_public, windows_on
+from permafrost.model.safe_pickle import load_checkpoint
+from permafrost.model.shards import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Manifest,
+    read_sharded,
+    read_single,
+    save_sharded,
+    write_safetensors,
+)
 from permafrost.model.spec import NUM_STAGES, SWIN_V1_SIZES, SWINV2_SIZES
 from permafrost.model.swin import INITIAL_LOGIT_SCALE, SwinV2, SwinV2Classifier
 from permafrost.model.swin_parts import Swin
+from permafrost.model.tensor_map import Entry, Tensors, add_to_fingerprint, fingerprint, is_finite, materialise
 from permafrost.model.windows import Windows, is_buffer, windows_of_buffers
+
+__all__ = [
+    "CLASSIFIER_PREFIXES",
+    "FLOATING_DTYPES",
+    "KNOWN_WEIGHTS",
+    "PRETRAINED_FOLDER",
+    "Checkpoint",
+    "KnownWeights",
+    "add_to_fingerprint",
+    "check_fit",
+    "draw_weights",
+    "fingerprint",
+    "locate",
+    "read_weights",
+    "save_sharded",
+    "save_weights",
+]
 
 PRETRAINED_FOLDER = Path(__file__).parent / "pretrained"
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Parts of a classification checkpoint that lie behind the last feature map.
 CLASSIFIER_PREFIXES = ("norm.", "head.")
-_MAX_LISTED = 6
+# What a folder may hold, the first that is there.
+_FOLDER_NAMES = (INDEX_NAME, SINGLE_NAME, "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -61,57 +91,115 @@ class Checkpoint:
 
     Attributes:
         source: What errors and reports call it.
-        tensors: Every weight under its official name, in the file's dtype, on the CPU.
+        tensors: Every weight under its official name, in the file's dtype, on the CPU. They are read on demand, and
+            refused then if they are not finite; a plain dictionary may be given.
         windows: The windows the file states.
         metadata: The header's fields, decoded: name, image_size, mean, std, num_classes, extra_norm_interval, where
             given, and every other one as text.
+        rule: How the file's names became the official ones.
+        dropped: Names in the file of what is no part of the network.
+        manifest: The manifest of a sharded checkpoint that has one.
     """
 
     source: str
-    tensors: dict[str, Tensor]
+    tensors: Tensors
     windows: Windows
     metadata: dict[str, Any] = field(default_factory=dict)
+    rule: str = "official names"
+    dropped: tuple[str, ...] = ()
+    manifest: Manifest | None = None
 
-    def backbone_tensors(self) -> dict[str, Tensor]:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", Tensors.of(self.tensors))
+
+    def backbone_tensors(self) -> Tensors:
         """The tensors without the final norm and the classifier."""
-        return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(CLASSIFIER_PREFIXES)}
+        return self.tensors.select(name for name in self.tensors if is_backbone(name))
+
+    def load_backbone(self, keep: Callable[[str, Tensor], Tensor]) -> tuple[dict[str, Tensor], str]:
+        """Reads the backbone's tensors, each once.
+
+        Args:
+            keep: Makes of a name and its tensor what is to stay in memory; it must copy.
+
+        Returns:
+            What was kept, and the fingerprint.
+
+        Raises:
+            WeightsError: If a tensor is not finite, or not what the manifest says was written.
+        """
+        tensors = self.backbone_tensors()
+        kept, digest = materialise(((name, tensors[name]) for name in sorted(tensors)), keep)
+        if self.manifest is not None and digest != self.manifest.fingerprint:
+            self.check_shards()
+            raise WeightsError(f"{self.source}: its manifest is of other tensors; copy the folder again.")
+        return kept, digest
+
+    def check_shards(self) -> None:
+        """Hashes the shards of a checkpoint that has a manifest.
+
+        Raises:
+            WeightsError: If one is not what was written, naming it.
+        """
+        damaged = self.manifest.damaged_shards() if self.manifest else []
+        if damaged:
+            raise WeightsError(
+                f"{self.source}: the tensors are not those that were written. Damaged: {listed(damaged)}; copy the "
+                "folder again."
+            )
+
+
+def is_backbone(name: str) -> bool:
+    """Whether a tensor of this official name lies before the last feature map."""
+    return not name.startswith(CLASSIFIER_PREFIXES)
 
 
 def read_weights(
-    weights: str | os.PathLike[str], *, prefix: str | None = None, check_values: bool = True
+    weights: str | os.PathLike[str],
+    *,
+    prefix: str | None = None,
+    weights_key: str | None = None,
+    check_values: bool = True,
 ) -> Checkpoint:
-    """Reads a weights file.
+    """Reads a weights file, as far as names, shapes and windows go: tensors are read when they are used.
 
     Args:
-        weights: A path, or a name in KNOWN_WEIGHTS.
-        prefix: Take only tensors whose names start with this, and strip it.
-        check_values: Look at every value now; False leaves all of the file unread that is not asked for later.
+        weights: A file, a folder that holds one, the index of a sharded checkpoint, a name in KNOWN_WEIGHTS, or one in
+            permafrost.model.known_weights, which is downloaded once.
+        prefix: Take only tensors whose names start with this, and strip it; "" takes all names as they are. None finds
+            the prefix.
+        weights_key: The entry of a PyTorch checkpoint that holds the weights. None finds it.
+        check_values: Refuse a tensor that is not finite when it is read. False, for a reader of parts, leaves all of
+            the file unread that is not asked for.
 
     Raises:
-        WeightsError: If there is no such file, it is no weights file, or holds something else than finite weights.
+        WeightsError: If there is no such file, it is no weights file, or holds something else than weights.
     """
     path = locate(weights)
-    tensors, header = _read_file(path)
-    if prefix:
-        chosen = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        if not chosen:
-            raise WeightsError(
-                f"{path}: no tensor's name starts with {prefix!r}; they start like {_listed(sorted(tensors)[:3])}."
-            )
-        tensors = chosen
-    # SimMIM's first release called the position bias MLP by another name.
-    tensors = {name.replace(".rpe_mlp.", ".cpb_mlp."): tensor for name, tensor in tensors.items()}
-    metadata = _decode_header(header, path)
+    public = None if Path(weights).expanduser().exists() else find_public(weights)
+    tensors, header, manifest, note = _read_file(path, weights_key)
+    reading = to_official_names(tensors, path=path, prefix=prefix)
+    if note:
+        reading = replace(reading, rule=f"{reading.rule}; {note}")
+    metadata = decode_header(header, path)
     windows = Windows(metadata.pop("window_size", None), metadata.pop("pretrained_window_size", None))
     if windows.window_size is None:
-        windows = windows_of_buffers(tensors, source=str(path))
-    parameters = {name: tensor for name, tensor in tensors.items() if not is_buffer(name)}
-    _check_values(parameters, path, finite=check_values)
-    return Checkpoint(str(path), parameters, windows, metadata)
+        windows = _find_windows(reading, path)
+    if public is not None:
+        windows = Windows(
+            windows.window_size or public.window_size, windows.pretrained_window_size or public.pretrained_window_size
+        )
+    parameters = {name: entry for name, entry in reading.tensors.entries.items() if not is_buffer(name)}
+    wrong = [f"{name} ({entry.dtype})" for name, entry in parameters.items() if entry.dtype not in FLOATING_DTYPES]
+    if wrong:
+        raise WeightsError(f"{path}: expected floating-point weights, found {listed(wrong)}.")
+    if check_values:
+        parameters = {name: _checked(name, entry, path) for name, entry in parameters.items()}
+    return Checkpoint(str(path), Tensors(parameters), windows, metadata, reading.rule, reading.dropped, manifest)
 
 
 def locate(weights: str | os.PathLike[str]) -> Path:
-    """Finds the file behind a path or a known name.
+    """Finds the file behind a path or a known name; of a folder, the file or index in it. Public files are downloaded.
 
     Raises:
         WeightsError: If there is none, naming what comes nearest.
@@ -127,15 +215,24 @@ def locate(weights: str | os.PathLike[str]) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        raise WeightsError(f"{path} is a folder; give the weights file in it.")
+        for name in _FOLDER_NAMES:
+            if (path / name).is_file():
+                return path / name
+        raise WeightsError(
+            f"{path} is a folder without {', '.join(_FOLDER_NAMES)}; give the weights file in it by its name."
+        )
+    public = find_public(weights)
+    if public is not None:
+        return fetch(public.url, file=public.file, sha256=public.sha256)
     known = ["random", *KNOWN_WEIGHTS]
-    neighbours = []
+    neighbours = list(PUBLIC_WEIGHTS)
     if path.parent.is_dir():
-        neighbours = [str(path.parent / entry.name) for entry in path.parent.iterdir() if entry.is_file()]
+        neighbours += [str(path.parent / entry.name) for entry in path.parent.iterdir() if entry.is_file()]
     nearest = get_close_matches(str(weights), known + neighbours, n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise WeightsError(
-        f"There are no weights {str(weights)!r}: no such file, and no such name (known: {', '.join(known)}).{hint}"
+        f"There are no weights {str(weights)!r}: no such file, and no such name (known: {', '.join(known)}, "
+        f"and {len(PUBLIC_WEIGHTS)} public files, listed in permafrost.model.known_weights).{hint}"
     )
 
 
@@ -168,60 +265,6 @@ def draw_weights(network: Swin, *, seed: int) -> Iterator[tuple[str, Tensor]]:
             yield name, noise / math.sqrt(parameter[0].numel())
 
 
-def check_fit(network: Swin, name: str, checkpoint: Checkpoint) -> None:
-    """Checks that a file holds exactly the tensors of a network.
-
-    Args:
-        network: The network, on any device.
-        name: Its name.
-        checkpoint: The file. Final norm and classifier are allowed, and passed over, in a network without them.
-
-    Raises:
-        WeightsError: If a tensor is missing, unexpected or of another shape, listing which.
-    """
-    stated = checkpoint.metadata.get("name")
-    if stated is not None and stated != name:
-        raise WeightsError(f"{checkpoint.source} holds weights of {stated!r}, but the recipe asks for {name!r}.")
-    expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
-    classifier = isinstance(network, SwinV2Classifier)
-    tensors = checkpoint.tensors if classifier else checkpoint.backbone_tensors()
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    shapes = [
-        f"{key} is {found[key]}, expected {expected[key]}"
-        for key in sorted(expected.keys() & found.keys())
-        if expected[key] != found[key]
-    ]
-    if not (missing or unexpected or shapes):
-        return
-    lines = [f"{checkpoint.source} does not fit {name}:"]
-    for what, entries in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
-        if entries:
-            lines.append(f"  {len(entries)} {what}: {_listed(entries)}")
-    hint = _hint(found, expected, missing, unexpected, shapes)
-    raise WeightsError("\n".join(lines + ([f"  {hint}"] if hint else [])))
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Hashes tensors by name, dtype, shape and bytes; their order and device do not matter.
-
-    Returns:
-        SHA-256 in hexadecimal.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        add_to_fingerprint(digest, name, tensors[name])
-    return digest.hexdigest()
-
-
-def add_to_fingerprint(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
-    """One tensor's share of `fingerprint`; names have to come sorted."""
-    tensor = tensor.detach().cpu().contiguous()
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-
-
 def save_weights(
     model: Swin, path: str | os.PathLike[str], metadata: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
 ) -> None:
@@ -252,24 +295,29 @@ def save_weights(
     if isinstance(model, SwinV2Classifier):
         own["num_classes"] = model.head.out_features
 
-    def encoded(values: Mapping[str, Any]) -> dict[str, str]:
-        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-
-    header = encoded(own)
-    for key, value in encoded(metadata).items():
+    header = encode_header(own)
+    for key, value in encode_header(metadata).items():
         if header.setdefault(key, value) != value:
             raise WeightsError(f"{path}: metadata says {key}={value}, but the model has {header[key]}; leave it out.")
     tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in model.state_dict().items()}
     path = Path(path)
-    _decode_header(header, path)
-    _check_values(tensors, path)
+    decode_header(header, path)
+    broken = [key for key, value in tensors.items() if not is_finite(value)]
+    if broken:
+        raise WeightsError(
+            f"{path}: weights that are not finite (NaN or infinite) in {listed(broken)}; nothing is written."
+        )
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=header)
+    write_safetensors(tensors, partial, header)
     partial.replace(path)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads tensors and header, telling the formats apart by content."""
+def _read_file(path: Path, weights_key: str | None) -> tuple[Tensors, dict[str, str], Manifest | None, str | None]:
+    """Opens a file, telling the formats apart by content.
+
+    Returns:
+        Tensors, header, manifest if there is one, and what is worth saying about the reading.
+    """
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
@@ -280,138 +328,58 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
     if start.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`.")
-    if path.name.endswith(".index.json"):
-        raise WeightsError(
-            f"{path} is the index of a sharded checkpoint, which is not supported yet; give a single file."
-        )
     if start[:2] == b"PK" or start[:1] == b"\x80":
-        return _read_torch(path), {}
+        loaded, inert = load_checkpoint(path)
+        state, key = choose_state_dict(loaded, path=path, weights_key=weights_key)
+        notes = [f"entry {key!r} of the checkpoint"] if key else []
+        notes += [f"not loaded: objects of {listed(inert)}"] if inert else []
+        return Tensors.of(state), {}, None, "; ".join(notes)
+    if weights_key is not None:
+        raise WeightsError(f"{path} is no PyTorch checkpoint, so it has no entry {weights_key!r}: drop weights_key.")
+    if path.name.endswith(".index.json"):
+        return *read_sharded(path), None
     if start[8:9] == b"{":
-        return _read_safetensors(path)
+        return *read_single(path), None, None
     raise WeightsError(
         f"{path} is neither a safetensors file nor a PyTorch checkpoint (it starts with {start[:8]!r}); "
         "it is damaged or something else."
     )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _checked(name: str, entry: Entry, path: Path) -> Entry:
+    """An entry that refuses values that are not finite, whenever it is read."""
+
+    def read() -> Tensor:
+        tensor = entry.read()
+        if not is_finite(tensor):
+            raise WeightsError(f"{path}: weights that are not finite (NaN or infinite) in {name}; it is of no use.")
+        return tensor
+
+    return Entry(entry.shape, entry.dtype, read)
+
+
+def _find_windows(reading: Reading, path: Path) -> Windows:
+    """The windows of a file without a header of ours: from its buffers, its V1 tables, or the configuration beside it."""
+    telling = [name for name in reading.tensors if is_buffer(name) or name.endswith("relative_position_bias_table")]
+    windows = windows_of_buffers({name: reading.tensors[name] for name in telling}, source=str(path))
+    if windows.window_size is None and reading.rule.startswith("Hugging Face"):
+        windows = _windows_of_configuration(path.with_name("config.json"))
+    return windows
+
+
+def _windows_of_configuration(path: Path) -> Windows:
+    """Windows of a Hugging Face model, from its config.json: no stage has a window larger than its map in training."""
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is a damaged safetensors file ({error}); download or copy it again.") from error
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises half a dozen types for a file it cannot read.
-        if "Weights only load failed" in str(error) and (match := re.search(r"GLOBAL ([\w.]+)", str(error))):
-            raise WeightsError(
-                f"{path} holds more than tensors: reading it would execute {match[1]}, which is refused. If you trust "
-                "the file, take the tensors out once, elsewhere: torch.save({'model': torch.load(FILE, "
-                "weights_only=False)['model']}, NEW_FILE)."
-            ) from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"{path} is a damaged PyTorch checkpoint ({reason}); download or copy it again.") from error
-    state = loaded
-    for key in ("model", "state_dict"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            state = loaded[key]
-            break
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        what = (
-            f"a dictionary with {_listed(sorted(map(str, loaded)))}"
-            if isinstance(loaded, dict)
-            else type(loaded).__name__
-        )
-        raise WeightsError(f"{path} holds {what}; expected a state dict, or one under the key 'model' or 'state_dict'.")
-    return {str(name): tensor for name, tensor in state.items()}
-
-
-def _decode_header(header: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """Decodes the fields that are read back; the others stay text."""
-
-    def integers(value: Any, count: int) -> tuple[int, ...]:
-        if len(value) != count or any(type(one) is not int or one < 1 for one in value):
-            raise ValueError
-        return tuple(value)
-
-    def statistics(value: Any) -> tuple[float, ...]:
-        if len(value) != 3 or not all(math.isfinite(one) for one in value):
-            raise ValueError
-        return tuple(map(float, value))
-
-    decoders = {
-        "window_size": lambda value: integers(value, NUM_STAGES),
-        "pretrained_window_size": lambda value: integers(value, NUM_STAGES),
-        "image_size": lambda value: integers([value], 1)[0],
-        "num_classes": lambda value: integers([value], 1)[0],
-        "extra_norm_interval": lambda value: integers([value + 1], 1)[0] - 1,
-        "mean": statistics,
-        "std": statistics,
-    }
-    decoded: dict[str, Any] = {}
-    for key, text in header.items():
-        try:
-            decoded[key] = decoders[key](json.loads(text)) if key in decoders else text
-            if key == "std" and min(decoded[key]) <= 0:
-                raise ValueError
-        except (ValueError, TypeError) as error:
-            raise WeightsError(f"{path}: its header says {key}={text}, which makes no sense; write it anew.") from error
-    return decoded
-
-
-def _check_values(tensors: Mapping[str, Tensor], path: Path, *, finite: bool = True) -> None:
-    """Refuses tensors that are no finite floating-point weights; without `finite` only the dtype is looked at."""
-    wrong = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in FLOATING_DTYPES]
-    if wrong:
-        raise WeightsError(f"{path}: expected floating-point weights, found {_listed(wrong)}.")
-    broken = [name for name, tensor in tensors.items() if finite and not torch.isfinite(tensor).all()]
-    if broken:
+        config = json.loads(path.read_text())
+        if config["model_type"] != "swinv2":
+            return Windows(None, None)
+        windows = windows_on(config["image_size"], config["window_size"])
+        pretrained = config.get("pretrained_window_sizes") or [0] * NUM_STAGES
+        trained = [given or own for given, own in zip(pretrained, windows, strict=True)]
+    except FileNotFoundError:
+        return Windows(None, None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
-            f"{path}: weights that are not finite (NaN or infinite) in {_listed(broken)}; it is of no use."
-        )
-
-
-def _hint(
-    found: Mapping[str, tuple[int, ...]],
-    expected: Mapping[str, tuple[int, ...]],
-    missing: list[str],
-    unexpected: list[str],
-    shapes: list[str],
-) -> str:
-    """Says what a file that does not fit looks like, where that can be told."""
-    if missing and not expected.keys() & found.keys():
-        for key in found:
-            prefix = key.removesuffix("patch_embed.proj.weight")
-            if prefix and prefix != key:
-                return f"Its names start with {prefix!r}: give prefix={prefix!r}."
-    has_tables, needs_tables = (
-        any(key.endswith("relative_position_bias_table") for key in keys) for keys in (found, expected)
-    )
-    if has_tables and not needs_tables:
-        return "It is a Swin V1 checkpoint."
-    if needs_tables and any(".cpb_mlp." in key for key in found):
-        return "It is a SwinV2 checkpoint."
-    if "layers.3.downsample.norm.weight" in found:
-        return "It is in timm's format; give the original checkpoint."
-    if not shapes and all(".enorm." in key for key in missing + unexpected):
-        blocks = sorted({tuple(map(int, re.findall(r"\d+", key)[:2])) for key in found if ".enorm." in key})
-        interval = blocks[0][1] + 1 if blocks else 0
-        return f"Only extra norms differ: give extra_norm_interval={interval} if the weights are meant to be like this."
-    depths = [0] * NUM_STAGES
-    for key in found:
-        if match := re.match(r"layers\.([0-3])\.blocks\.(\d+)\.", key):
-            depths[int(match[1])] = max(depths[int(match[1])], int(match[2]) + 1)
-    width = found.get("patch_embed.proj.weight", (0,))[0]
-    sizes = SWIN_V1_SIZES if needs_tables else SWINV2_SIZES
-    like = [name for name, size in sizes.items() if (size.embed_dim, size.depths) == (width, tuple(depths))]
-    return f"It looks like {like[0]}." if like else ""
-
-
-def _listed(entries: Iterable[str]) -> str:
-    """The first few entries, and how many more there are."""
-    entries = list(entries)
-    more = f", and {len(entries) - _MAX_LISTED} more" if len(entries) > _MAX_LISTED else ""
-    return ", ".join(entries[:_MAX_LISTED]) + more
+            f"{path} does not say the windows of a Swin ({error!r}); copy it again, or remove it."
+        ) from error
+    return Windows(windows, tuple(trained))

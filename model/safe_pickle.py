@@ -1,0 +1,175 @@
+"""PyTorch checkpoints without running anything that they contain.
+
+A checkpoint is a pickle, and a pickle may call any function. torch's own `weights_only` reader is tried first; it refuses
+files that hold anything but tensors and plain values, such as the configuration objects in training checkpoints. Those
+are read a second time with an unpickler that resolves no name: a class it does not know becomes an inert object that
+takes and forgets whatever it is given, and a name of Python's standard library that is no plain container ends the
+reading. torch still does all the rest (archive, storages, memory mapping), through its documented `pickle_module`.
+"""
+
+from __future__ import annotations
+
+import collections
+import pickle
+import sys
+import warnings
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from permafrost.model.errors import WeightsError
+
+_BUILTIN_VALUES = {
+    f"builtins.{kind.__name__}": kind
+    for kind in (bool, bytearray, bytes, complex, dict, float, frozenset, int, list, object, set, slice, str, tuple)
+}
+# Standard-library classes that configurations are made of. They become inert too, but are no reason to refuse a file.
+_HARMLESS_MODULES = ("datetime", "decimal", "fractions", "pathlib", "uuid")
+_HARMLESS_NAMES = ("argparse.Namespace", "collections.deque", "types.SimpleNamespace")
+
+
+class Inert:
+    """Stands for an object whose class is not loaded: it accepts everything that unpickling does, and keeps nothing."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_: Any, **__: Any) -> Inert:
+        return super().__new__(cls)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        """A list's."""
+
+    def extend(self, items: Any) -> None:
+        """A list's."""
+
+    def add(self, item: Any) -> None:
+        """A set's."""
+
+
+class _Call:
+    """A function that a pickle may call. Made anew for every file: a pickle could otherwise alter the function itself."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+
+class _Refused(Exception):
+    """A pickle names something that no weights file needs."""
+
+
+def load_checkpoint(path: Path) -> tuple[Any, tuple[str, ...]]:
+    """Reads a PyTorch checkpoint, of the zip or the older format.
+
+    Args:
+        path: The file. Tensors of the zip format are memory-mapped.
+
+    Returns:
+        What it holds, and the names of the classes whose objects were left inert.
+
+    Raises:
+        WeightsError: If it is damaged or names a function of the standard library, `os.system` for example.
+    """
+    mmap = zipfile.is_zipfile(path)
+    try:
+        with warnings.catch_warnings():
+            # Of newer pickle protocols, which the second reading understands.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap), ()
+    except pickle.UnpicklingError:
+        # torch has found a pickle in a container it knows (it raises others for TorchScript and tar archives), and
+        # something in the pickle that it refuses or cannot read.
+        pass
+    except Exception as error:  # torch raises half a dozen types for a file it cannot read.
+        raise _damaged(path, error) from error
+
+    inert: set[str] = set()
+    try:
+        loaded = torch.load(
+            path, map_location="cpu", weights_only=False, pickle_module=_restricted_pickle(inert), mmap=mmap
+        )
+    except _Refused as error:
+        raise WeightsError(
+            f"{path} holds more than tensors: reading it would execute {error}, which is refused. Weights have no use "
+            "for that: do not open the file with another program before you know where it comes from."
+        ) from error
+    except Exception as error:
+        raise _damaged(path, error) from error
+    return loaded, tuple(sorted(inert))
+
+
+def _restricted_pickle(inert: set[str]) -> Any:
+    """What `torch.load` wants of a `pickle_module`; names of classes that are not loaded are added to `inert`."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            # Up to protocol 2 names are those of Python 2.
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+            return _resolve(f"{module}.{name}", inert)
+
+    def load(file: Any, **options: Any) -> Any:
+        return Unpickler(file, **options).load()
+
+    return SimpleNamespace(__name__=__name__, Unpickler=Unpickler, load=load)
+
+
+def _resolve(name: str, inert: set[str]) -> Any:
+    """What stands for a global name in a pickle; nothing is imported, whatever the name.
+
+    Raises:
+        _Refused: If it belongs to the standard library and is no plain container or value.
+    """
+    functions: dict[str, Callable[..., Any]] = {
+        "torch._utils._rebuild_tensor": torch._utils._rebuild_tensor,
+        "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+        "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+        "_codecs.encode": _encode,
+        "copyreg._reconstructor": Inert,
+        "collections.defaultdict": lambda *_: {},
+        "collections.Counter": dict,
+    }
+    if name in functions:
+        return _Call(functions[name])
+    values = {
+        "collections.OrderedDict": collections.OrderedDict,
+        "torch.Size": torch.Size,
+        "torch.device": torch.device,
+        **_BUILTIN_VALUES,
+    }
+    if name in values:
+        return values[name]
+    root, _, rest = name.partition(".")
+    if root == "torch" and isinstance(vars(torch).get(rest), torch.dtype):
+        return vars(torch)[rest]
+    harmless = name in _HARMLESS_NAMES or root in _HARMLESS_MODULES
+    if (root in sys.stdlib_module_names or root == "nt") and not harmless:
+        raise _Refused(name)
+    inert.add(name)
+    return type("Inert", (Inert,), {"__slots__": ()})
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """How protocol 2 writes bytes; other encodings would import a module of their name."""
+    if encoding not in ("latin1", "latin-1"):
+        raise _Refused(f"_codecs.encode with {encoding!r}")
+    return text.encode("latin1")
+
+
+def _damaged(path: Path, error: Exception) -> WeightsError:
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return WeightsError(f"{path} is a damaged PyTorch checkpoint ({reason}); download or copy it again.")
