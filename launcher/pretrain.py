@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -314,11 +315,12 @@ def _restore(
 
 
 def _command() -> str:
-    """This process's command line, as a user would type it."""
+    """This process's command line, as a user would type it, less the folder it writes to."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["pretrain"]:
         arguments = arguments[1:]
-    return " ".join(["permafrost", "pretrain", *arguments])
+    line = " ".join(["permafrost", "pretrain", *arguments])
+    return re.sub(r" --output(=| )\S+", "", line)
 
 
 def _autocast(experiment: PretrainExperiment, device: torch.device):
