@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from permafrost.model.errors import BackboneError
-from permafrost.model.spec import check_name, per_stage
+from permafrost.model.spec import check_fields, check_name, per_stage
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +21,10 @@ class BackboneConfig:
     """The frozen base network of a run."""
 
     name: str
-    """swinv2_{nano,tiny,small,base,large,huge,giant_1b,giant}."""
+    """swinv2_{nano,tiny,small,base,large,huge,giant_1b,giant}, or timm/ and any timm model that gives feature maps."""
     weights: str
-    """A file, a known name, or "random" (seeded; "random:7" for another draw). There is no default: a forgotten field
-    must not train for days on noise."""
+    """A file, a known name, or "random" (seeded; "random:7" for another draw); for a timm/ model also "pretrained", the
+    weights timm has for it. There is no default: a forgotten field must not train for days on noise."""
     window_size: int | tuple[int, int, int, int] | None = None
     """Window, for all stages or one per stage; None takes the one the weights were trained with."""
     pretrained_window_size: int | tuple[int, int, int, int] | None = None
@@ -36,6 +36,10 @@ class BackboneConfig:
     """Takes only the tensors of the file whose names start with this, without it: "backbone.", "encoder."."""
     extra_norm_interval: int | None = None
     """Blocks between extra norms on the main branch, 0 for none; None: as the table of sizes has it."""
+    taps: tuple[int, ...] | None = None
+    """Layers of a timm/ model whose maps are given out, rising, from the end if negative: stages of a hierarchical model,
+    blocks of a plain one; taps of one stride become one map, joined along the channels. None: the last of each stride
+    from 4 up, so every stage, or the last block."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -55,6 +59,13 @@ class BackboneConfig:
                 f"backbone.extra_norm_interval is {self.extra_norm_interval}: give at least 1, 0 for none, "
                 "or None for the size's own"
             )
+        if self.taps is not None:
+            valid = isinstance(self.taps, (tuple, list)) and len(self.taps) > 0
+            if not valid or any(isinstance(tap, bool) or not isinstance(tap, int) for tap in self.taps):
+                raise BackboneError(f"backbone.taps is {self.taps!r}: give at least one number of a layer, or None")
+            self.taps = tuple(self.taps)
+        fields = ("window_size", "pretrained_window_size", "extra_norm_interval", "taps")
+        check_fields(self.name, **{f"backbone.{field}": getattr(self, field) for field in fields})
 
     def build(self, device: torch.device | str = "cpu") -> FrozenBackbone:
         """Loads the network.
@@ -79,4 +90,5 @@ class BackboneConfig:
             device=device,
             prefix=self.prefix,
             extra_norm_interval=self.extra_norm_interval,
+            taps=self.taps,
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError, WeightsError
-from permafrost.model.spec import FeatureSpec, check_name
+from permafrost.model.spec import TIMM_PREFIX, FeatureSpec, check_fields, check_name
 from permafrost.model.swin import SwinV2
 from permafrost.model.weights import FLOATING_DTYPES, check_fit, fingerprint, random_weights, read_weights
 from permafrost.model.windows import Windows, choose_windows
@@ -218,12 +218,14 @@ def load_backbone(
     tensor_group: Any = None,
     prefix: str | None = None,
     extra_norm_interval: int | None = None,
+    taps: Sequence[int] | None = None,
 ) -> FrozenBackbone:
     """Loads a frozen base network.
 
     Args:
-        name: A name in the table of sizes (permafrost.model.spec).
-        weights: A file (safetensors, or an official `.pth`), a known name, or "random" ("random:SEED").
+        name: A name in the table of sizes (permafrost.model.spec), or `timm/` and a timm model's.
+        weights: A file (safetensors, or an official `.pth`), a known name, "random" ("random:SEED"), or, for a timm
+            model, "pretrained".
         window_size: Window, for all stages or one per stage. None takes the file's configured window; another one
             than the file's also needs `pretrained_window_size`. See permafrost.model.windows.
         pretrained_window_size: The window each stage had in training. None reads it from the file; if given it must
@@ -233,9 +235,10 @@ def load_backbone(
         tensor_group: Process group to split the network over. Must be None.
         prefix: Take only the file's tensors whose names start with this, without it.
         extra_norm_interval: Blocks between extra norms on the main branch; None: as the file or the table says.
+        taps: Layers of a timm model that are given out; see BackboneConfig.
 
     Raises:
-        BackboneError: If name, dtype, device or windows make no sense.
+        BackboneError: If name, dtype, device, windows or taps make no sense.
         WeightsError: If the weights cannot be read or belong to another network.
     """
     check_name(name)
@@ -247,16 +250,20 @@ def load_backbone(
     device = _usable_device(device)
     dtype, reason = _usable_dtype(dtype, device)
 
-    network, source = _load_swin(
-        name,
-        weights=weights,
-        window_size=window_size,
-        pretrained_window_size=pretrained_window_size,
-        dtype=dtype,
-        device=device,
-        prefix=prefix,
-        extra_norm_interval=extra_norm_interval,
-    )
+    common = {"weights": weights, "prefix": prefix, "dtype": dtype, "device": device}
+    swin = {
+        "window_size": window_size,
+        "pretrained_window_size": pretrained_window_size,
+        "extra_norm_interval": extra_norm_interval,
+    }
+    check_fields(name, **swin, taps=taps)
+    if name.startswith(TIMM_PREFIX):
+        # Imported where it is needed: a Swin does without timm.
+        from permafrost.model.timm_backbone import load_timm
+
+        network, source = load_timm(name, taps=taps, **common)
+    else:
+        network, source = _load_swin(name, **swin, **common)
     return FrozenBackbone(
         network,
         mean=source["mean"],
