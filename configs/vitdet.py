@@ -40,7 +40,7 @@ def debug() -> Experiment:
 
         permafrost train vitdet:debug
 
-    Hardware: one CPU core and 3 GB of memory, about a minute. The detections are of no use.
+    Hardware: one CPU core and 2 GB of memory, about ten seconds. The detections are of no use.
     """
     head = MaskRCNNConfig(
         neck=SimplePyramidConfig(channels=32),

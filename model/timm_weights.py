@@ -219,10 +219,13 @@ def _converted(source: str, tensors: dict[str, Tensor], whole: nn.Module) -> Tim
             f"{source} does not fit {whole.pretrained_cfg.get('architecture', 'the model')}: timm's conversion fails on it "
             f"({type(error).__name__}: {error}). It holds {len(tensors)} tensors like {_listed(sorted(tensors)[:3])}."
         ) from error
+    # What is renamed, reshaped or cut out still lies in the source's memory; what is resampled does not. Names alone do not
+    # tell: a conversion may move one layer's tensors to the name that another's had.
+    memory = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
     originals = {
         key: tensors[key]
         for key, tensor in converted.items()
-        if key in tensors and tensors[key].shape != tensor.shape and tensors[key].numel() != tensor.numel()
+        if key in tensors and tensor.untyped_storage().data_ptr() not in memory
     }
     return TimmCheckpoint(source, converted, originals)
 

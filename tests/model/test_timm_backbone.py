@@ -129,7 +129,9 @@ def test_nothing_trains(name: str, backbones) -> None:
     nn.Conv2d(levels[0].shape[1], 2, 1)(levels[0]).sum().backward()
     with torch.autocast("cpu", torch.bfloat16):
         assert all(torch.equal(one, two) for one, two in zip(before, backbone(images), strict=True))
-    assert backbone.checksum() == checksum
+    assert backbone.to("cpu").checksum() == checksum
+    with pytest.raises(BackboneError, match="chosen when it is loaded"):
+        backbone.half()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -294,3 +296,16 @@ def test_images_below_a_patch_are_refused(backbones) -> None:
     with pytest.raises(BackboneError, match=r"13 x 64 pixels are smaller than one patch \(14 x 14\)"):
         backbones["vit_small_patch14_dinov2"](make_images(13, 64))
     assert backbones["vit_small_patch14_dinov2"](make_images(14, 14))[0].shape[-2:] == (1, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAMILIES)
+def test_on_cuda(name: str, backbones, relative_error) -> None:
+    images, expected = make_images(70, 101), backbones[name](make_images(70, 101))
+    backbone = load_backbone(f"timm/{name}", weights="random", device="cuda")
+    assert backbone.dtype == torch.bfloat16
+    assert all(tensor.is_cuda for tensor in (*backbone.parameters(), *backbone.buffers()))
+    for found, other in zip(backbone(images), expected, strict=True):
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert relative_error(found.cpu(), other) < 0.04
+    assert backbone.fingerprint == backbones[name].fingerprint

@@ -102,6 +102,26 @@ def test_timms_conversions_are_applied(tmp_path: Path, relative_error) -> None:
     assert backbone.fingerprint == fingerprint(used(small))
 
 
+def test_a_tensor_that_moves_to_anothers_name_is_no_resampled_one(tmp_path: Path) -> None:
+    """The original Swin files keep the step between stages at the end of a stage, timm at the start of the next."""
+    name = "swinv2_tiny_window8_256"
+    wanted = ("patch_embed.", "layers.0.", "layers.1.", "layers.2.downsample.")
+    state = {key: tensor for key, tensor in random_state(name).items() if key.startswith(wanted)}
+    original = {
+        key.replace(".1.downsample", ".0.downsample").replace(".2.downsample", ".1.downsample"): tensor
+        for key, tensor in state.items()
+    }
+    assert {"layers.0.downsample.norm.weight", "layers.1.downsample.norm.weight"} <= original.keys()
+    found = []
+    for number, tensors in enumerate((state, original)):
+        torch.save({"model": tensors}, tmp_path / f"{number}.pth")
+        backbone = load_backbone(f"timm/{name}", weights=tmp_path / f"{number}.pth", taps=(0, 1))
+        assert backbone.describe()["resampled"] == []
+        assert backbone.describe()["left_out"] == sorted(key for key in state if "layers.2" in key)
+        found.append((backbone.fingerprint, backbone.checksum()))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
