@@ -22,8 +22,13 @@ from permafrost.model.weights import fingerprint
 
 # Finer maps than this (the stem of a ResNet) are tapped only when a recipe asks for them.
 FINEST_DEFAULT_STRIDE = 4
-# How timm's models say that they take images of any size, the first that a model knows.
-_ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+# How timm's models are asked to take images of any size: with the first of these that a model knows.
+_ANY_SIZE: tuple[dict[str, bool], ...] = (
+    {"dynamic_img_size": True, "strict_img_size": False},
+    {"dynamic_img_size": True},
+    {"strict_img_size": False},
+    {},
+)
 
 
 class TimmNetwork(nn.Module):
@@ -71,6 +76,9 @@ class TimmNetwork(nn.Module):
         settings = model.pretrained_cfg
         self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
         model.prune_intermediate_layers(list(self.taps), prune_norm=True, prune_head=True)
+        if isinstance(getattr(model, "head", None), nn.Module):
+            # Some versions of timm leave the classifier's norm there: unused, but it would count in the fingerprint.
+            model.head = nn.Identity()
         self.model = model
 
     def fold(self) -> None:
@@ -178,20 +186,28 @@ def build_model(name: str) -> nn.Module:
         name: As timm spells it.
 
     Returns:
-        The model on the meta device; or, where a module keeps tables that it cannot compute later, on the CPU.
+        The model on the meta device where timm allows it; on the CPU where a module keeps tables that it cannot compute
+        later, or reads values while it is built (timm 1.0.20 does so for every model).
 
     Raises:
         BackboneError: If it gives no feature maps.
     """
-    with torch.device("meta"):
-        model, options = _created(name)
+    try:
+        with torch.device("meta"):
+            model = _created(name)
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+        model = None
+    if model is None or not tables_can_be_rebuilt(model):
+        model = _created(name)
     for method in ("forward_intermediates", "prune_intermediate_layers"):
         if not hasattr(model, method):
             raise BackboneError(
                 f"{TIMM_PREFIX}{name} cannot be a backbone: in timm {timm.__version__} it has no {method}, so it gives no "
                 "feature maps by layer. Choose another model."
             )
-    return model if tables_can_be_rebuilt(model) else timm.create_model(name, **options)
+    return model
 
 
 def load_timm(
@@ -232,11 +248,11 @@ def load_timm(
     }
 
 
-def _created(name: str) -> tuple[nn.Module, dict[str, bool]]:
-    """The model, and the options that make it take images of any size."""
+def _created(name: str) -> nn.Module:
+    """The model, asked to take images of any size where it can be asked."""
     for options in _ANY_SIZE:
         try:
-            return timm.create_model(name, **options), options
+            return timm.create_model(name, **options)
         except TypeError as error:
             if not any(option in str(error) for option in options):
                 raise
