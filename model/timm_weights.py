@@ -95,7 +95,7 @@ def random_tensors(model: nn.Module, *, seed: int) -> dict[str, Tensor]:
     tensors = {}
     for path, module in model.named_modules():
         for own_name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            name = f"{path}.{own_name}" if path else own_name
+            name = _named(path, own_name)
             if name in wanted:
                 tensors[name] = _drawn(name, tensor, module, seed)
     return tensors
@@ -172,7 +172,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, dtype: torch.dtype)
     """Gives a model on the meta device its weights, in a dtype, on the CPU.
 
     Tables that are no weights (rotary frequencies, indices of relative positions) are computed anew by the modules that
-    own them and cast as timm casts them: it keeps rotary frequencies in float32.
+    own them and cast with the weights, but for rotary frequencies: as in timm (not in all its versions), those stay float32.
 
     Args:
         model: The model; changed in place.
@@ -186,13 +186,17 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, dtype: torch.dtype)
             tensor = torch.zeros(expected.shape, dtype=expected.dtype)
         resident[key] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
     model.load_state_dict(resident, assign=True)
-    for module in model.modules():
-        tables = [key for key, table in module.named_buffers(recurse=False) if table.is_meta]
-        for key in tables:
-            setattr(module, key, torch.empty_like(getattr(module, key), device="cpu"))
-        if tables:
+    for path, module in model.named_modules():
+        tables = {key: table for key, table in module.named_buffers(recurse=False) if _named(path, key) not in resident}
+        unfilled = {key: table for key, table in tables.items() if table.is_meta}
+        for key, table in unfilled.items():
+            setattr(module, key, torch.empty_like(table, device="cpu"))
+        if unfilled:
             module.init_non_persistent_buffers()
-    return model.to(dtype=dtype)
+        for key, table in tables.items():
+            if table.is_floating_point() and "rope" not in path.split("."):
+                setattr(module, key, getattr(module, key).to(dtype))
+    return model
 
 
 def tables_can_be_rebuilt(model: nn.Module) -> bool:
@@ -202,7 +206,7 @@ def tables_can_be_rebuilt(model: nn.Module) -> bool:
         hasattr(module, "init_non_persistent_buffers")
         for path, module in model.named_modules()
         for key, _ in module.named_buffers(recurse=False)
-        if (f"{path}.{key}" if path else key) not in weights
+        if _named(path, key) not in weights
     )
 
 
@@ -267,6 +271,11 @@ def _download(name: str) -> tuple[str, dict[str, Tensor]]:
             tensors = tensors[key]
             break
     return where, tensors
+
+
+def _named(path: str, key: str) -> str:
+    """The full name of a module's own tensor."""
+    return f"{path}.{key}" if path else key
 
 
 def _listed(entries: Iterable[str]) -> str:

@@ -10,7 +10,9 @@ import pytest
 from permafrost.launcher.cli import main
 
 
-def test_vitdet_debug_trains_and_predicts_and_knows_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_vitdet_debug_trains_and_predicts_and_knows_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     train = ["train", "vitdet:debug", "--output", "run", "--loop.num-steps", "2", "--loop.checkpoint-every", "1"]
     small = ["--backbone.taps", "3", "--data.max-val-images", "2", "--loop.image-every", "0"]

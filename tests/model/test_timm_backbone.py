@@ -173,6 +173,8 @@ def test_bfloat16_is_as_close_as_it_can_be(name: str, backbones, relative_error)
 
 
 def test_the_largest_builds_without_memory() -> None:
+    if not all(parameter.is_meta for parameter in TimmNetwork("timm/vit_tiny_patch16_224").parameters()):
+        pytest.skip(f"timm {timm.__version__} does not build on the meta device, and this would take 27 GB")
     network = TimmNetwork("timm/vit_7b_patch16_dinov3")
     assert all(parameter.is_meta for parameter in network.parameters())
     # Table 2 of "DINOv3" (Siméoni et al. 2025): 6,716 M parameters; here without the final norm.
