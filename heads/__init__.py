@@ -19,6 +19,7 @@ _EXPORTS = {
     "MaskRCNNConfig": "permafrost.heads.config",
     "PoolingConfig": "permafrost.heads.config",
     "RPNConfig": "permafrost.heads.config",
+    "SimplePyramidConfig": "permafrost.heads.config",
     "world_mean_counts": "permafrost.heads.base",
 }
 

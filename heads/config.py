@@ -13,6 +13,8 @@ from permafrost.heads.errors import HeadError
 
 if TYPE_CHECKING:
     from permafrost.heads.detection.mask_rcnn import MaskRCNN
+    from permafrost.heads.necks.fpn import FPN
+    from permafrost.heads.necks.simple_pyramid import SimpleFeaturePyramid
     from permafrost.model.spec import FeatureSpec
 
 
@@ -44,6 +46,45 @@ class FPNConfig:
     def __post_init__(self) -> None:
         _require_counts("neck", self, ("channels",), 1)
         _require_counts("neck", self, ("num_extra_levels",), 0)
+
+    def build(self, *, spec: FeatureSpec) -> FPN:
+        """The live neck.
+
+        Raises:
+            HeadError: the backbone gives one map only, or its strides do not double.
+        """
+        from permafrost.heads.necks.fpn import FPN
+
+        return FPN(
+            spec=spec, channels=self.channels, num_extra_levels=self.num_extra_levels, level_norm=self.level_norm
+        )
+
+
+@dataclass
+class SimplePyramidConfig:
+    """The simple feature pyramid of ViTDet: strides 4 to 32 from the single map of a plain backbone."""
+
+    channels: int = 256
+    num_extra_levels: int = 1
+    """Levels below stride 32, each half as large as the one before: 1 is stride 64. Proposals only."""
+    level_norm: bool = True
+    """A trained LayerNorm over the channels of the backbone's map (which is raw)."""
+
+    def __post_init__(self) -> None:
+        _require_counts("neck", self, ("channels",), 1)
+        _require_counts("neck", self, ("num_extra_levels",), 0)
+
+    def build(self, *, spec: FeatureSpec) -> SimpleFeaturePyramid:
+        """The live neck.
+
+        Raises:
+            HeadError: the backbone gives more than one map.
+        """
+        from permafrost.heads.necks.simple_pyramid import SimpleFeaturePyramid
+
+        return SimpleFeaturePyramid(
+            spec=spec, channels=self.channels, num_extra_levels=self.num_extra_levels, level_norm=self.level_norm
+        )
 
 
 @dataclass
@@ -186,7 +227,7 @@ def _check_sampling(prefix: str, num_samples: int, positive_fraction: float) -> 
 class MaskRCNNConfig:
     """Mask R-CNN on a feature pyramid (He et al. 2017; Lin et al. 2017)."""
 
-    neck: FPNConfig = field(default_factory=FPNConfig)
+    neck: FPNConfig | SimplePyramidConfig = field(default_factory=FPNConfig)
     rpn: RPNConfig = field(default_factory=RPNConfig)
     pooling: PoolingConfig = field(default_factory=PoolingConfig)
     box: BoxHeadConfig = field(default_factory=BoxHeadConfig)
@@ -206,11 +247,11 @@ class MaskRCNNConfig:
         """The live head, initialised from torch's global generator.
 
         Args:
-            spec: the backbone's maps; strides are powers of two and each doubles the one before.
+            spec: the backbone's maps, as many and with such strides as the neck takes.
             classes: names of the K classes, in the order of the labels.
 
         Raises:
-            HeadError: the spec's strides do not double, or there is no class.
+            HeadError: the neck takes other maps, or there is no class.
         """
         from permafrost.heads.detection.mask_rcnn import build_mask_rcnn
 

@@ -20,7 +20,7 @@ def apply_overrides(experiment: Any, args: Sequence[str], *, prog: str, descript
     Flags follow the nesting: dataclass fields and dict keys joined by dots, words joined by `-` or `_`; a field that
         may be None takes `None`, a boolean `True` or `False`. Every dataclass is built anew, so every `__post_init__`
         checks the new values. Where the recipe holds a subclass of the declared dataclass, the subclass's fields are
-        the flags.
+        the flags, and where a field may hold one of several dataclasses, those of the one it holds.
 
     Args:
         experiment: a dataclass instance; it is not changed.
@@ -44,8 +44,9 @@ def apply_overrides(experiment: Any, args: Sequence[str], *, prog: str, descript
                 default=experiment,
                 args=list(args),
                 return_unknown_args=True,
-                # One rule for all fields: a flag and its value.
-                config=(tyro.conf.FlagConversionOff,),
+                # One rule for all fields: a flag and its value; of a choice of dataclasses (FPN or simple pyramid), the
+                # recipe's own has the flags.
+                config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
             )
     except SystemExit as stop:
         # tyro frames whatever a __post_init__ raises in a box of its own, breaking its lines; the original is still

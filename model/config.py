@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from permafrost.model.errors import BackboneError
 from permafrost.model.known_weights import find_public
-from permafrost.model.spec import check_extra_norms, check_name, per_stage
+from permafrost.model.spec import check_fields, check_name, per_stage
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +26,12 @@ class BackboneConfig:
     """The frozen base network of a run."""
 
     name: str
-    """swinv2_{nano,tiny,small,base,large,huge,giant_1b,giant}, or swin_{tiny,small,base,large} (Swin V1)."""
+    """swinv2_{nano,tiny,small,base,large,huge,giant_1b,giant}, swin_{tiny,small,base,large} (Swin V1), or timm/ and any
+    timm model that gives feature maps."""
     weights: str
-    """A file or folder, a known name (downloaded once), or "random" (seeded; "random:7" for another draw). There is no
-    default: a forgotten field must not train for days on noise."""
+    """A file or folder, a known name (downloaded once), or "random" (seeded; "random:7" for another draw); for a timm/
+    model also "pretrained", the weights timm has for it. There is no default: a forgotten field must not train for days
+    on noise."""
     window_size: int | tuple[int, int, int, int] | None = None
     """Window, for all stages or one per stage; None takes the one the weights were trained with."""
     pretrained_window_size: int | tuple[int, int, int, int] | None = None
@@ -44,6 +46,10 @@ class BackboneConfig:
     """The entry of a PyTorch checkpoint that holds the weights: "student". None finds it (model, state_dict, teacher)."""
     extra_norm_interval: int | None = None
     """SwinV2: blocks between extra norms on the main branch, 0 for none; None: as the table of sizes has it."""
+    taps: tuple[int, ...] | None = None
+    """Layers of a timm/ model whose maps are given out, rising, from the end if negative: stages of a hierarchical model,
+    blocks of a plain one; taps of one stride become one map, joined along the channels. None: the last of each stride
+    from 4 up, so every stage, or the last block."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -70,7 +76,13 @@ class BackboneConfig:
                 f"backbone.extra_norm_interval is {self.extra_norm_interval}: give at least 1, 0 for none, "
                 "or None for the size's own"
             )
-        check_extra_norms(self.name, self.extra_norm_interval, field="backbone.extra_norm_interval")
+        if self.taps is not None:
+            valid = isinstance(self.taps, (tuple, list)) and len(self.taps) > 0
+            if not valid or any(isinstance(tap, bool) or not isinstance(tap, int) for tap in self.taps):
+                raise BackboneError(f"backbone.taps is {self.taps!r}: give at least one number of a layer, or None")
+            self.taps = tuple(self.taps)
+        fields = ("window_size", "pretrained_window_size", "extra_norm_interval", "taps")
+        check_fields(self.name, **{f"backbone.{field}": getattr(self, field) for field in fields})
 
     def build(self, device: torch.device | str = "cpu", *, tensor_group: TensorGroup | None = None) -> FrozenBackbone:
         """Loads the network.
@@ -98,4 +110,5 @@ class BackboneConfig:
             prefix=self.prefix,
             weights_key=self.weights_key,
             extra_norm_interval=self.extra_norm_interval,
+            taps=self.taps,
         )

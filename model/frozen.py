@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError, WeightsError
 from permafrost.model.formats import grouped
-from permafrost.model.spec import SWIN_V1_SIZES, FeatureSpec, check_extra_norms, check_name
+from permafrost.model.spec import SWIN_V1_SIZES, TIMM_PREFIX, FeatureSpec, check_fields, check_name
 from permafrost.model.swin import SwinV2
 from permafrost.model.swin_v1 import SwinV1
 from permafrost.model.tensor_map import materialise
@@ -230,12 +230,14 @@ def load_backbone(
     prefix: str | None = None,
     weights_key: str | None = None,
     extra_norm_interval: int | None = None,
+    taps: Sequence[int] | None = None,
 ) -> FrozenBackbone:
     """Loads a frozen base network.
 
     Args:
-        name: A name in the table of sizes (permafrost.model.spec).
-        weights: A file or folder (see permafrost.model.weights), a known name, or "random" ("random:SEED").
+        name: A name in the table of sizes (permafrost.model.spec), or `timm/` and a timm model's.
+        weights: A file or folder (see permafrost.model.weights), a known name, "random" ("random:SEED"), or, for a timm
+            model, "pretrained".
         window_size: Window, for all stages or one per stage. None takes the file's configured window; another one
             than the file's also needs `pretrained_window_size`, and resamples the position tables of a Swin V1. See
             permafrost.model.windows.
@@ -249,13 +251,14 @@ def load_backbone(
         weights_key: The entry of a PyTorch checkpoint that holds the weights ("student"); None finds it.
         extra_norm_interval: Blocks between extra norms on the main branch of a SwinV2; None: as the file or the table
             says.
+        taps: Layers of a timm model that are given out; see BackboneConfig.
 
     Raises:
-        BackboneError: If name, dtype, device or windows make no sense, or the network cannot be split over the group.
+        BackboneError: If name, dtype, device, windows or taps make no sense, or the network cannot be split over the
+            group.
         WeightsError: If the weights cannot be read or belong to another network, on any member of the group.
     """
     check_name(name)
-    check_extra_norms(name, extra_norm_interval, field="extra_norm_interval")
     if tensor_group is not None:
         # Only here: it imports fairscale.
         from permafrost.model.tensor_parallel import check_group
@@ -264,26 +267,26 @@ def load_backbone(
     device = _usable_device(device)
     dtype, reason = _usable_dtype(dtype, device)
 
-    load = partial(
-        _load_swin,
-        name,
-        weights=weights,
-        window_size=window_size,
-        pretrained_window_size=pretrained_window_size,
-        dtype=dtype,
-        device=device,
-        tensor_group=tensor_group,
-        prefix=prefix,
-        weights_key=weights_key,
-        extra_norm_interval=extra_norm_interval,
-    )
-    if tensor_group is None:
-        kind = FrozenBackbone
-        network, source = load()
+    common = {"weights": weights, "prefix": prefix, "weights_key": weights_key, "dtype": dtype, "device": device}
+    swin = {
+        "window_size": window_size,
+        "pretrained_window_size": pretrained_window_size,
+        "extra_norm_interval": extra_norm_interval,
+    }
+    check_fields(name, **swin, taps=taps)
+    kind = FrozenBackbone
+    if name.startswith(TIMM_PREFIX):
+        # Imported where it is needed: a Swin does without timm.
+        from permafrost.model.timm_backbone import load_timm
+
+        network, source = load_timm(name, taps=taps, **common)
+    elif tensor_group is None:
+        network, source = _load_swin(name, tensor_group=None, **swin, **common)
     else:
         from permafrost.model.tensor_parallel import SplitBackbone as kind
         from permafrost.model.tensor_parallel import load_together
 
+        load = partial(_load_swin, name, tensor_group=tensor_group, **swin, **common)
         network, source = load_together(tensor_group, load)
     return kind(
         network,

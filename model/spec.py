@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -10,6 +11,7 @@ from permafrost.model.errors import BackboneError
 
 NUM_STAGES = 4
 PATCH_SIZE = 4
+TIMM_PREFIX = "timm/"
 
 
 @dataclass(frozen=True)
@@ -145,34 +147,50 @@ def per_stage(value: int | Sequence[int], *, field: str) -> tuple[int, ...]:
 def check_name(name: str) -> None:
     """Checks that a base network of this name can be built.
 
+    Of a timm/ name only the form is checked: whether timm knows it shows when it is loaded, since asking imports torch.
+
     Raises:
         BackboneError: If not, with the nearest name that can.
     """
     names = (*SWINV2_SIZES, *SWIN_V1_SIZES)
     if name in names:
         return
-    known = ", ".join(names)
+    known = f"{', '.join(names)} and {TIMM_PREFIX}MODEL"
     if not isinstance(name, str):
         raise BackboneError(f"A backbone is called by its name, found {name!r}; the names are {known}.")
-    nearest = get_close_matches(name.removeprefix("timm/"), names, n=1, cutoff=0.4)
+    if name.startswith(TIMM_PREFIX):
+        if re.fullmatch(r"[\w-]+(\.[\w-]+)*", name.removeprefix(TIMM_PREFIX)):
+            return
+        raise BackboneError(
+            f"{name!r} is no name of a timm model: give one as timm lists them, with or without the tag of its weights, "
+            f"like '{TIMM_PREFIX}vit_small_patch14_dinov2.lvd142m'."
+        )
+    nearest = get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    if name.startswith("timm/"):
-        raise BackboneError(f"{name!r}: timm backbones are not supported yet; the names are {known}.{hint}")
     raise BackboneError(f"There is no backbone called {name!r}; the names are {known}.{hint}")
 
 
-def check_extra_norms(name: str, extra_norm_interval: int | None, *, field: str) -> None:
-    """Checks that extra norms are only asked of a network that has them.
+def check_fields(name: str, **fields: object) -> None:
+    """Checks that only fields are given which mean something for this base network.
 
     Args:
-        name: Name of the base network.
-        extra_norm_interval: The interval asked for; None and 0 are none.
-        field: Name of the field, for the error.
+        name: Its name.
+        fields: window_size, pretrained_window_size, extra_norm_interval, taps, called as the error is to call them; None
+            is not given.
 
     Raises:
-        BackboneError: If it is a Swin V1.
+        BackboneError: If one belongs to another kind of network, naming it.
     """
-    if name in SWIN_V1_SIZES and extra_norm_interval:
+    norms = [field for field, value in fields.items() if value and field.endswith("extra_norm_interval")]
+    if norms and name in SWIN_V1_SIZES:
         raise BackboneError(
-            f"{field} is {extra_norm_interval}, but {name} is a Swin V1, and only SwinV2 has extra norms; leave it out."
+            f"{norms[0]} is {fields[norms[0]]}, but {name} is a Swin V1, and only SwinV2 has extra norms; leave it out."
         )
+    if name.startswith(TIMM_PREFIX):
+        wrong = [field for field, value in fields.items() if value is not None and not field.endswith("taps")]
+        reason = f"{name} is built as timm defines it, windows and norms included"
+    else:
+        wrong = [field for field, value in fields.items() if value is not None and field.endswith("taps")]
+        reason = f"the layers of a {TIMM_PREFIX} backbone can be chosen, {name} always gives all its stages"
+    if wrong:
+        raise BackboneError(f"{wrong[0]} is {fields[wrong[0]]!r}, but {reason}: leave {' and '.join(wrong)} out.")

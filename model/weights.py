@@ -54,6 +54,7 @@ __all__ = [
     "draw_weights",
     "fingerprint",
     "locate",
+    "read_file",
     "read_weights",
     "save_sharded",
     "save_weights",
@@ -177,7 +178,7 @@ def read_weights(
     """
     path = locate(weights)
     public = None if Path(weights).expanduser().exists() else find_public(weights)
-    tensors, header, manifest, note = _read_file(path, weights_key)
+    tensors, header, manifest, note = read_file(path, weights_key)
     reading = to_official_names(tensors, path=path, prefix=prefix)
     if note:
         reading = replace(reading, rule=f"{reading.rule}; {note}")
@@ -312,7 +313,7 @@ def save_weights(
     partial.replace(path)
 
 
-def _read_file(path: Path, weights_key: str | None) -> tuple[Tensors, dict[str, str], Manifest | None, str | None]:
+def read_file(path: Path, weights_key: str | None) -> tuple[Tensors, dict[str, str], Manifest | None, str | None]:
     """Opens a file, telling the formats apart by content.
 
     Returns:

@@ -35,6 +35,7 @@ def test_files_are_short_enough_to_read_in_one_sitting(root: Path) -> None:
         "permafrost.configs.quickstart",
         "permafrost.configs.coco",
         "permafrost.configs.pretrain",
+        "permafrost.configs.vitdet",
         "permafrost.launcher.experiment",
         "permafrost.launcher.cli",
     ],

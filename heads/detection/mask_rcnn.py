@@ -14,9 +14,10 @@ from permafrost.heads.config import MaskRCNNConfig
 from permafrost.heads.detection.roi import BoxBranch, MaskBranch, join, sample_regions
 from permafrost.heads.detection.rpn import RPN
 from permafrost.heads.errors import HeadError
-from permafrost.heads.necks.fpn import FPN
 
 if TYPE_CHECKING:
+    from permafrost.heads.necks.fpn import FPN
+    from permafrost.heads.necks.simple_pyramid import SimpleFeaturePyramid
     from permafrost.model.spec import FeatureSpec
 
 
@@ -30,14 +31,21 @@ class MaskRCNN(Head):
     Args:
         neck: the pyramid.
         rpn: proposals from all of its levels.
-        box: the box branch, on the levels that have a backbone map.
+        box: the box branch, on the neck's levels but the extra ones.
         mask: the mask branch, on the same.
         classes: names of the K classes.
         ignore_overlap: share of its area inside a crowd region from which a box is no negative.
     """
 
     def __init__(
-        self, *, neck: FPN, rpn: RPN, box: BoxBranch, mask: MaskBranch, classes: Sequence[str], ignore_overlap: float
+        self,
+        *,
+        neck: FPN | SimpleFeaturePyramid,
+        rpn: RPN,
+        box: BoxBranch,
+        mask: MaskBranch,
+        classes: Sequence[str],
+        ignore_overlap: float,
     ) -> None:
         super().__init__()
         self.neck = neck
@@ -104,18 +112,14 @@ def build_mask_rcnn(config: MaskRCNNConfig, *, spec: FeatureSpec, classes: Seque
     """See MaskRCNNConfig.build."""
     if isinstance(classes, str) or len(classes) == 0:
         raise HeadError(f"classes is {classes!r}: give the names of the classes, at least one")
-    if any(stride & (stride - 1) for stride in spec.strides):
+    neck = config.neck.build(spec=spec)
+    pooled = neck.strides[: neck.num_backbone_levels]
+    if any(stride & (stride - 1) for stride in pooled):
         raise HeadError(
-            f"pooling: the backbone's strides are {tuple(spec.strides)}; boxes are assigned to levels by powers of "
-            "two: choose levels of the backbone with such strides"
+            f"pooling: the neck's strides are {pooled}; boxes are assigned to levels by powers of two: choose levels of the "
+            "backbone with such strides"
         )
-    neck = FPN(
-        spec=spec,
-        channels=config.neck.channels,
-        num_extra_levels=config.neck.num_extra_levels,
-        level_norm=config.neck.level_norm,
-    )
-    region = {"channels": config.neck.channels, "strides": tuple(spec.strides), "num_classes": len(classes)}
+    region = {"channels": config.neck.channels, "strides": pooled, "num_classes": len(classes)}
     return MaskRCNN(
         neck=neck,
         rpn=RPN(

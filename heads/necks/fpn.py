@@ -31,7 +31,7 @@ class FPN(nn.Module):
         level_norm: whether a LevelNorm stands before each lateral convolution.
 
     Raises:
-        HeadError: the strides do not double.
+        HeadError: there is only one map, or the strides do not double.
     """
 
     def __init__(
@@ -39,6 +39,11 @@ class FPN(nn.Module):
     ) -> None:
         super().__init__()
         strides = tuple(spec.strides)
+        if len(strides) == 1:
+            raise HeadError(
+                f"neck: the backbone gives one map (stride {strides[0]}), and a feature pyramid network mixes several: use "
+                "SimplePyramidConfig as neck, which makes its levels from one map, or choose more levels of the backbone"
+            )
         if any(coarse != 2 * fine for fine, coarse in pairwise(strides)):
             raise HeadError(
                 f"neck: the backbone's strides are {strides}; a feature pyramid needs each to be twice the one before: "

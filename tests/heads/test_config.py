@@ -8,13 +8,23 @@ from dataclasses import asdict
 
 import pytest
 
-from permafrost.heads.config import BoxHeadConfig, FPNConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
+from permafrost.heads.config import (
+    BoxHeadConfig,
+    FPNConfig,
+    MaskHeadConfig,
+    MaskRCNNConfig,
+    PoolingConfig,
+    RPNConfig,
+    SimplePyramidConfig,
+)
 from permafrost.heads.errors import HeadError
 from permafrost.model.spec import FeatureSpec
 
 BAD = [
     (FPNConfig, {"channels": 0}, "neck.channels is 0"),
     (FPNConfig, {"num_extra_levels": -1}, "neck.num_extra_levels is -1"),
+    (SimplePyramidConfig, {"channels": 0}, "neck.channels is 0"),
+    (SimplePyramidConfig, {"num_extra_levels": -1}, "neck.num_extra_levels is -1"),
     (RPNConfig, {"anchor_scale": 0.0}, "rpn.anchor_scale is 0.0"),
     (RPNConfig, {"aspect_ratios": ()}, "rpn.aspect_ratios is .*at least one ratio"),
     (RPNConfig, {"aspect_ratios": (1.0, -1.0)}, "rpn.aspect_ratios"),
@@ -104,6 +114,11 @@ def test_build_refuses_strides_it_cannot_pool_from(strides, message, classes, sm
         small_config().build(spec=FeatureSpec(channels=(8, 8, 8, 8), strides=strides), classes=classes)
 
 
-def test_build_takes_one_level(classes, small_config):
-    head = small_config().build(spec=FeatureSpec(channels=(8,), strides=(16,)), classes=classes)
-    assert head.neck.strides == (16, 32)
+def test_a_neck_for_other_maps_is_refused_and_the_remedy_named(spec, classes, small_config):
+    single = FeatureSpec(channels=(8,), strides=(14,))
+    with pytest.raises(HeadError, match=r"one map \(stride 14\), .*use SimplePyramidConfig as neck"):
+        small_config().build(spec=single, classes=classes)
+    with pytest.raises(HeadError, match=r"4 maps \(strides \(4, 8, 16, 32\)\), .*use FPNConfig as neck.*backbone.taps"):
+        small_config(neck=SimplePyramidConfig()).build(spec=spec, classes=classes)
+    head = small_config(neck=SimplePyramidConfig(channels=16)).build(spec=single, classes=classes)
+    assert head.neck.strides == (4, 8, 16, 32, 64)

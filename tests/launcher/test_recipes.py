@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from permafrost.configs import coco, quickstart
+from permafrost.configs import coco, quickstart, vitdet
 from permafrost.data.config import ShapesDataConfig, ShapesWorld
 from permafrost.data.errors import DataError
+from permafrost.heads.config import FPNConfig, SimplePyramidConfig
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import Experiment
 from permafrost.launcher.overrides import apply_overrides, flags_of
 from permafrost.launcher.pretrain_config import PretrainExperiment
+from permafrost.launcher.recipe_json import experiment_from_json, to_json
 from permafrost.launcher.recipes import build_recipe, find_recipe, list_recipes, nearest, summary_of
 
 OWN = '''
@@ -138,6 +140,22 @@ def test_a_faulty_file_is_a_user_error_that_names_the_line(own: Path, text: str,
     own.write_text(text)
     with pytest.raises(RecipeError, match=expected):
         build_recipe(f"{own}:mine")
+
+
+@pytest.mark.parametrize("recipe", [vitdet.dinov2_small, vitdet.debug, quickstart.quickstart])
+def test_a_field_of_several_kinds_is_the_recipes_own(recipe) -> None:
+    """The neck: its flags are those of the kind the recipe holds, and a run folder keeps the kind."""
+    before = recipe()
+    kind = FPNConfig if recipe is quickstart.quickstart else SimplePyramidConfig
+    args = ("--heads.detection.model.neck.channels", "24", "--heads.detection.model.neck.level-norm", "False")
+    if kind is SimplePyramidConfig:
+        args = (*args, "--backbone.taps", "3", "7", "11")
+    changed = apply_overrides(before, args, prog="permafrost train mine")
+    neck = changed.heads["detection"].model.neck
+    assert neck == kind(channels=24, num_extra_levels=neck.num_extra_levels, level_norm=False)
+    assert changed.backbone.taps == ((3, 7, 11) if kind is SimplePyramidConfig else None)
+    assert experiment_from_json(to_json(changed)) == changed
+    assert experiment_from_json(to_json(before)) == before
 
 
 def test_nearest_knows_initials_and_last_parts() -> None:

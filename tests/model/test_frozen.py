@@ -155,7 +155,7 @@ def test_bad_images(bad, message: str) -> None:
     ("arguments", "message"),
     [
         ({"name": "swinv2_nanoo"}, "Did you mean 'swinv2_nano'"),
-        ({"name": "timm/resnet50"}, "timm backbones are not supported yet"),
+        ({"taps": (1, 3)}, "taps is .*swinv2_nano always gives all its stages"),
         ({"tensor_group": object()}, "tensor parallelism"),
         ({"device": "cuda:99"}, "CUDA devices"),
         ({"device": "gpu"}, "There is no device 'gpu'"),
