@@ -223,7 +223,7 @@ def test_files_of_other_networks_are_recognised(tmp_path, official_file, randomi
     with pytest.raises(WeightsError, match=r"weights of 'swinv2_nano', but the recipe asks for 'swin_tiny'"):
         load_backbone("swin_tiny", weights="swinv2_nano_glyphs")
     bare = tmp_path / "v2.pth"
-    torch.save(read_weights("swinv2_nano_glyphs").tensors, bare)
+    torch.save(dict(read_weights("swinv2_nano_glyphs").tensors), bare)
     with pytest.raises(WeightsError, match=r"(?s)does not fit swin_tiny.*It is a SwinV2 checkpoint\."):
         load_backbone("swin_tiny", weights=bare)
 
