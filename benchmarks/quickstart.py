@@ -30,7 +30,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results" / "quickstart.csv"
 FIELDS = (
-    "date", "commit", "processor", "cores", "torch", "weights", "seed", "num_steps",
+    "date", "commit", "processor", "cores", "threads", "torch", "weights", "seed", "num_steps",
     "first_line_s", "total_s", "peak_rss_gb", "box_ap", "mask_ap",
 )  # fmt: skip
 
@@ -97,7 +97,8 @@ def measure(weights: str | None, seed: int, extra: list[str]) -> dict[str, objec
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip(),
         "processor": processor(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "weights": weights.partition(":")[0] if weights else "pretrained",
         "seed": seed,

@@ -46,7 +46,7 @@ def quickstart() -> Experiment:
             )
         },
         loop=LoopConfig(
-            num_steps=600,
+            num_steps=900,
             global_batch=8,
             num_workers=1,
             log_every=20,
