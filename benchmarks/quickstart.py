@@ -1,6 +1,6 @@
 """What pretraining is worth: the quickstart with its pretrained frozen backbone beside the same run on random frozen weights.
 
-    python benchmarks/quickstart.py --seeds 0 1 2
+    python benchmarks/quickstart.py --seeds 0 1 2 [--kinds pretrained random]
 
 Every run is the plain command `permafrost train quickstart` in a process of its own, with an empty cache folder (the
 twin: `--backbone.weights random:SEED`, another draw for each seed), so what is measured is what a user gets: time from
@@ -114,13 +114,14 @@ def measure(weights: str | None, seed: int, extra: list[str]) -> dict[str, objec
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--kinds", nargs="+", choices=("pretrained", "random"), default=["pretrained", "random"])
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments, extra = parser.parse_known_args()
     rows = list(csv.DictReader(arguments.results.open())) if arguments.results.exists() else []
     done = {(row["weights"], int(row["seed"])) for row in rows}
     for seed in arguments.seeds:
         for kind, weights in (("pretrained", None), ("random", f"random:{seed}")):
-            if (kind, seed) in done:
+            if kind not in arguments.kinds or (kind, seed) in done:
                 continue
             row = measure(weights, seed, extra)
             print(row, flush=True)
