@@ -4,7 +4,7 @@
 
 Every run is the plain command `permafrost train quickstart` in a process of its own, with an empty cache folder (the
 twin: `--backbone.weights random:SEED`, another draw for each seed), so what is measured is what a user gets: time from
-the command to the first progress line and to the end, peak resident memory of the process and its data workers, box
+the command to the first progress line and to the end, peak memory of the process and its data workers, box
 and mask AP of the last step by pycocotools. Runs alternate between the two kinds. Rows are appended to
 benchmarks/results/quickstart.csv; a row that is there already is not measured again, so an interrupted benchmark goes on.
 """
@@ -31,7 +31,7 @@ import torch
 RESULTS = Path(__file__).parent / "results" / "quickstart.csv"
 FIELDS = (
     "date", "commit", "processor", "cores", "threads", "torch", "weights", "seed", "num_steps",
-    "first_line_s", "total_s", "peak_rss_gb", "box_ap", "mask_ap",
+    "first_line_s", "total_s", "sum_rss_gb", "sum_pss_gb", "box_ap", "mask_ap",
 )  # fmt: skip
 
 
@@ -43,15 +43,19 @@ def processor() -> str:
     return platform.processor()
 
 
-def watch_memory(pid: int, peak: list[int], stop: threading.Event) -> None:
-    """Keeps in `peak[0]` the largest sum of resident bytes of a process and its children."""
-    while not stop.wait(0.2):
+def watch_memory(pid: int, peaks: dict[str, int], stop: threading.Event) -> None:
+    """Keeps the largest sums, over a process and its children, of resident bytes and of proportional ones.
+
+    A forked data worker shares most pages with its parent: resident bytes count them twice, proportional ones (PSS) once.
+    """
+    while not stop.wait(0.5):
         try:
             process = psutil.Process(pid)
-            family = [process, *process.children(recursive=True)]
-            peak[0] = max(peak[0], sum(member.memory_info().rss for member in family))
-        except psutil.NoSuchProcess:
+            used = [member.memory_full_info() for member in (process, *process.children(recursive=True))]
+        except psutil.Error:
             continue
+        for kind in peaks:
+            peaks[kind] = max(peaks[kind], sum(getattr(one, kind) for one in used))
 
 
 def measure(weights: str | None, seed: int, extra: list[str]) -> dict[str, object]:
@@ -72,11 +76,11 @@ def measure(weights: str | None, seed: int, extra: list[str]) -> dict[str, objec
         command += ["--backbone.weights", weights] if weights else []
         # An empty cache: the first run on a machine renders the world.
         environment = os.environ | {"PERMAFROST_CACHE": str(Path(folder) / "cache")}
-        start, first, peak, stop = time.monotonic(), None, [0], threading.Event()
+        start, first, peaks, stop = time.monotonic(), None, {"rss": 0, "pss": 0}, threading.Event()
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
-        watcher = threading.Thread(target=watch_memory, args=(process.pid, peak, stop))
+        watcher = threading.Thread(target=watch_memory, args=(process.pid, peaks, stop))
         watcher.start()
         lines = []
         for line in process.stdout:
@@ -105,7 +109,8 @@ def measure(weights: str | None, seed: int, extra: list[str]) -> dict[str, objec
         "num_steps": experiment["loop"]["num_steps"],
         "first_line_s": round(first, 1),
         "total_s": round(total, 1),
-        "peak_rss_gb": round(peak[0] / 2**30, 2),
+        "sum_rss_gb": round(peaks["rss"] / 2**30, 2),
+        "sum_pss_gb": round(peaks["pss"] / 2**30, 2),
         "box_ap": round(final["bbox/AP"], 4),
         "mask_ap": round(final["segm/AP"], 4),
     }
@@ -132,8 +137,8 @@ def main() -> None:
                 writer.writeheader()
                 writer.writerows(rows)
     for weights in ("pretrained", "random"):
-        for metric in ("box_ap", "mask_ap", "total_s", "peak_rss_gb"):
-            values = [float(row[metric]) for row in rows if row["weights"] == weights]
+        for metric in ("box_ap", "mask_ap", "first_line_s", "total_s", "sum_pss_gb"):
+            values = [float(row[metric]) for row in rows if row["weights"] == weights and row[metric]]
             if values:
                 spread = f"{min(values):.3f} to {max(values):.3f}"
                 print(f"{weights:10} {metric:12} median {statistics.median(values):.3f}  ({spread}, n = {len(values)})")
