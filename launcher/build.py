@@ -40,6 +40,8 @@ def build_parts(experiment: Experiment, world: World) -> TrainingParts:
         RecipeError: the two splits have different classes.
         LaunchError: the ranks do not see the same recipe, data or weights.
     """
+    # First: processes with other recipes would wait for each other in other places below.
+    require_agreement(world, {"recipe": repr(experiment)})
     # A built-in world is written by the main rank; the others find it there.
     train_set = main_first(world, experiment.data.build_train)
     val_set = main_first(world, experiment.data.build_val)
@@ -48,17 +50,27 @@ def build_parts(experiment: Experiment, world: World) -> TrainingParts:
             f"data: the training annotations have the classes {', '.join(train_set.classes)}, the validation "
             f"annotations {', '.join(val_set.classes)}: they must be the same, in the same order of category ids"
         )
-    backbone = experiment.backbone.build(world.device)
+    backbone = build_backbone(experiment, world, experiment.mesh.tensor)
     require_agreement(
         world,
         {
-            "recipe": repr(experiment),
             "training set": train_set.fingerprint,
             "validation set": val_set.fingerprint,
             "backbone": backbone.fingerprint,
         },
     )
     return TrainingParts(train_set, val_set, backbone, build_heads(experiment, backbone.spec, train_set.classes))
+
+
+def build_backbone(experiment: Experiment, world: World, tensor: int) -> FrozenBackbone:
+    """The frozen network, split over tensor groups of this many ranks; 1: whole on every rank. Collective.
+
+    Raises:
+        WeightsError, BackboneError: what cannot be loaded on any rank, on every rank.
+        LaunchError: the world does not divide into tensor groups.
+    """
+    group = world.tensor_group(tensor)
+    return on_all(world, lambda: experiment.backbone.build(world.device, tensor_group=group))
 
 
 def build_heads(experiment: Experiment, spec: FeatureSpec, classes: Sequence[str]) -> dict[str, Head]:
@@ -93,6 +105,29 @@ def on_main(world: World, make: Callable[[], T]) -> T:
     if kind == "error":
         raise content
     return content
+
+
+def on_all(world: World, make: Callable[[], T]) -> T:
+    """`make()` on every rank; a user's mistake on any is raised everywhere, the first rank's where several differ.
+
+    Collective.
+    """
+    made: list[T] = []
+    problem: Exception | None = None
+    try:
+        made.append(make())
+    except USER_ERRORS as error:
+        problem = error
+    problems = world.gather_objects(problem)
+
+    def check() -> None:
+        assert problems is not None
+        for found in problems:
+            if found is not None:
+                raise found
+
+    on_main(world, check)
+    return made[0]
 
 
 def main_first(world: World, make: Callable[[], T]) -> T:

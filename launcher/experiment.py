@@ -12,6 +12,8 @@ from permafrost.data.config import CocoDataConfig
 from permafrost.heads.config import MaskRCNNConfig
 from permafrost.launcher.errors import RecipeError
 from permafrost.model.config import BackboneConfig, OffloadMode
+from permafrost.model.errors import BackboneError
+from permafrost.model.tensor_degree import check_tensor_degree
 
 
 @dataclass
@@ -122,6 +124,19 @@ class EngineConfig:
 
 
 @dataclass
+class MeshConfig:
+    """How the processes share the work: world = data x tensor. Heads are data-parallel over all of them either way."""
+
+    tensor: int = 1
+    """Processes that share one backbone, its stages 3 and 4 split over them; 1: each has all of it. Consecutive ranks
+    form a group. It is for networks that do not fit into one device's memory, or for latency."""
+
+    def __post_init__(self) -> None:
+        if self.tensor < 1:
+            raise RecipeError(f"mesh.tensor is {self.tensor}: it counts processes and is at least 1")
+
+
+@dataclass
 class LoopConfig:
     """How long, how often, from which seed."""
 
@@ -172,6 +187,7 @@ class Experiment:
     heads: dict[str, HeadExperiment]
     loop: LoopConfig = field(default_factory=LoopConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     output: str | None = None
     """The run folder; None is runs/<name>."""
 
@@ -187,3 +203,7 @@ class Experiment:
                 f"loop.global_batch {self.loop.global_batch} does not divide into engine.accumulation "
                 f"{self.engine.accumulation} micro-batches: change either"
             )
+        try:
+            check_tensor_degree(self.backbone.name, self.mesh.tensor)
+        except BackboneError as error:
+            raise RecipeError(f"mesh.tensor is {self.mesh.tensor}: {error}") from None

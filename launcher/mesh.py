@@ -15,12 +15,15 @@ import zlib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from permafrost.launcher.errors import LaunchError
+
+if TYPE_CHECKING:
+    from permafrost.model.fairscale_groups import TensorGroup
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
@@ -99,6 +102,35 @@ class World:
         if self.world_size > 1:
             dist.barrier(group=self._control_group)
 
+    def require_mesh(self, tensor: int) -> None:
+        """Check that the world divides into tensor groups.
+
+        Raises:
+            LaunchError: naming the numbers that would fit.
+        """
+        if self.world_size % tensor:
+            raise LaunchError(
+                f"mesh.tensor is {tensor} but there are {self.world_size} process(es), which do not divide into groups "
+                f"of {tensor}: start a multiple of {tensor}, or set mesh.tensor to 1"
+            )
+
+    def tensor_group(self, tensor: int) -> TensorGroup | None:
+        """This process's tensor group, of consecutive ranks; None where nothing is to be split. Collective.
+
+        Args:
+            tensor: processes of a group.
+
+        Raises:
+            LaunchError: the world does not divide.
+        """
+        self.require_mesh(tensor)
+        if tensor == 1:
+            return None
+        # Only here: it needs fairscale.
+        from permafrost.model.fairscale_groups import join_tensor_group
+
+        return join_tensor_group(tensor)
+
     def close(self) -> None:
         """Take down the process group, if this world (or an engine on it) brought it up. Safe to call twice.
 
@@ -110,6 +142,9 @@ class World:
                 # A rank that died says so itself; this one is done.
                 with contextlib.suppress(RuntimeError):
                     self.barrier()
+            groups = sys.modules.get("permafrost.model.fairscale_groups")
+            if groups is not None:
+                groups.leave_tensor_group()
             # DeepSpeed keeps groups of its own; taken down through it, a later run in this process can bring up others.
             comm = sys.modules.get("deepspeed.comm")
             if comm is not None and comm.is_initialized():

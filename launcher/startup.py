@@ -23,13 +23,15 @@ OWN_LINE = ("name", "fingerprint", "num_parameters", "device", "mean", "std")
 def count_parameters(parts: TrainingParts) -> dict[str, tuple[int, int]]:
     """(trainable, all) parameters of each head and of the backbone, by name; before engines partition them."""
     modules = {**parts.heads, "backbone": parts.backbone}
-    return {
+    counts = {
         name: (
             sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad),
             sum(parameter.numel() for parameter in module.parameters()),
         )
         for name, module in modules.items()
     }
+    # Of a split backbone all of it, not only this rank's part.
+    return counts | {"backbone": (counts["backbone"][0], parts.backbone.num_parameters)}
 
 
 def announce(
@@ -62,6 +64,7 @@ def gather_facts(
     """Everything that was chosen, as JSON values; `lines` is what a person reads of it."""
     experiment, world, parts = session.experiment, session.world, session.parts
     loop, accumulation = experiment.loop, experiment.engine.accumulation
+    tensor = experiment.mesh.tensor
     micro_batch = loop.global_batch // (world.world_size * accumulation)
     backbone = {key: _plain(value) for key, value in parts.backbone.describe().items()}
     engine_kind, engine_reason = choose_engine(experiment.engine)
@@ -73,6 +76,8 @@ def gather_facts(
         f"recipe       {experiment.name}",
         f"run folder   {session.run}",
         f"world        {world.describe()}",
+        f"mesh         {world.world_size // tensor} data x {tensor} tensor: "
+        + (f"ranks {tensor} by {tensor} share a backbone" if tensor > 1 else "every rank has all of the backbone"),
         f"engine       {engine_kind}: {engine_reason}",
         f"backbone     {experiment.backbone.name}, {_number(num_parameters['backbone'][1])} parameters, frozen, "
         f"fingerprint {fingerprint[:SHORT]}",
@@ -110,6 +115,7 @@ def gather_facts(
         "damaged_checkpoints": problems,
         "device": str(world.device),
         "world_size": world.world_size,
+        "mesh": {"data": world.world_size // tensor, "tensor": tensor},
         "global_batch": loop.global_batch,
         "micro_batch": micro_batch,
         "accumulation": accumulation,

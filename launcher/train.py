@@ -63,6 +63,7 @@ def train(experiment: Experiment, *, resume: str = "auto", device: str = "auto")
     run = RunFolder.of(experiment)
     loop, accumulation = experiment.loop, experiment.engine.accumulation
     try:
+        world.require_mesh(experiment.mesh.tensor)
         micro_batch_size(global_batch=loop.global_batch, world_size=world.world_size, accumulation=accumulation)
         on_main(world, lambda: run.prepare(experiment, resume))
         if final := on_main(world, run.read_final):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from permafrost.heads.base import LossCounts, world_mean_counts
-from permafrost.launcher.build import build_heads, on_main
+from permafrost.launcher.build import build_backbone, build_heads, on_main
 from permafrost.launcher.checkpoint import Checkpoint, load_head
 from permafrost.launcher.engine import resolve_precision
 from permafrost.launcher.errors import CheckpointError
@@ -75,6 +75,9 @@ def load_trained(
 ) -> TrainedRun:
     """Rebuild a run from its folder. Collective.
 
+    Several processes split the backbone over tensor groups as the run did; a single process has all of it, whatever the
+    run had.
+
     Args:
         run: the run folder.
         world: whose device the heads and the backbone go to.
@@ -84,6 +87,7 @@ def load_trained(
     Raises:
         RunFolderError: the folder holds no run.
         CheckpointError: no such head, no valid checkpoint, or one of another backbone or head.
+        LaunchError: the processes do not divide into the run's tensor groups.
     """
     folder = RunFolder(run)
     experiment = on_main(world, folder.experiment)
@@ -91,9 +95,11 @@ def load_trained(
     unknown = [name for name in names if name not in experiment.heads]
     if unknown:
         raise CheckpointError(f"{folder} has no head {', '.join(unknown)}: it trains {', '.join(experiment.heads)}")
+    tensor = experiment.mesh.tensor if world.world_size > 1 else 1
+    world.require_mesh(tensor)
     # Read before the backbone is built: what is missing here shows at once.
     found = on_main(world, lambda: {name: load_head(folder.path, name, which) for name in names})
-    backbone = experiment.backbone.build(world.device)
+    backbone = build_backbone(experiment, world, tensor)
     first = next(iter(found.values()))
     built = build_heads(experiment, backbone.spec, first.state.classes)
     for name, checkpoint in found.items():

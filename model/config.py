@@ -11,6 +11,7 @@ from permafrost.model.spec import check_name, per_stage
 if TYPE_CHECKING:
     import torch
 
+    from permafrost.model.fairscale_groups import TensorGroup
     from permafrost.model.frozen import FrozenBackbone
 
 OffloadMode = Literal["off", "features", "all"]
@@ -58,11 +59,12 @@ class BackboneConfig:
                 "or None for the size's own"
             )
 
-    def build(self, device: torch.device | str = "cpu") -> FrozenBackbone:
+    def build(self, device: torch.device | str = "cpu", *, tensor_group: TensorGroup | None = None) -> FrozenBackbone:
         """Loads the network.
 
         Args:
             device: Where it is to run.
+            tensor_group: Processes to split it over; None: this one has all of it. Collective over the group.
 
         Raises:
             BackboneError: If the values do not go together.
@@ -79,6 +81,7 @@ class BackboneConfig:
             pretrained_window_size=self.pretrained_window_size,
             dtype=None if self.dtype == "auto" else getattr(torch, self.dtype),
             device=device,
+            tensor_group=tensor_group,
             prefix=self.prefix,
             extra_norm_interval=self.extra_norm_interval,
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,14 @@ from torch import Tensor, nn
 from permafrost.model.errors import BackboneError, WeightsError
 from permafrost.model.spec import FeatureSpec, check_name
 from permafrost.model.swin import SwinV2
-from permafrost.model.weights import FLOATING_DTYPES, check_fit, fingerprint, random_weights, read_weights
+from permafrost.model.weights import (
+    FLOATING_DTYPES,
+    Checkpoint,
+    add_to_fingerprint,
+    check_fit,
+    draw_weights,
+    read_weights,
+)
 from permafrost.model.windows import Windows, choose_windows
 
 # Per-channel mean and standard deviation (RGB, pixels in [0, 1]) of ImageNet, which every released Swin was trained
@@ -60,6 +68,8 @@ class FrozenBackbone(nn.Module):
 
     mean: Tensor
     std: Tensor
+    min_batch = 1
+    """Images a forward takes at least."""
 
     def __init__(
         self,
@@ -179,7 +189,7 @@ class FrozenBackbone(nn.Module):
         return super()._apply(fn, recurse)
 
     def _check_images(self, images: Tensor) -> None:
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or len(images) < self.min_batch:
             found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise BackboneError(f"A backbone takes images of shape (B, 3, H, W), found {found}.")
         smallest = self.network.min_image_size
@@ -192,7 +202,7 @@ class FrozenBackbone(nn.Module):
             return
         if not images.is_floating_point():
             raise BackboneError(f"A backbone takes uint8 images, or floats in [0, 1]; found {images.dtype}.")
-        if not self._range_checked:
+        if not self._range_checked and len(images):
             # Once: reading a value back stalls an accelerator, and pipelines do not change their range midway.
             low, high = (value.item() for value in images.float().aminmax())
             if not (low >= PIXEL_RANGE[0] and high <= PIXEL_RANGE[1]):
@@ -235,34 +245,45 @@ def load_backbone(
             be what the file says.
         dtype: The dtype to compute in; None: bfloat16 on CUDA, float32 elsewhere.
         device: Where to put it.
-        tensor_group: Process group to split the network over. Must be None.
+        tensor_group: TensorGroup (permafrost.model.fairscale_groups) to split the network over; loading and every
+            forward are then collective over it, see permafrost.model.tensor_parallel. None: this process has all of it.
         prefix: Take only the file's tensors whose names start with this, without it.
         extra_norm_interval: Blocks between extra norms on the main branch; None: as the file or the table says.
 
     Raises:
-        BackboneError: If name, dtype, device or windows make no sense.
-        WeightsError: If the weights cannot be read or belong to another network.
+        BackboneError: If name, dtype, device or windows make no sense, or the network cannot be split over the group.
+        WeightsError: If the weights cannot be read or belong to another network, on any member of the group.
     """
     check_name(name)
     if tensor_group is not None:
-        raise BackboneError(
-            "tensor_group is given, but splitting the backbone comes with tensor parallelism, which this version does "
-            "not have; leave it out (tensor degree 1)."
-        )
+        # Only here: it imports fairscale.
+        from permafrost.model.tensor_parallel import check_group
+
+        check_group(name, tensor_group)
     device = _usable_device(device)
     dtype, reason = _usable_dtype(dtype, device)
 
-    network, source = _load_swin(
+    load = partial(
+        _load_swin,
         name,
         weights=weights,
         window_size=window_size,
         pretrained_window_size=pretrained_window_size,
         dtype=dtype,
         device=device,
+        tensor_group=tensor_group,
         prefix=prefix,
         extra_norm_interval=extra_norm_interval,
     )
-    return FrozenBackbone(
+    if tensor_group is None:
+        kind = FrozenBackbone
+        network, source = load()
+    else:
+        from permafrost.model.tensor_parallel import SplitBackbone as kind
+        from permafrost.model.tensor_parallel import load_together
+
+        network, source = load_together(tensor_group, load)
+    return kind(
         network,
         mean=source["mean"],
         std=source["std"],
@@ -285,16 +306,20 @@ def _load_swin(
     pretrained_window_size: int | Sequence[int] | None,
     dtype: torch.dtype,
     device: torch.device,
+    tensor_group: Any,
     prefix: str | None,
     extra_norm_interval: int | None,
-) -> tuple[SwinV2, dict[str, Any]]:
-    """A Swin with its weights.
+) -> tuple[Network, dict[str, Any]]:
+    """A Swin with its weights, or this process's part of one.
 
     Returns:
-        The network, and where it comes from: `weights`, `mean`, `std`, `fingerprint`, and `choices` for `describe`.
+        The network, and where it comes from: `weights`, `mean`, `std`, `fingerprint` (of a part `shards`, which knows
+        it), and `choices` for `describe`.
     """
     seed = re.fullmatch(r"random(?::(\d+))?", str(weights))
-    checkpoint = None if seed else read_weights(weights, prefix=prefix)
+    # One member of a group reads all of a file; the others only what they hold.
+    is_reader = tensor_group is None or tensor_group.rank == 0
+    checkpoint = None if seed else read_weights(weights, prefix=prefix, check_values=is_reader)
     if checkpoint is None:
         windows = Windows(window_size, pretrained_window_size)
     else:
@@ -313,22 +338,39 @@ def _load_swin(
             pretrained_window_size=windows.pretrained_window_size,
             extra_norm_interval=extra_norm_interval,
         )
+    stream: Iterable[tuple[str, Tensor]]
     if checkpoint is None:
-        checkpoint = random_weights(network, seed=int(seed[1] or 0))
-    check_fit(network, name, checkpoint)
+        checkpoint = Checkpoint(f"random (seed {int(seed[1] or 0)})", {}, Windows(None, None))
+        tensors: Mapping[str, Tensor] = {}
+        stream = draw_weights(network, seed=int(seed[1] or 0))
+    else:
+        check_fit(network, name, checkpoint)
+        tensors = checkpoint.backbone_tensors()
+        stream = ((key, tensors[key]) for key in sorted(tensors))
 
-    tensors = checkpoint.backbone_tensors()
-    resident = {key: tensor.to(device, _resident_dtype(key, dtype), copy=True) for key, tensor in tensors.items()}
+    digest, shards = hashlib.sha256(), None
+    if tensor_group is not None:
+        from permafrost.model.tensor_parallel import ShardReader, SplitSwinV2
+
+        shards = ShardReader(tensor_group)
+    resident = {}
+    for key, tensor in stream:
+        if shards is None:
+            add_to_fingerprint(digest, key, tensor)
+        else:
+            tensor = shards.take(key, tensor)
+        resident[key] = tensor.to(device, _resident_dtype(key, dtype), copy=True)
     if dtype == torch.float16:
         overflowing = [key for key, tensor in resident.items() if not torch.isfinite(tensor).all()]
         if overflowing:
             raise WeightsError(f"{checkpoint.source}: {overflowing[0]} overflows in float16; use bfloat16 or float32.")
+    module: Network = network if shards is None else SplitSwinV2(network, tensor_group)
     network.load_state_dict(resident, assign=True)
-    return network, {
+    return module, {
         "weights": checkpoint.source,
         "mean": checkpoint.metadata.get("mean", IMAGENET_MEAN),
         "std": checkpoint.metadata.get("std", IMAGENET_STD),
-        "fingerprint": fingerprint(tensors),
+        **({"fingerprint": digest.hexdigest()} if shards is None else {"shards": shards}),
         "choices": {
             "attention": "torch scaled_dot_product_attention; position bias, logit scale and q, v biases folded",
             "trained_window_size": checkpoint.windows.window_size,

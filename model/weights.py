@@ -13,7 +13,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -76,12 +76,15 @@ class Checkpoint:
         return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(CLASSIFIER_PREFIXES)}
 
 
-def read_weights(weights: str | os.PathLike[str], *, prefix: str | None = None) -> Checkpoint:
+def read_weights(
+    weights: str | os.PathLike[str], *, prefix: str | None = None, check_values: bool = True
+) -> Checkpoint:
     """Reads a weights file.
 
     Args:
         weights: A path, or a name in KNOWN_WEIGHTS.
         prefix: Take only tensors whose names start with this, and strip it.
+        check_values: Look at every value now; False leaves all of the file unread that is not asked for later.
 
     Raises:
         WeightsError: If there is no such file, it is no weights file, or holds something else than finite weights.
@@ -102,7 +105,7 @@ def read_weights(weights: str | os.PathLike[str], *, prefix: str | None = None) 
     if windows.window_size is None:
         windows = windows_of_buffers(tensors, source=str(path))
     parameters = {name: tensor for name, tensor in tensors.items() if not is_buffer(name)}
-    _check_values(parameters, path)
+    _check_values(parameters, path, finite=check_values)
     return Checkpoint(str(path), parameters, windows, metadata)
 
 
@@ -135,8 +138,8 @@ def locate(weights: str | os.PathLike[str]) -> Path:
     )
 
 
-def random_weights(network: SwinV2, *, seed: int) -> Checkpoint:
-    """Draws parameters for an untrained network in which nothing is an identity by accident.
+def draw_weights(network: SwinV2, *, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Draws parameters for an untrained network in which nothing is an identity by accident, one at a time.
 
     Weights are normal with variance 1 / fan-in, norms are spread around 1 and 0, so that features keep their scale
     through the depth. Drawn on the CPU in float32: a seed means the same network everywhere.
@@ -144,20 +147,21 @@ def random_weights(network: SwinV2, *, seed: int) -> Checkpoint:
     Args:
         network: Gives names and shapes; may live on the meta device.
         seed: Seed of the draw.
+
+    Yields:
+        Name and value of each parameter, by name.
     """
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
     for name, parameter in sorted(network.state_dict().items()):
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("logit_scale"):
-            tensors[name] = INITIAL_LOGIT_SCALE + 0.2 * noise
+            yield name, INITIAL_LOGIT_SCALE + 0.2 * noise
         elif "norm" in name.split(".")[-2] and name.endswith("weight"):
-            tensors[name] = 1.0 + 0.2 * noise.clamp(-3.0, 3.0)
+            yield name, 1.0 + 0.2 * noise.clamp(-3.0, 3.0)
         elif parameter.ndim == 1:
-            tensors[name] = 0.1 * noise
+            yield name, 0.1 * noise
         else:
-            tensors[name] = noise / math.sqrt(parameter[0].numel())
-    return Checkpoint(f"random (seed {seed})", tensors, Windows(None, None))
+            yield name, noise / math.sqrt(parameter[0].numel())
 
 
 def check_fit(network: SwinV2, name: str, checkpoint: Checkpoint) -> None:
@@ -203,10 +207,15 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        add_to_fingerprint(digest, name, tensors[name])
     return digest.hexdigest()
+
+
+def add_to_fingerprint(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    """One tensor's share of `fingerprint`; names have to come sorted."""
+    tensor = tensor.detach().cpu().contiguous()
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def save_weights(
@@ -348,12 +357,12 @@ def _decode_header(header: Mapping[str, str], path: Path) -> dict[str, Any]:
     return decoded
 
 
-def _check_values(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuses tensors that are no finite floating-point weights."""
+def _check_values(tensors: Mapping[str, Tensor], path: Path, *, finite: bool = True) -> None:
+    """Refuses tensors that are no finite floating-point weights; without `finite` only the dtype is looked at."""
     wrong = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in FLOATING_DTYPES]
     if wrong:
         raise WeightsError(f"{path}: expected floating-point weights, found {_listed(wrong)}.")
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    broken = [name for name, tensor in tensors.items() if finite and not torch.isfinite(tensor).all()]
     if broken:
         raise WeightsError(
             f"{path}: weights that are not finite (NaN or infinite) in {_listed(broken)}; it is of no use."
