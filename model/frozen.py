@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError, WeightsError
+from permafrost.model.precision import full_precision
 from permafrost.model.spec import FeatureSpec, check_name
 from permafrost.model.swin import SwinV2
 from permafrost.model.weights import (
@@ -142,7 +143,7 @@ class FrozenBackbone(nn.Module):
             BackboneError: If shape, dtype or range of the images are others.
         """
         self._check_images(images)
-        with torch.autocast(self.device.type, enabled=False):
+        with full_precision(self.device):
             return self.network(self._normalise(images))
 
     def checksum(self) -> str:
@@ -359,7 +360,7 @@ def _load_swin(
             add_to_fingerprint(digest, key, tensor)
         else:
             tensor = shards.take(key, tensor)
-        resident[key] = tensor.to(device, _resident_dtype(key, dtype), copy=True)
+        resident[key] = tensor.to(device, resident_dtype(key, dtype), copy=True)
     if dtype == torch.float16:
         overflowing = [key for key, tensor in resident.items() if not torch.isfinite(tensor).all()]
         if overflowing:
@@ -380,7 +381,7 @@ def _load_swin(
     }
 
 
-def _resident_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
+def resident_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
     """Keeps what the folded constants come from in float32: they are computed once, so precision costs nothing."""
     precise = ".cpb_mlp." in key or key.endswith(".logit_scale")
     return torch.promote_types(dtype, torch.float32) if precise else dtype

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError
+from permafrost.model.precision import full_precision
 from permafrost.model.spec import PATCH_SIZE, SWINV2_SIZES, FeatureSpec, SwinV2Size, per_stage
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -132,7 +133,7 @@ class WindowAttention(nn.Module):
         """
         if self.folded is not None and window in self.folded:
             return self.folded[window]
-        with torch.autocast(self.logit_scale.device.type, enabled=False):
+        with full_precision(self.logit_scale.device):
             qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
             scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
             weight = self.cpb_mlp[0].weight
