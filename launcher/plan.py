@@ -7,7 +7,6 @@ alike. What a row is made of is found out in plan_backbone.py (the frozen networ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -257,48 +256,6 @@ class Planner:
         """Whether a row's peak leaves the share that is reserved."""
         return row.peak <= self.machines.usable
 
-    def recommend(self, rows: Sequence[Row]) -> Row | None:
-        """The fastest row that fits; of those within 2 % of it the simplest. None: none fits."""
-        # Several nodes are DeepSpeed's.
-        eligible = [row for row in rows if self.fits(row) and (row.layout.stage or self.machines.nodes == 1)]
-        if not eligible:
-            return None
-        fastest = min(row.seconds for row in eligible)
-        close = [row for row in eligible if row.seconds <= 1.02 * fastest]
-        return min(close, key=lambda row: (row.layout.tensor, row.layout.stage, row.peak))
-
-    def remedies(self, row: Row, rows: Sequence[Row]) -> list[tuple[str, Row]]:
-        """What makes a row fit that does not: single changes first, else all together. Empty: nothing does."""
-        layout = row.layout
-        changes: list[tuple[str, Layout]] = []
-        more = self._next_accumulation(layout)
-        if more is not None:
-            changes.append((f"--engine.accumulation {more}", replace(layout, accumulation=more)))
-        modes: tuple[OffloadMode, ...] = ("features", "all")
-        for mode in modes[0 if layout.offload == "off" else 1 if layout.offload == "features" else 2 :]:
-            changes.append((f"--engine.offload {mode}", replace(layout, offload=mode)))
-        found = [(text, self.row(changed)) for text, changed in changes]
-        for other in rows:
-            differs = replace(other.layout, tensor=layout.tensor) == layout or (
-                replace(other.layout, stage=layout.stage) == layout
-            )
-            if differs and other.layout != layout:
-                found.append((_flags(other.layout, layout), other))
-        if layout.stage and not layout.offload_optimizer:
-            changed = self.row(replace(layout, offload_optimizer=True))
-            found.append(("a DeepSpeed JSON with offload_optimizer to the cpu (--engine.deepspeed-config)", changed))
-        fitting = [(text, changed) for text, changed in found if self.fits(changed)]
-        if fitting:
-            return fitting
-        smallest = replace(layout, accumulation=self._largest_accumulation, offload="all")
-        everything = [
-            self.row(replace(smallest, tensor=tensor, stage=stage, offload_optimizer=stage > 0))
-            for tensor in self.degrees
-            for stage in STAGES
-        ]
-        best = min(everything, key=lambda one: (not self.fits(one), one.layout.tensor, one.layout.stage, one.peak))
-        return [(_flags(best.layout, layout), best)] if self.fits(best) else []
-
     @cached_property
     def _groups(self) -> dict[str, list[list[int]]]:
         """Elements of every parameter of each head, by AdamW's parameter groups."""
@@ -311,7 +268,8 @@ class Planner:
     @cached_property
     def _runs(self) -> dict[str, HeadRun]:
         experiment, spec = self.experiment, SWINV2_SIZES[self.experiment.backbone.name].spec
-        assert self.num_classes is not None and self.objects is not None
+        assert self.num_classes is not None
+        assert self.objects is not None
         heads = build_heads(experiment, spec, [str(index) for index in range(self.num_classes)])
         return {
             name: HeadRun(
@@ -333,15 +291,6 @@ class Planner:
         if name == "auto":
             name = "bfloat16" if self.machines.device_type == "cuda" else "float32"
         return getattr(torch, name)
-
-    @property
-    def _largest_accumulation(self) -> int:
-        return self.experiment.loop.global_batch // self.machines.world_size
-
-    def _next_accumulation(self, layout: Layout) -> int | None:
-        """The next higher one that the batch divides by."""
-        images = self._largest_accumulation
-        return next((n for n in range(layout.accumulation + 1, images + 1) if images % n == 0), None)
 
     def _backbone(self, tensor: int, micro_batch: int) -> BackbonePlan:
         key = (tensor, micro_batch)
@@ -415,23 +364,5 @@ def _head_peaks(head: HeadPlan, memory: EngineMemory, accumulation: int) -> tupl
         own = max(own, held + peak)
         if memory.keeps_gradients and accumulation == 1:
             held += 4 * numel
-    own = max(own, (held if memory.keeps_gradients else 0) + 0, memory.reducing + before)
+    own = max(own, held, memory.reducing + before)
     return forward, memory.gathered + memory.bucket + own
-
-
-def _flags(new: Layout, old: Layout) -> str:
-    """What to add to the command line for another layout."""
-    parts = []
-    if new.tensor != old.tensor:
-        parts.append(f"--mesh.tensor {new.tensor}")
-    if new.accumulation != old.accumulation:
-        parts.append(f"--engine.accumulation {new.accumulation}")
-    if new.offload != old.offload:
-        parts.append(f"--engine.offload {new.offload}")
-    if new.stage != old.stage:
-        parts.append(
-            f"--engine.kind deepspeed --engine.zero-stage {new.stage}" if new.stage else "--engine.kind accelerate"
-        )
-    if new.offload_optimizer and not old.offload_optimizer:
-        parts.append("a DeepSpeed JSON with offload_optimizer to the cpu")
-    return " ".join(parts)

@@ -122,13 +122,14 @@ class EnginePlan:
             padded = sum(_pad(sum(group), ALIGNMENT * n) for group in groups) * FLOAT32
             return {"all-reduce": 2 * (n - 1) * whole * times // n, "all-gather": (n - 1) * padded // n}
         parts = [(numel, -(-numel // n) * FLOAT32) for group in groups for numel in group]
-        # With several micro-batches everything is counted in a forward of its own first, which gathers as well.
-        forwards = self.accumulation + (self.accumulation if self.accumulation > 1 else 0)
+        # With one micro-batch what a forward gathers serves the backward. With several, a counting forward comes first:
+        # DeepSpeed's trace of a step then does not hold, and forward, backward and counting gather each.
+        gathers = 1 if self.accumulation == 1 else 3 * self.accumulation
         large = sum(part for numel, part in parts if not self.is_persistent(numel))
         small = sum(part for numel, part in parts if self.is_persistent(numel))
         return {
             "reduce-scatter": (n - 1) * (large + small) * self.accumulation,
-            "all-gather": (n - 1) * (large * forwards + small),
+            "all-gather": (n - 1) * (large * gathers + small),
         }
 
     def _accelerate(self, groups: Sequence[Sequence[int]]) -> EngineMemory:
@@ -165,8 +166,7 @@ class EnginePlan:
                 reducing=joined,
                 host=5 * part + largest,
             )
-        # A rank's gradients are kept by whole parameters, also those of which it owns a piece only.
-        kept = min(whole, part + (2 * largest if n > 1 else 0)) if n > 1 else whole
+        kept = _kept_numel(groups, [one // FLOAT32 // n for one in padded], n) * FLOAT32
         return EngineMemory(
             weights=sum(padded),
             optimizer=3 * part,
@@ -181,7 +181,10 @@ class EnginePlan:
         n = self.num_ranks
         parts = [sum(-(-numel // n) for numel in group) * FLOAT32 for group in groups]
         part, whole = sum(parts), sum(map(sum, groups)) * FLOAT32
-        persistent = sum(numel for group in groups for numel in group if self.is_persistent(numel)) * FLOAT32
+        # A single rank's parts are the whole weights.
+        copied = [numel for group in groups for numel in group if n > 1]
+        persistent = sum(numel for numel in copied if self.is_persistent(numel)) * FLOAT32
+        gathered = sum(copied) * FLOAT32 - persistent
         bucket = self.bucket_numel * FLOAT32
         reducing = min(bucket, whole) if n > 1 else 0
         if self.offloads_optimizer:
@@ -190,7 +193,7 @@ class EnginePlan:
                 optimizer=0,
                 gradients=bucket,
                 resident_gradients=bucket,
-                gathered=whole - persistent,
+                gathered=gathered,
                 keeps_gradients=False,
                 reducing=reducing,
                 host=5 * part,
@@ -201,11 +204,26 @@ class EnginePlan:
             optimizer=2 * part,
             gradients=part + bucket,
             resident_gradients=part + bucket,
-            gathered=whole - persistent,
+            gathered=gathered,
             keeps_gradients=False,
             reducing=reducing,
             stepping=max(parts) + self._temporaries(max(parts)),
         )
+
+
+def _kept_numel(groups: Sequence[Sequence[int]], part_numels: Sequence[int], num_ranks: int) -> int:
+    """Elements of the gradients that ZeRO 1 and 2 keep on the rank that keeps most.
+
+    Parameters are kept whole, also those of which only a piece lies in the rank's part.
+    """
+    kept = [0] * num_ranks
+    for group, part in zip(groups, part_numels):
+        start = 0
+        for numel in group:
+            for rank in range(start // part, (start + numel - 1) // part + 1):
+                kept[rank] += numel
+            start += numel
+    return max(kept)
 
 
 def _pad(numel: int, multiple: int) -> int:

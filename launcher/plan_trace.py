@@ -74,10 +74,8 @@ class Trace(TorchDispatchMode):
         if packet is aten.copy_ and args[0].device != args[1].device:
             # Zeros, as what comes back may be an index.
             return args[0] if args[0].device.type == "meta" else args[0].zero_()
-        if self.dry and packet in _NOT_COMPUTED:
-            out = self._shapes_of(func, args, kwargs)
-        else:
-            out = func(*args, **kwargs)
+        is_computed = not (self.dry and packet in _NOT_COMPUTED)
+        out = func(*args, **kwargs) if is_computed else self._shapes_of(func, args, kwargs)
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         for tensor in tree_leaves(out):

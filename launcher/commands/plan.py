@@ -69,6 +69,7 @@ def run(argv: Sequence[str]) -> int:
     experiment = parse_experiment(recipe, fields, description=description, command="plan")
 
     from permafrost.launcher.plan import Machines, Planner
+    from permafrost.launcher.plan_advice import recommend, remedies
 
     machines = Machines(
         gpus=options.gpus,
@@ -80,18 +81,17 @@ def run(argv: Sequence[str]) -> int:
     planner = Planner(experiment, machines, objects=options.objects, num_classes=options.classes)
     rows = planner.table()
     own = next(row for row in rows if row.layout == planner.own)
-    best = planner.recommend(rows)
-    misfit = own if not planner.fits(own) else None
-    remedies = planner.remedies(misfit, rows) if misfit else []
+    best = recommend(planner, rows)
+    changes = [] if planner.fits(own) else remedies(planner, own, rows)
     if options.json:
-        print(json.dumps(as_json(planner, rows, own, best, remedies), indent=2))
+        print(json.dumps(as_json(planner, rows, own, best, changes), indent=2))
     else:
         _print_table(planner, rows, own)
-        print("\n".join(conclusions(planner, rows, own, best, remedies)))
-    return 0 if best is not None or any(map(planner.fits, rows)) or remedies else NOTHING_FITS
+        print("\n".join(conclusions(planner, rows, own, best, changes)))
+    return 0 if changes or any(map(planner.fits, rows)) else NOTHING_FITS
 
 
-def as_json(planner: Planner, rows: list[Row], own: Row, best: Row | None, remedies: list[tuple[str, Row]]) -> Any:
+def as_json(planner: Planner, rows: list[Row], own: Row, best: Row | None, changes: list[tuple[str, Row]]) -> Any:
     """Everything, in bytes, operations and seconds."""
 
     def plain(row: Row) -> dict[str, Any]:
@@ -105,15 +105,17 @@ def as_json(planner: Planner, rows: list[Row], own: Row, best: Row | None, remed
         "rows": [plain(row) for row in rows],
         "own": plain(own),
         "recommended": None if best is None else plain(best),
-        "remedies": [{"change": text, **plain(row)} for text, row in remedies],
+        "remedies": [{"change": text, **plain(row)} for text, row in changes],
         "notes": planner.notes,
     }
 
 
 def conclusions(
-    planner: Planner, rows: list[Row], own: Row, best: Row | None, remedies: list[tuple[str, Row]]
+    planner: Planner, rows: list[Row], own: Row, best: Row | None, changes: list[tuple[str, Row]]
 ) -> list[str]:
     """The lines below the table."""
+    from permafrost.launcher.plan_advice import flags
+
     machines = planner.machines
     lines = [
         f"step         {planner.experiment.loop.global_batch} images = {own.micro_batch} x {machines.world_size} rank(s) x "
@@ -123,20 +125,23 @@ def conclusions(
         parts = ", ".join(f"{name} {_mib(num_bytes)}" for name, num_bytes in own.sent.items())
         lines.append(f"wire         {parts} MiB a rank and step (the recipe's layout)")
     if machines.memory is not None:
-        usable = f"{machines.usable / 2**30:.1f} of {machines.memory / 2**30:.1f} GiB"
-        for row in (row for row in rows if not planner.fits(row)):
+        usable = f"{machines.usable / 2**30:.1f} of {machines.memory / 2**30:.1f} GiB can be filled"
+        if not planner.fits(own):
             lines.append(
-                f"too large    tensor {row.layout.tensor}, {row.layout.engine}: {row.peak / 2**30:.1f} GiB in the {row.phase}, "
-                f"{usable} can be filled"
+                f"too large    the recipe's layout needs {own.peak / 2**30:.1f} GiB, in the {own.phase}: {usable}"
             )
-    for text, row in remedies:
+        others = [row for row in rows if not planner.fits(row) and row is not own]
+        if others:
+            least = min(row.peak for row in others) / 2**30
+            lines.append(f"too large    {len(others)} other layout(s) above, {least:.1f} GiB and more: {usable}")
+    for text, row in changes:
         lines.append(f"it fits with {text}: {row.peak / 2**30:.1f} GiB")
-    if not planner.fits(own) and not remedies:
-        lines.append("nothing makes it fit: take smaller images, a smaller network or head, or larger GPUs")
+    if not planner.fits(own) and not changes:
+        lines.append(
+            "nothing makes it fit, not even all changes together: take smaller images, a smaller network or head, or larger GPUs"
+        )
     if best is not None:
-        flags = [f"--mesh.tensor {best.layout.tensor}"]
-        flags += [f"--engine.kind deepspeed --engine.zero-stage {best.layout.stage}"] if best.layout.stage else []
-        what = "is what the recipe says" if best.layout == own.layout else f"{' '.join(flags)}"
+        what = flags(best.layout, own.layout) or "as the recipe says"
         judged = f"{best.peak / 2**30:.1f} GiB" + (
             "" if machines.memory is not None else " (no --gpu-memory to judge it by)"
         )
