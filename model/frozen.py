@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError, WeightsError
 from permafrost.model.formats import grouped
+from permafrost.model.precision import full_precision
 from permafrost.model.spec import SWIN_V1_SIZES, TIMM_PREFIX, FeatureSpec, check_fields, check_name
 from permafrost.model.swin import SwinV2
 from permafrost.model.swin_v1 import SwinV1
@@ -138,7 +139,7 @@ class FrozenBackbone(nn.Module):
             BackboneError: If shape, dtype or range of the images are others.
         """
         self._check_images(images)
-        with torch.autocast(self.device.type, enabled=False):
+        with full_precision(self.device):
             return self.network(self._normalise(images))
 
     def checksum(self) -> str:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError
+from permafrost.model.precision import full_precision
 from permafrost.model.spec import PATCH_SIZE, FeatureSpec, SwinSize
 
 # Added to the logits between tokens that are neighbours only because of the cyclic shift. Finite, as in the released
@@ -107,7 +108,7 @@ class ShiftedWindowAttention(nn.Module):
         """What `compute_constants` says, kept after the first time once folded."""
         if self.folded is not None and window in self.folded:
             return self.folded[window]
-        with torch.autocast(self.qkv.weight.device.type, enabled=False):
+        with full_precision(self.qkv.weight.device):
             constants = self.compute_constants(window)
         if self.folded is not None:
             self.folded[window] = constants

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from permafrost.model.errors import BackboneError, WeightsError
 from permafrost.model.fairscale_groups import TensorGroup
 from permafrost.model.frozen import FrozenBackbone, Network
+from permafrost.model.precision import full_precision
 from permafrost.model.spec import FeatureSpec
 from permafrost.model.swin import SwinV2
 from permafrost.model.tensor_degree import SPLIT_STAGES, check_tensor_degree
@@ -257,13 +258,14 @@ class SplitBackbone(FrozenBackbone):
         reports = group.exchange((problem is not None, *shape))
         if problem is not None:
             raise problem
-        refusing = [rank for rank, (is_bad, *_) in zip(_world_ranks(group), reports, strict=True) if is_bad]
+        refusing = [member for member, (is_bad, *_) in enumerate(reports) if is_bad]
         if refusing:
+            ranks = _world_ranks(group)
             raise BackboneError(
-                f"The backbone refuses the images of rank {', '.join(map(str, refusing))} of this tensor group; see the "
-                "error there."
+                f"The backbone refuses the images of rank {', '.join(str(ranks[member]) for member in refusing)} of this "
+                "tensor group; see the error there."
             )
-        with torch.autocast(self.device.type, enabled=False):
+        with full_precision(self.device):
             return self.network(self._normalise(images), [tuple(sizes) for _, *sizes in reports])
 
 

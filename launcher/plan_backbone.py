@@ -1,0 +1,179 @@
+"""What a frozen base network will hold, compute and send, found out on the meta device: no weights are needed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from permafrost.launcher.errors import RecipeError
+from permafrost.launcher.plan_trace import FusedAttention, Trace
+from permafrost.model import swin, swin_parts
+from permafrost.model.config import BackboneConfig
+from permafrost.model.errors import WeightsError
+from permafrost.model.fairscale_groups import TensorGroup
+from permafrost.model.frozen import IMAGENET_MEAN, IMAGENET_STD, FrozenBackbone, resident_dtype
+from permafrost.model.known_weights import find_public
+from permafrost.model.spec import SWINV2_SIZES
+from permafrost.model.tensor_parallel import SplitBackbone, SplitSwinV2
+from permafrost.model.weights import locate, read_weights
+from permafrost.model.windows import choose_windows
+
+META = torch.device("meta")
+
+
+class PlannedGroup(TensorGroup):
+    """A tensor group of which only this member exists: it sends nothing and notes what it would have sent.
+
+    The other members' parts have the shape of this one's, as equal images give.
+
+    Attributes:
+        sent: Bytes that leave a member in a ring, by collective.
+    """
+
+    sent: defaultdict[str, int]
+
+    def __init__(self, degree: int) -> None:
+        super().__init__(group=None, control=None, rank=0, degree=degree)  # type: ignore[arg-type]
+        # The parent is frozen.
+        object.__setattr__(self, "sent", defaultdict(int))
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """In place, as fairscale's."""
+        x = x.contiguous()
+        self.sent["all-reduce"] += 2 * (self.degree - 1) * x.nbytes // self.degree
+        return x
+
+    def gather_channels(self, x: Tensor) -> Tensor:
+        """A buffer from each other member and then their join, as fairscale's."""
+        x = x.contiguous()
+        self.sent["all-gather"] += (self.degree - 1) * x.nbytes
+        return torch.cat([x, *(torch.empty_like(x) for _ in range(self.degree - 1))], dim=-1)
+
+    def exchange(self, numbers: list[int]) -> list[list[int]]:
+        """Every member has equal numbers."""
+        return [list(map(int, numbers))] * self.degree
+
+
+@dataclass(frozen=True)
+class BackbonePlan:
+    """One process's part of a frozen network, for one micro-batch.
+
+    Attributes:
+        num_parameters: Of the whole network.
+        frozen_bytes: Resident for good: this process's weights, and the constants that are kept of them.
+        map_bytes: The feature maps of this process's images.
+        peak_bytes: Most that a forward holds besides the weights, its images' maps included.
+        flops: Of a forward.
+        sent: Bytes this process sends in a forward, by collective.
+    """
+
+    num_parameters: int
+    frozen_bytes: int
+    map_bytes: int
+    peak_bytes: int
+    flops: int
+    sent: dict[str, int] = field(default_factory=dict)
+
+
+def windows_of(config: BackboneConfig) -> tuple[dict[str, object], list[str]]:
+    """(window_size and extra_norm_interval for a SwinV2, notes): as the weights' file says, if it is here.
+
+    Raises:
+        WeightsError: The file contradicts the recipe.
+    """
+    chosen = {"window_size": config.window_size, "extra_norm_interval": config.extra_norm_interval}
+    is_random = config.weights == "random" or config.weights.startswith("random:")
+    if is_random:
+        return chosen, []
+    public = None if Path(config.weights).expanduser().exists() else find_public(config.weights)
+    if public is not None:
+        # Known without the file, which a plan does not download.
+        chosen["window_size"] = config.window_size or public.window
+        return chosen, []
+    try:
+        path = locate(config.weights)
+    except WeightsError:
+        path = None
+    if path is None or path.suffix != ".safetensors":
+        # A .pth would have to be read whole for a window that only moves the numbers a little.
+        if config.window_size is None:
+            default = SWINV2_SIZES[config.name].window_size
+            return chosen, [
+                f"backbone.window_size is not given and {config.weights} was not read: windows of {default} are assumed"
+            ]
+        return chosen, []
+    checkpoint = read_weights(path, prefix=config.prefix, check_values=False)
+    windows = choose_windows(
+        checkpoint.windows,
+        window_size=config.window_size,
+        pretrained_window_size=config.pretrained_window_size,
+        source=str(config.weights),
+    )
+    chosen["window_size"] = windows.window_size
+    if config.extra_norm_interval is None:
+        chosen["extra_norm_interval"] = checkpoint.metadata.get("extra_norm_interval")
+    return chosen, []
+
+
+def plan_backbone(
+    config: BackboneConfig,
+    *,
+    options: dict[str, object],
+    dtype: torch.dtype,
+    tensor: int,
+    batch: int,
+    size: tuple[int, int],
+) -> BackbonePlan:
+    """Run a network's forward on the meta device.
+
+    Args:
+        config: Which network.
+        options: What windows_of returned.
+        dtype: What it computes in.
+        tensor: Processes it is split over.
+        batch: Images of this process.
+        size: Their height and width.
+
+    Raises:
+        RecipeError: It is none whose shapes are known without its weights.
+    """
+    if config.name not in SWINV2_SIZES:
+        raise RecipeError(f"backbone.name is {config.name!r}: plan knows {', '.join(SWINV2_SIZES)}")
+    # Their tables are kept for good and belong to the plan, also when this process has met them before.
+    for cached in (swin_parts.relative_position_index, swin.log_spaced_coordinates, swin_parts.shift_penalties):
+        cached.cache_clear()
+    with META:
+        network = swin.SwinV2(config.name, **options)  # type: ignore[arg-type]
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    group = PlannedGroup(tensor)
+    module: torch.nn.Module = network
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.data.to(resident_dtype(name, dtype))
+    if tensor > 1:
+        module = SplitSwinV2(network, group)
+    kind = FrozenBackbone if tensor == 1 else SplitBackbone
+    backbone = kind(module, mean=IMAGENET_MEAN, std=IMAGENET_STD, fingerprint="", choices={})  # type: ignore[arg-type]
+    images = torch.empty(batch, 3, *size, dtype=torch.uint8, device=META)
+
+    trace = Trace("meta")
+    weights = trace.watch([*backbone.parameters(), *backbone.buffers()])
+    trace.watch([images])
+    with FusedAttention(trace), trace:
+        # The first forward also makes the constants that are kept; the second is like all others.
+        backbone(images)
+        constants, flops = trace.live, trace.flops
+        trace.take_peak()
+        group.sent.clear()
+        maps = backbone(images)
+    return BackbonePlan(
+        num_parameters=num_parameters,
+        frozen_bytes=weights + constants,
+        map_bytes=sum(one.nbytes for one in maps),
+        peak_bytes=trace.peak - constants,
+        flops=trace.flops - flops,
+        sent=dict(group.sent),
+    )
