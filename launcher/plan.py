@@ -18,6 +18,7 @@ from permafrost.launcher.build import build_heads
 from permafrost.launcher.engine import choose_engine, micro_batch_size, resolve_precision, split_decay
 from permafrost.launcher.engines.deepspeed_json import merge_settings, read_settings
 from permafrost.launcher.experiment import EngineConfig, Experiment
+from permafrost.launcher.mesh import World
 from permafrost.launcher.plan_backbone import BackbonePlan, plan_backbone, windows_of
 from permafrost.launcher.plan_engines import EngineMemory, EnginePlan, Stage
 from permafrost.launcher.plan_head import HeadPlan, HeadRun, bytes_of_batch, plan_head
@@ -121,7 +122,7 @@ class Planner:
         num_classes: K; None: what the data says, else MANY_CLASSES.
 
     Raises:
-        LaunchError: The global batch does not divide over the ranks.
+        LaunchError: The global batch, or the recipe's tensor groups, do not divide over the ranks.
         RecipeError: The network's shapes are not known without its weights.
     """
 
@@ -133,6 +134,7 @@ class Planner:
 
     def __post_init__(self) -> None:
         self.micro_batch(self.own)
+        World(0, self.machines.world_size, 0, torch.device("cpu")).require_mesh(self.own.tensor)
         data = self.experiment.data
         if isinstance(data, ShapesDataConfig):
             from permafrost.data.procedural.shapes import CLASSES

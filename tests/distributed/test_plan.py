@@ -58,7 +58,10 @@ def test_memory_and_traffic_are_as_predicted(measured, num_ranks: int, case: str
     assert {name: row.memory[name] for name in held if name != "peak"} == {
         name: pytest.approx(num_bytes, rel=0.05) for name, num_bytes in held.items() if name != "peak"
     }
-    assert row.peak == pytest.approx(held["peak"], rel=0.15)
+    # DeepSpeed's bucket of 50 million elements would hide the rest. With several micro-batches the peak of ZeRO 3 differs
+    # from run to run by more than the rest's tolerance: when gathered weights are released is not settled.
+    bucket = 4 * 50_000_000 if row.layout.stage and case != "zero3 accumulated" else 0
+    assert row.peak - bucket == pytest.approx(held["peak"] - bucket, rel=0.15)
     planned: dict[str, int] = {}
     for name, num_bytes in row.sent.items():
         kind = name.split()[-1]

@@ -223,7 +223,8 @@ def test_several_nodes_are_given_to_deepspeed() -> None:
 
 def test_the_recipes_own_layout_is_in_the_table() -> None:
     fields = ["--mesh.tensor", "2", "--engine.kind", "deepspeed", "--engine.zero-stage", "3", "--engine.offload", "all"]
-    planner = Planner(parse_experiment(RECIPE, [*fields, "--engine.accumulation", "2"]), Machines())
+    fields += ["--engine.accumulation", "2", "--loop.global-batch", "8"]
+    planner = Planner(parse_experiment(RECIPE, fields), Machines(gpus=2))
     assert planner.own == Layout(2, 3, 2, "all")
     assert planner.own in [row.layout for row in planner.table()]
 
@@ -234,6 +235,7 @@ def test_the_recipes_own_layout_is_in_the_table() -> None:
         ([RECIPE, "--gpus", "0"], "'0' is not a number of GPUs"),
         ([RECIPE, "--gpu-memory", "-4"], "'-4' is no amount of GB of memory"),
         ([RECIPE, "--gpus", "3"], "loop.global_batch 2 does not divide over 3 process(es)"),
+        ([RECIPE, "--mesh.tensor", "2"], "do not divide into groups of 2"),
         (["coco:swinv2_bas_fpn"], "swinv2_base_fpn"),
         ([RECIPE, "--gpu", "8"], "there is no option --gpu"),
         (["pretrain:nano_glyphs"], "it is for `permafrost pretrain`"),
