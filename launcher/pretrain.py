@@ -270,8 +270,8 @@ def export(
         "image_size": experiment.image_size,
         "mean": MEAN,
         "std": STD,
-        "command": command,
-        # Where the run was written says nothing about the weights.
+        # Where the run was written, and in how many parts, says nothing about the weights.
+        "command": re.sub(r" --(output|resume)[= ]('[^']*'|\S+)", "", command),
         "recipe": asdict(experiment) | {"output": None},
         "torch": torch.__version__,
     }
@@ -315,12 +315,11 @@ def _restore(
 
 
 def _command() -> str:
-    """This process's command line, as a user would type it, less the folder it writes to."""
+    """This process's command line, as a user would type it."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["pretrain"]:
         arguments = arguments[1:]
-    line = " ".join(["permafrost", "pretrain", *arguments])
-    return re.sub(r" --output(=| )\S+", "", line)
+    return " ".join(["permafrost", "pretrain", *arguments])
 
 
 def _autocast(experiment: PretrainExperiment, device: torch.device):
