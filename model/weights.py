@@ -329,7 +329,9 @@ def read_file(path: Path, weights_key: str | None) -> tuple[Tensors, dict[str, s
         )
     if start.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`.")
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    # A safetensors file starts with the length of its header, whose first byte may be a pickle's too: ask it first.
+    is_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8
+    if not is_safetensors and (start[:2] == b"PK" or start[:1] == b"\x80"):
         loaded, inert = load_checkpoint(path)
         state, key = choose_state_dict(loaded, path=path, weights_key=weights_key)
         notes = [f"entry {key!r} of the checkpoint"] if key else []
