@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from permafrost.model import BackboneError, WeightsError, load_backbone, save_weights
 from permafrost.model import weights as weights_module
+from permafrost.model.spec import SwinV2Size
 from permafrost.model.swin import SwinV2, SwinV2Classifier
 from permafrost.model.weights import KNOWN_WEIGHTS, PRETRAINED_FOLDER, check_fit, fingerprint, read_weights
 
@@ -406,3 +407,18 @@ def test_weights_that_overflow_float16_are_refused(official_file) -> None:
 def test_errors_are_value_errors() -> None:
     assert issubclass(WeightsError, BackboneError)
     assert issubclass(BackboneError, ValueError)
+
+
+def test_a_header_whose_length_begins_like_a_pickle(tmp_path) -> None:
+    """One file in 32: the first byte of the header's length, a multiple of 8, is that of a pickle (0x80)."""
+    network = SwinV2(SwinV2Size(16, (2, 2, 2, 2), (1, 2, 2, 4)))
+    path = tmp_path / "own.safetensors"
+    for padding in range(256):
+        save_weights(network, path, {"note": "x" * padding})
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[:9].endswith(b"{")
+    assert path.read_bytes()[0] == 0x80
+    checkpoint = read_weights(path)
+    assert checkpoint.windows.window_size == network.window_size
+    assert set(checkpoint.metadata["note"]) <= {"x"}
