@@ -6,10 +6,10 @@ from permafrost.launcher.pretrain_config import PretrainExperiment
 
 
 def nano_glyphs() -> PretrainExperiment:
-    """permafrost pretrain nano_glyphs --precision bfloat16 --num-threads 1
+    """permafrost pretrain nano_glyphs --num-threads 1
 
-    The 2.7 M-parameter SwinV2 that the quickstart freezes, trained to name 100 outlines. About 85
-    minutes on one CPU core with AMX, by the pace of its first 1,600 steps; the shipped weights are of that step.
+    The 2.7 M-parameter SwinV2 that the quickstart freezes, trained to name 100 outlines: 0.60 validation accuracy. About
+    110 minutes on one CPU core with AVX-512 (43 images a second), after four minutes of rendering on two.
     """
     return PretrainExperiment(name="nano_glyphs", curriculum=0.99, first_difficulty=0.2)
 
