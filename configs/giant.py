@@ -14,8 +14,8 @@ def smoke() -> Experiment:
         python benchmarks/giant.py FOLDER
         deepspeed --num_gpus 2 --module permafrost.launcher.train giant:smoke --backbone.weights FOLDER
 
-    Hardware: two CPU cores and 16 GB of memory, a minute and a half (or two GPUs of 12 GB, not tried). On the built-in world `shapes` at 192
-    pixels; its weights are random, so the detections are of no use.
+    Hardware: two CPU cores and 16 GB of memory, a minute and a half (or two GPUs of 12 GB, not tried). On the built-in
+    world `shapes` at 192 pixels; its weights are random, so the detections are of no use.
     """
     experiment = quickstart()
     experiment.name = "giant_smoke"
