@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from permafrost.configs.coco import swinv2_base_fpn
-from permafrost.data.config import JitterConfig, ShapesDataConfig, ShapesWorld
-from permafrost.heads.config import (
-    BoxHeadConfig,
-    MaskHeadConfig,
-    MaskRCNNConfig,
-    PoolingConfig,
-    RPNConfig,
-    SimplePyramidConfig,
-)
-from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
+from permafrost.configs.quickstart import quickstart
+from permafrost.data.config import ShapesWorld
+from permafrost.heads.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, RPNConfig, SimplePyramidConfig
+from permafrost.launcher.experiment import Experiment, LoopConfig
 from permafrost.model.config import BackboneConfig
 
 
@@ -42,41 +36,24 @@ def debug() -> Experiment:
 
     Hardware: one CPU core and 2 GB of memory, about ten seconds. The detections are of no use.
     """
-    head = MaskRCNNConfig(
-        neck=SimplePyramidConfig(channels=32),
-        rpn=RPNConfig(
-            anchor_scale=4.0,
-            num_samples=64,
-            num_pre_nms_train=100,
-            num_pre_nms_test=60,
-            num_proposals_train=60,
-            num_proposals_test=30,
-        ),
-        pooling=PoolingConfig(sampling_ratio=2, canonical_size=128.0),
-        box=BoxHeadConfig(fc_channels=64, num_samples=32, num_detections=10),
-        mask=MaskHeadConfig(num_convs=1, channels=32),
+    experiment = quickstart()
+    experiment.name = "vitdet_debug"
+    experiment.backbone = BackboneConfig(name="timm/vit_small_patch14_dinov2", weights="random")
+    experiment.data.image_size = 140
+    experiment.data.world = ShapesWorld(num_train=32, num_val=8, image_side=140)
+    head = experiment.heads["detection"].model
+    head.neck = SimplePyramidConfig(channels=32)
+    head.box = BoxHeadConfig(fc_channels=64, num_samples=32, num_detections=10)
+    head.mask = MaskHeadConfig(num_convs=1, channels=32)
+    experiment.heads["detection"].optimizer.reference_batch = 4
+    experiment.heads["detection"].schedule.warmup_steps = 5
+    experiment.loop = LoopConfig(
+        num_steps=10,
+        global_batch=4,
+        num_workers=0,
+        log_every=2,
+        checkpoint_every=10,
+        image_every=10,
+        evaluation_batch=4,
     )
-    detection = HeadExperiment(
-        model=head,
-        optimizer=OptimizerConfig(learning_rate=1e-3, reference_batch=4, clip_norm=5.0),
-        schedule=ScheduleConfig(kind="cosine", warmup_steps=5),
-    )
-    return Experiment(
-        name="vitdet_debug",
-        backbone=BackboneConfig(name="timm/vit_small_patch14_dinov2", weights="random"),
-        data=ShapesDataConfig(
-            image_size=140,
-            jitter=JitterConfig(scale_range=(0.7, 1.4), flip=0.5),
-            world=ShapesWorld(num_train=32, num_val=8, image_side=140),
-        ),
-        heads={"detection": detection},
-        loop=LoopConfig(
-            num_steps=10,
-            global_batch=4,
-            num_workers=0,
-            log_every=2,
-            checkpoint_every=10,
-            image_every=10,
-            evaluation_batch=4,
-        ),
-    )
+    return experiment

@@ -34,18 +34,23 @@ def _require_share(name: str, value: float) -> None:
 
 
 @dataclass
-class FPNConfig:
-    """The feature pyramid: one level per backbone map, coarser ones by subsampling the last."""
+class PyramidConfig:
+    """What every feature pyramid has; its kinds follow."""
 
     channels: int = 256
     num_extra_levels: int = 1
-    """Levels below the coarsest map, each half as large as the one before: 1 is P6 on top of P2..P5. Proposals only."""
+    """Levels below the coarsest one, each half as large as the one before: 1 is P6 after P2..P5. Proposals only."""
     level_norm: bool = True
     """A trained LayerNorm over the channels of every backbone map (the backbone's own outputs are raw)."""
 
     def __post_init__(self) -> None:
         _require_counts("neck", self, ("channels",), 1)
         _require_counts("neck", self, ("num_extra_levels",), 0)
+
+
+@dataclass
+class FPNConfig(PyramidConfig):
+    """The feature pyramid: one level per backbone map, coarser ones by subsampling the last."""
 
     def build(self, *, spec: FeatureSpec) -> FPN:
         """The live neck.
@@ -55,24 +60,12 @@ class FPNConfig:
         """
         from permafrost.heads.necks.fpn import FPN
 
-        return FPN(
-            spec=spec, channels=self.channels, num_extra_levels=self.num_extra_levels, level_norm=self.level_norm
-        )
+        return FPN(spec=spec, **vars(self))
 
 
 @dataclass
-class SimplePyramidConfig:
+class SimplePyramidConfig(PyramidConfig):
     """The simple feature pyramid of ViTDet: strides 4 to 32 from the single map of a plain backbone."""
-
-    channels: int = 256
-    num_extra_levels: int = 1
-    """Levels below stride 32, each half as large as the one before: 1 is stride 64. Proposals only."""
-    level_norm: bool = True
-    """A trained LayerNorm over the channels of the backbone's map (which is raw)."""
-
-    def __post_init__(self) -> None:
-        _require_counts("neck", self, ("channels",), 1)
-        _require_counts("neck", self, ("num_extra_levels",), 0)
 
     def build(self, *, spec: FeatureSpec) -> SimpleFeaturePyramid:
         """The live neck.
@@ -82,9 +75,7 @@ class SimplePyramidConfig:
         """
         from permafrost.heads.necks.simple_pyramid import SimpleFeaturePyramid
 
-        return SimpleFeaturePyramid(
-            spec=spec, channels=self.channels, num_extra_levels=self.num_extra_levels, level_norm=self.level_norm
-        )
+        return SimpleFeaturePyramid(spec=spec, **vars(self))
 
 
 @dataclass

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from permafrost.data.cache import cache_folder
 from permafrost.data.procedural import glyphs
 from permafrost.launcher.errors import CheckpointError, RunFolderError, TrainingStopped
 from permafrost.launcher.pretrain_batches import DROP_PATH, difficulty_limit, generator, train_batches
@@ -76,7 +77,7 @@ def run(
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
     load = {"image_size": experiment.image_size, "seed": experiment.world_seed}
-    print(f"run folder {folder}; glyphs world in {glyphs.default_cache_dir()} (rendered once)", flush=True)
+    print(f"run folder {folder}; glyphs world in {cache_folder()} (rendered once)", flush=True)
     val = glyphs.load_split("val", experiment.num_val_images, **load)
     train = glyphs.load_split("train", experiment.num_train_images, **load)
 

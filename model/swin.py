@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError
-from permafrost.model.spec import SWINV2_SIZES, SwinV2Size, per_stage
-from permafrost.model.swin_parts import Mlp, ShiftedWindowAttention, Stage, Swin, join_neighbours
+from permafrost.model.spec import SWINV2_SIZES, SwinV2Size
+from permafrost.model.swin_parts import Mlp, ShiftedWindowAttention, Stage, Swin, join_neighbours, stage_windows
 
 MAX_LOGIT_SCALE = math.log(100.0)
 INITIAL_LOGIT_SCALE = math.log(10.0)
@@ -193,10 +193,7 @@ class SwinV2(Swin):
             if size not in SWINV2_SIZES:
                 raise BackboneError(f"No SwinV2 is called {size!r}; the sizes are {', '.join(SWINV2_SIZES)}.")
             size = SWINV2_SIZES[size]
-        windows = per_stage(size.window_size if window_size is None else window_size, field="window_size")
-        pretrained = windows
-        if pretrained_window_size is not None:
-            pretrained = per_stage(pretrained_window_size, field="pretrained_window_size")
+        windows, pretrained = stage_windows(size.window_size, window_size, pretrained_window_size)
         interval = size.extra_norm_interval if extra_norm_interval is None else extra_norm_interval
         if interval < 0:
             raise BackboneError(f"extra_norm_interval must be at least 0, found {interval}.")

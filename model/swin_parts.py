@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError
 from permafrost.model.precision import full_precision
-from permafrost.model.spec import PATCH_SIZE, FeatureSpec, SwinSize
+from permafrost.model.spec import PATCH_SIZE, FeatureSpec, SwinSize, per_stage
 
 # Added to the logits between tokens that are neighbours only because of the cyclic shift. Finite, as in the released
 # models: with a logit scale of up to 100 it weighs against them without always removing them.
@@ -211,6 +211,20 @@ def join_neighbours(x: Tensor) -> Tensor:
     if height % 2 or width % 2:
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
     return torch.cat((x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]), dim=-1)
+
+
+def stage_windows(
+    default: int, window_size: int | Sequence[int] | None, pretrained_window_size: int | Sequence[int] | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Per stage the window, and the one that the position bias belongs to: the same unless it is given.
+
+    Raises:
+        BackboneError: If one is neither an integer of at least 1 nor one per stage.
+    """
+    windows = per_stage(default if window_size is None else window_size, field="window_size")
+    if pretrained_window_size is None:
+        return windows, windows
+    return windows, per_stage(pretrained_window_size, field="pretrained_window_size")
 
 
 class Stage(nn.Module):

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError
-from permafrost.model.spec import SWIN_V1_SIZES, SwinV1Size, per_stage
-from permafrost.model.swin_parts import Mlp, ShiftedWindowAttention, Stage, Swin, join_neighbours
+from permafrost.model.spec import SWIN_V1_SIZES, SwinV1Size
+from permafrost.model.swin_parts import Mlp, ShiftedWindowAttention, Stage, Swin, join_neighbours, stage_windows
 
 
 def resample_table(table: Tensor, window: int) -> Tensor:
@@ -158,10 +158,7 @@ class SwinV1(Swin):
             if size not in SWIN_V1_SIZES:
                 raise BackboneError(f"No Swin V1 is called {size!r}; the sizes are {', '.join(SWIN_V1_SIZES)}.")
             size = SWIN_V1_SIZES[size]
-        windows = per_stage(size.window_size if window_size is None else window_size, field="window_size")
-        pretrained = windows
-        if pretrained_window_size is not None:
-            pretrained = per_stage(pretrained_window_size, field="pretrained_window_size")
+        windows, pretrained = stage_windows(size.window_size, window_size, pretrained_window_size)
         last = len(size.depths) - 1
         stages = (
             Stage(

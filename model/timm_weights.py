@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from permafrost.model.errors import WeightsError
+from permafrost.model.formats import listed
 from permafrost.model.weights import locate, read_file
 
 PRETRAINED = "pretrained"
 _INITIAL_LOGIT_SCALE = math.log(10.0)
-_MAX_LISTED = 6
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def find_weights(
             chosen = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
             if not chosen:
                 raise WeightsError(
-                    f"{source}: no tensor's name starts with {prefix!r}; they start like {_listed(sorted(tensors)[:3])}."
+                    f"{source}: no tensor's name starts with {prefix!r}; they start like {listed(sorted(tensors)[:3])}."
                 )
             tensors = chosen
     whole = build()
@@ -155,7 +155,7 @@ def check_fit(checkpoint: TimmCheckpoint, name: str, *, model: nn.Module, whole:
     lines = [f"{checkpoint.source} does not fit {name}:"]
     for what, entries in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
         if entries:
-            lines.append(f"  {len(entries)} {what}: {_listed(entries)}")
+            lines.append(f"  {len(entries)} {what}: {listed(entries)}")
     if len(lines) > 1:
         if len(missing) == len(expected):
             lines.append("  It is a file of another model, or its names have a prefix: give prefix=... then.")
@@ -166,12 +166,12 @@ def check_fit(checkpoint: TimmCheckpoint, name: str, *, model: nn.Module, whole:
     if wrong:
         raise WeightsError(
             f"{checkpoint.source}: expected floating-point weights, found {checkpoint.tensors[wrong[0]].dtype} in "
-            f"{_listed(wrong)}."
+            f"{listed(wrong)}."
         )
     broken = [key for key, tensor in used.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise WeightsError(
-            f"{checkpoint.source}: weights that are not finite (NaN or infinite) in {_listed(broken)}; it is of no use."
+            f"{checkpoint.source}: weights that are not finite (NaN or infinite) in {listed(broken)}; it is of no use."
         )
 
 
@@ -228,7 +228,7 @@ def _converted(source: str, tensors: dict[str, Tensor], whole: nn.Module) -> Tim
     except Exception as error:  # A foreign file makes a conversion fail in any way.
         raise WeightsError(
             f"{source} does not fit {whole.pretrained_cfg.get('architecture', 'the model')}: timm's conversion fails on it "
-            f"({type(error).__name__}: {error}). It holds {len(tensors)} tensors like {_listed(sorted(tensors)[:3])}."
+            f"({type(error).__name__}: {error}). It holds {len(tensors)} tensors like {listed(sorted(tensors)[:3])}."
         ) from error
     # What is renamed, reshaped or cut out still lies in the source's memory; what is resampled does not. Names alone do not
     # tell: a conversion may move one layer's tensors to the name that another's had.
@@ -253,7 +253,7 @@ def _download(name: str) -> tuple[str, dict[str, Tensor]]:
     settings = timm.get_pretrained_cfg(name)
     if settings is None or not settings.has_weights:
         tags = [other for other in timm.list_pretrained(f"{name.partition('.')[0]}*") if "." in other]
-        hint = f" It has some for {_listed(tags)}." if tags else ""
+        hint = f" It has some for {listed(tags)}." if tags else ""
         raise WeightsError(f"timm has no pretrained weights for {name!r}: give a file, or 'random'.{hint}")
     where = settings.hf_hub_id or settings.url
     if settings.custom_load == "hf" or (settings.custom_load and not settings.hf_hub_id):
@@ -283,10 +283,3 @@ def _download(name: str) -> tuple[str, dict[str, Tensor]]:
 def _named(path: str, key: str) -> str:
     """The full name of a module's own tensor."""
     return f"{path}.{key}" if path else key
-
-
-def _listed(entries: Iterable[str]) -> str:
-    """The first few entries, and how many more there are."""
-    entries = list(entries)
-    more = f", and {len(entries) - _MAX_LISTED} more" if len(entries) > _MAX_LISTED else ""
-    return ", ".join(entries[:_MAX_LISTED]) + more

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from permafrost.data.cache import cache_folder
 from permafrost.data.errors import DataError
 from permafrost.data.procedural import drawing, outlines
 
@@ -82,19 +83,13 @@ def load_split(
         raise DataError(f"unknown split {split!r} of the glyphs world: expected one of {sorted(_SPLIT_SEEDS)}")
     if num_images < 1:
         raise DataError(f"{num_images} images asked of the glyphs world: expected at least 1")
-    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    root = Path(cache_dir) if cache_dir is not None else cache_folder()
     folder = root / "glyphs" / f"{split}_{num_images}_{image_size}_seed{seed}_{_source_hash()}"
     if not (folder / "done.json").exists():
         _render_split(folder, split, num_images, image_size, seed, num_workers)
     images = np.load(folder / "images.npy", mmap_mode="r")
     difficulties = np.array([_generator(split, index, seed).random() for index in range(num_images)])
     return GlyphSplit(images, np.arange(num_images) % len(class_names()), difficulties, class_names())
-
-
-def default_cache_dir() -> Path:
-    """$PERMAFROST_CACHE, else ~/.cache/permafrost."""
-    configured = os.environ.get("PERMAFROST_CACHE")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "permafrost"
 
 
 def render(split: str, index: int, image_size: int = 128, seed: int = 0) -> tuple[np.ndarray, int]:

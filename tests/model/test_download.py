@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from permafrost.data.cache import cache_folder
-from permafrost.data.procedural.glyphs import default_cache_dir
 from permafrost.model import BackboneConfig, BackboneError, WeightsError, download, load_backbone
 from permafrost.model.download import fetch, weights_folder
 from permafrost.model.known_weights import PUBLIC_WEIGHTS, PublicWeights, find_public
@@ -326,4 +325,4 @@ def test_one_rule_for_the_cache_folder(monkeypatch) -> None:
             monkeypatch.delenv("PERMAFROST_CACHE")
         else:
             monkeypatch.setenv("PERMAFROST_CACHE", value)
-        assert weights_folder() == cache_folder() / "weights" == default_cache_dir() / "weights"
+        assert weights_folder() == cache_folder() / "weights"
