@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from permafrost.model.errors import WeightsError
-from permafrost.model.spec import NUM_STAGES, SWINV2_SIZES
-
-_V1_NAMES = {f"swinv2_{size}": f"swin_{size}" for size in ("tiny", "small", "base", "large")}
+from permafrost.model.spec import NUM_STAGES, SWIN_V1_SIZES, SWINV2_SIZES
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,8 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]], *, source: str) ->
     num_heads = tuple(heads[version][stage] for stage in range(NUM_STAGES))
     classifier = shapes.get("head.weight")
     found = (embedding[0], tuple(depths), num_heads)
-    names = [name for name, size in SWINV2_SIZES.items() if (size.embed_dim, size.depths, size.num_heads) == found]
-    name = names[0] if names else None
-    if version == 1:
-        # V1 was released in four of the sizes that V2 took over.
-        name = _V1_NAMES.get(name)
+    sizes = SWIN_V1_SIZES if version == 1 else SWINV2_SIZES
+    names = [name for name, size in sizes.items() if (size.embed_dim, size.depths, size.num_heads) == found]
     return Architecture(
         version=version,
         embed_dim=embedding[0],
@@ -87,5 +82,5 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]], *, source: str) ->
         num_heads=num_heads,
         extra_norm_interval=min(extra_norms, default=0),
         num_classes=None if classifier is None else classifier[0],
-        name=name,
+        name=names[0] if names else None,
     )
