@@ -131,6 +131,21 @@ class World:
 
         return join_tensor_group(tensor)
 
+    def limit_collectives(self, timeout: float) -> None:
+        """Give every process group that there is by now one time limit, those that libraries made for themselves too.
+
+        DeepSpeed and fairscale make groups with torch's default of ten or thirty minutes, whatever the first one has.
+
+        Args:
+            timeout: seconds after which a collective that a rank did not join is an error.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        # Older torch has the same function under a private name.
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        for group in list(dist.distributed_c10d._world.pg_map):
+            set_timeout(timedelta(seconds=timeout), group)
+
     def close(self) -> None:
         """Take down the process group, if this world (or an engine on it) brought it up. Safe to call twice.
 
