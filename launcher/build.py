@@ -16,7 +16,9 @@ from permafrost.launcher.mesh import World
 if TYPE_CHECKING:
     from permafrost.data.coco import CocoDetection
     from permafrost.heads.base import Head
+    from permafrost.launcher.fine_tune import ImagesOn
     from permafrost.model.frozen import FrozenBackbone
+    from permafrost.model.trainable import TrainableBackbone
     from permafrost.model.spec import FeatureSpec
 
 T = TypeVar("T")
@@ -24,11 +26,14 @@ T = TypeVar("T")
 
 @dataclass
 class TrainingParts:
-    """What a training is made of, before engines take the heads over."""
+    """What a training is made of, before engines take the heads over.
+
+    In full fine-tuning the one head owns the backbone too, and `backbone` hands it the images.
+    """
 
     train_set: CocoDetection
     val_set: CocoDetection
-    backbone: FrozenBackbone
+    backbone: FrozenBackbone | ImagesOn
     heads: dict[str, Head]
 
 
@@ -59,11 +64,11 @@ def build_parts(experiment: Experiment, world: World) -> TrainingParts:
             "backbone": backbone.fingerprint,
         },
     )
-    return TrainingParts(train_set, val_set, backbone, build_heads(experiment, backbone.spec, train_set.classes))
+    return TrainingParts(train_set, val_set, *join_heads(experiment, backbone, train_set.classes))
 
 
-def build_backbone(experiment: Experiment, world: World, tensor: int) -> FrozenBackbone:
-    """The frozen network, split over tensor groups of this many ranks; 1: whole on every rank. Collective.
+def build_backbone(experiment: Experiment, world: World, tensor: int) -> FrozenBackbone | TrainableBackbone:
+    """The network, split over tensor groups of this many ranks; 1: whole on every rank. Collective.
 
     Raises:
         WeightsError, BackboneError: what cannot be loaded on any rank, on every rank.
@@ -71,6 +76,18 @@ def build_backbone(experiment: Experiment, world: World, tensor: int) -> FrozenB
     """
     group = world.tensor_group(tensor)
     return on_all(world, lambda: experiment.backbone.build(world.device, tensor_group=group))
+
+
+def join_heads(
+    experiment: Experiment, backbone: FrozenBackbone | TrainableBackbone, classes: Sequence[str]
+) -> tuple[FrozenBackbone | ImagesOn, dict[str, Head]]:
+    """What gives the features, and every head with its initial weights: the backbone if it is frozen; else see fine_tune."""
+    heads = build_heads(experiment, backbone.spec, classes)
+    if experiment.backbone.frozen:
+        return backbone, heads
+    from permafrost.launcher.fine_tune import join
+
+    return join(backbone, heads, learning_rate_factor=experiment.backbone.learning_rate_factor)
 
 
 def build_heads(experiment: Experiment, spec: FeatureSpec, classes: Sequence[str]) -> dict[str, Head]:

@@ -211,6 +211,46 @@ def split_decay(head: nn.Module, no_decay: Sequence[str]) -> tuple[dict[str, nn.
     return decayed, not_decayed
 
 
+@dataclass
+class ParameterGroup:
+    """Parameters that are stepped alike.
+
+    Attributes:
+        parameters: by name.
+        decayed: whether weight decay applies.
+        learning_rate_factor: of the learning rate that arrives with each step.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    decayed: bool
+    learning_rate_factor: float
+
+
+def parameter_groups(module: nn.Module, optimizer: OptimizerConfig) -> list[ParameterGroup]:
+    """A module's parameters in groups; the one rule that optimizers, ZeRO's partitions and plans derive from.
+
+    A module may say more about those of its parameters whose names begin alike: `learning_rate_factors` {prefix: factor},
+    and `no_decay` {prefix: parts of names} besides the optimizer's. Empty groups are left out.
+    """
+    factors: Mapping[str, float] = getattr(module, "learning_rate_factors", {})
+    more: Mapping[str, Sequence[str]] = getattr(module, "no_decay", {})
+
+    def lookup(found: Mapping[str, Any], name: str, default: Any) -> Any:
+        return next((value for prefix, value in found.items() if name.startswith(prefix)), default)
+
+    groups: dict[tuple[bool, float], ParameterGroup] = {}
+    decayed, _ = split_decay(module, optimizer.no_decay)
+    factor_of = {name: lookup(factors, name, 1.0) for name, _ in module.named_parameters()}
+    # The groups' order is always the same: by factor as they first occur, decayed first.
+    for factor in dict.fromkeys(factor_of.values()):
+        for is_decayed in (True, False):
+            groups[is_decayed, factor] = ParameterGroup({}, is_decayed, factor)
+    for name, parameter in module.named_parameters():
+        is_decayed = name in decayed and not any(part in name for part in lookup(more, name, ()))
+        groups[is_decayed, factor_of[name]].parameters[name] = parameter
+    return [group for group in groups.values() if group.parameters]
+
+
 def require_trainable(head: nn.Module) -> None:
     """Check that every parameter of a head is trained: ZeRO aborts over those that get no gradient.
 

@@ -15,7 +15,7 @@ import torch
 
 from permafrost.data.config import ShapesDataConfig
 from permafrost.launcher.build import build_heads
-from permafrost.launcher.engine import choose_engine, micro_batch_size, resolve_precision, split_decay
+from permafrost.launcher.engine import choose_engine, micro_batch_size, parameter_groups, resolve_precision
 from permafrost.launcher.engines.deepspeed_json import merge_settings, read_settings
 from permafrost.launcher.experiment import EngineConfig, Experiment
 from permafrost.launcher.mesh import World
@@ -263,8 +263,8 @@ class Planner:
         """Elements of every parameter of each head, by AdamW's parameter groups."""
         groups = {}
         for name, run in self._runs.items():
-            split = split_decay(run.head, self.experiment.heads[name].optimizer.no_decay)
-            groups[name] = [[one.numel() for one in group.values()] for group in split if group]
+            split = parameter_groups(run.head, self.experiment.heads[name].optimizer)
+            groups[name] = [[one.numel() for one in group.parameters.values()] for group in split]
         return groups
 
     @cached_property

@@ -56,6 +56,7 @@ FREE_FIELDS = (
     "engine.deepspeed_config",
     "engine.accumulation",
     "engine.offload",
+    "backbone.checkpoint_activations",
     "mesh.tensor",
 )
 """Fields in which a resumed run may differ from the one in the folder, since they do not change what is learned."""

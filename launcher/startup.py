@@ -22,16 +22,15 @@ OWN_LINE = ("name", "fingerprint", "num_parameters", "device", "mean", "std")
 
 def count_parameters(parts: TrainingParts) -> dict[str, tuple[int, int]]:
     """(trainable, all) parameters of each head and of the backbone, by name; before engines partition them."""
-    modules = {**parts.heads, "backbone": parts.backbone}
     counts = {
         name: (
             sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad),
             sum(parameter.numel() for parameter in module.parameters()),
         )
-        for name, module in modules.items()
+        for name, module in parts.heads.items()
     }
-    # Of a split backbone all of it, not only this rank's part.
-    return counts | {"backbone": (counts["backbone"][0], parts.backbone.num_parameters)}
+    # One that is trained belongs to its head. Of a split one all of it is counted, not only this rank's part.
+    return counts | {"backbone": (0, parts.backbone.num_parameters)}
 
 
 def announce(
@@ -79,8 +78,9 @@ def gather_facts(
         f"mesh         {world.world_size // tensor} data x {tensor} tensor: "
         + (f"ranks {tensor} by {tensor} share a backbone" if tensor > 1 else "every rank has all of the backbone"),
         f"engine       {engine_kind}: {engine_reason}",
-        f"backbone     {experiment.backbone.name}, {_number(num_parameters['backbone'][1])} parameters, frozen, "
-        f"fingerprint {fingerprint[:SHORT]}",
+        f"backbone     {experiment.backbone.name}, {_number(num_parameters['backbone'][1])} parameters, "
+        + ("frozen, " if experiment.backbone.frozen else "trained with its head, from the weights with ")
+        + f"fingerprint {fingerprint[:SHORT]}",
         *(f"             {key}: {value}" for key, value in shown.items()),
         f"data         {len(parts.train_set):,} training and {len(parts.val_set):,} validation images, "
         f"{len(parts.train_set.classes)} classes",
@@ -96,7 +96,8 @@ def gather_facts(
             f"head         {name}: {_number(trainable)} trainable of {_number(total)} parameters; "
             f"{trainee.engine.name}",
             f"             learning rate {trainee.learning_rate:.4g} = {optimizer.learning_rate:.4g} at "
-            f"{optimizer.reference_batch} images, scaled to {loop.global_batch} ({optimizer.batch_scaling})",
+            f"{optimizer.reference_batch} images, scaled to {loop.global_batch} ({optimizer.batch_scaling})"
+            + ("" if experiment.backbone.frozen else f"; the backbone's {experiment.backbone.learning_rate_factor:g} of it"),
         ]
     lines += [f"head         {name}: stopped after step {step}" for name, step in session.stopped.items()]
     lines.append(

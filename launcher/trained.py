@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from permafrost.heads.base import LossCounts, world_mean_counts
-from permafrost.launcher.build import build_backbone, build_heads, on_main
+from permafrost.launcher.build import build_backbone, join_heads, on_main
 from permafrost.launcher.checkpoint import Checkpoint, load_head
 from permafrost.launcher.engine import resolve_precision
 from permafrost.launcher.errors import CheckpointError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from permafrost.heads.base import Head
     from permafrost.launcher.experiment import Experiment
     from permafrost.launcher.mesh import World
+    from permafrost.launcher.fine_tune import ImagesOn
     from permafrost.model.frozen import FrozenBackbone
 
 
@@ -52,7 +53,7 @@ class TrainedRun:
     Attributes:
         folder: where it was read from.
         experiment: what was trained.
-        backbone: verified to be the one the heads were trained on.
+        backbone: verified to be the one the heads were trained on, or, if it was fine-tuned, started from.
         heads: by name, ready to be called.
         checkpoints: the folder each head's weights came from, by name.
         steps: after how many steps they were saved.
@@ -62,7 +63,7 @@ class TrainedRun:
 
     folder: RunFolder
     experiment: Experiment
-    backbone: FrozenBackbone
+    backbone: FrozenBackbone | ImagesOn
     heads: dict[str, HeadRunner]
     checkpoints: dict[str, str]
     steps: dict[str, int]
@@ -99,9 +100,8 @@ def load_trained(
     world.require_mesh(tensor)
     # Read before the backbone is built: what is missing here shows at once.
     found = on_main(world, lambda: {name: load_head(folder.path, name, which) for name in names})
-    backbone = build_backbone(experiment, world, tensor)
     first = next(iter(found.values()))
-    built = build_heads(experiment, backbone.spec, first.state.classes)
+    backbone, built = join_heads(experiment, build_backbone(experiment, world, tensor), first.state.classes)
     for name, checkpoint in found.items():
         _restore(built[name], name, checkpoint, backbone, experiment)
     precision = experiment.engine.precision
@@ -117,7 +117,9 @@ def load_trained(
     )
 
 
-def _restore(head: Head, name: str, checkpoint: Checkpoint, backbone: FrozenBackbone, experiment: Experiment) -> None:
+def _restore(
+    head: Head, name: str, checkpoint: Checkpoint, backbone: FrozenBackbone | ImagesOn, experiment: Experiment
+) -> None:
     checkpoint.require_backbone(name=experiment.backbone.name, fingerprint=backbone.fingerprint)
     checkpoint.require_fit({name: head})
     state = checkpoint.heads[name]

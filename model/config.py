@@ -1,8 +1,8 @@
-"""Which base network a run freezes, as plain values. Imports no torch."""
+"""Which base network a run freezes, or fine-tunes, as plain values. Imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from permafrost.model.fairscale_groups import TensorGroup
     from permafrost.model.frozen import FrozenBackbone
+    from permafrost.model.trainable import TrainableBackbone
 
 OffloadMode = Literal["off", "features", "all"]
 
@@ -23,7 +24,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 @dataclass
 class BackboneConfig:
-    """The frozen base network of a run."""
+    """The base network of a run: frozen, unless `frozen` says otherwise."""
 
     name: str
     """swinv2_{nano,tiny,small,base,large,huge,giant_1b,giant}, swin_{tiny,small,base,large} (Swin V1), or timm/ and any
@@ -39,7 +40,7 @@ class BackboneConfig:
     from the file, and needed to use another window than the file's on purpose (of a Swin V1 the position tables are
     then resampled)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
-    """auto: bfloat16 on CUDA, float32 elsewhere."""
+    """auto: bfloat16 on CUDA, float32 elsewhere; float32 everywhere if it is not frozen."""
     prefix: str | None = None
     """Takes only the tensors of the file whose names start with this, without it: "my_net.". None finds the prefix."""
     weights_key: str | None = None
@@ -50,6 +51,15 @@ class BackboneConfig:
     """Layers of a timm/ model whose maps are given out, rising, from the end if negative: stages of a hierarchical model,
     blocks of a plain one; taps of one stride become one map, joined along the channels. None: the last of each stride
     from 4 up, so every stage, or the last block."""
+    frozen: bool = True
+    """False trains all of the network with its one head. The fields below are for that, and mean nothing while frozen."""
+    learning_rate_factor: float = 1.0
+    """The network's learning rate as a multiple of the head's (detection: 1; Mask2Former and Video Swin: 0.1)."""
+    drop_path_rate: float = 0.0
+    """Probability of dropping a residual branch of the last block for a sample, rising linearly from 0 in the first."""
+    checkpoint_activations: bool = False
+    """Keeps the input of each block only, and computes the rest again in the backward: less memory, a third more
+    compute. The same gradients but for rounding."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -81,10 +91,38 @@ class BackboneConfig:
             if not valid or any(isinstance(tap, bool) or not isinstance(tap, int) for tap in self.taps):
                 raise BackboneError(f"backbone.taps is {self.taps!r}: give at least one number of a layer, or None")
             self.taps = tuple(self.taps)
-        fields = ("window_size", "pretrained_window_size", "extra_norm_interval", "taps")
-        check_fields(self.name, **{f"backbone.{field}": getattr(self, field) for field in fields})
+        self._check_training()
+        of_some = ("window_size", "pretrained_window_size", "extra_norm_interval", "taps")
+        check_fields(self.name, **{f"backbone.{field}": getattr(self, field) for field in of_some})
 
-    def build(self, device: torch.device | str = "cpu", *, tensor_group: TensorGroup | None = None) -> FrozenBackbone:
+    def _check_training(self) -> None:
+        if not self.learning_rate_factor > 0 or self.learning_rate_factor == float("inf"):
+            raise BackboneError(
+                f"backbone.learning_rate_factor is {self.learning_rate_factor}: give a number above 0; to keep the network "
+                "as it is, leave backbone.frozen at true"
+            )
+        if not 0 <= self.drop_path_rate < 1:
+            raise BackboneError(
+                f"backbone.drop_path_rate is {self.drop_path_rate}: give a probability of at least 0 and below 1"
+            )
+        if not self.frozen:
+            if self.dtype not in ("auto", "float32", "float64"):
+                raise BackboneError(
+                    f"backbone.dtype is {self.dtype!r}, but backbone.frozen is false: trained parameters are float32, or small "
+                    "updates would be lost. Leave it at auto; engine.precision decides in what the network computes"
+                )
+            return
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("learning_rate_factor", "drop_path_rate", "checkpoint_activations"):
+            if getattr(self, name) != defaults[name]:
+                raise BackboneError(
+                    f"backbone.{name} is {getattr(self, name)}, but backbone.frozen is true and nothing of the network is "
+                    "trained: leave it out, or set backbone.frozen to false"
+                )
+
+    def build(
+        self, device: torch.device | str = "cpu", *, tensor_group: TensorGroup | None = None
+    ) -> FrozenBackbone | TrainableBackbone:
         """Loads the network.
 
         Args:
@@ -97,18 +135,25 @@ class BackboneConfig:
         """
         import torch
 
-        from permafrost.model.frozen import load_backbone
+        common = {
+            "weights": self.weights,
+            "window_size": self.window_size,
+            "pretrained_window_size": self.pretrained_window_size,
+            "dtype": None if self.dtype == "auto" else getattr(torch, self.dtype),
+            "device": device,
+            "prefix": self.prefix,
+            "weights_key": self.weights_key,
+            "extra_norm_interval": self.extra_norm_interval,
+            "taps": self.taps,
+        }
+        if self.frozen:
+            from permafrost.model.frozen import load_backbone
 
-        return load_backbone(
-            self.name,
-            weights=self.weights,
-            window_size=self.window_size,
-            pretrained_window_size=self.pretrained_window_size,
-            dtype=None if self.dtype == "auto" else getattr(torch, self.dtype),
-            device=device,
-            tensor_group=tensor_group,
-            prefix=self.prefix,
-            weights_key=self.weights_key,
-            extra_norm_interval=self.extra_norm_interval,
-            taps=self.taps,
+            return load_backbone(self.name, tensor_group=tensor_group, **common)
+        if tensor_group is not None:
+            raise BackboneError("A network that is trained is not split over a tensor group: ZeRO 3 shards it.")
+        from permafrost.model.trainable import load_trainable
+
+        return load_trainable(
+            self.name, drop_path_rate=self.drop_path_rate, checkpoint_activations=self.checkpoint_activations, **common
         )

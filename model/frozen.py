@@ -1,4 +1,7 @@
-"""FrozenBackbone: a base network that never changes, behind the contract the heads rely on."""
+"""FrozenBackbone: a base network that never changes, behind the contract the heads rely on.
+
+`Backbone` is what it shares with the exception, permafrost.model.trainable, whose network learns too.
+"""
 
 from __future__ import annotations
 
@@ -48,12 +51,8 @@ class Network(Protocol):
         """Feature maps as `spec` says, channels_last, of normalised images (B, 3, H, W) in the parameters' dtype."""
 
 
-class FrozenBackbone(nn.Module):
-    """B: images in, feature maps out; it cannot be trained.
-
-    Its forward runs without gradients (not in inference mode: a head saves the features for its backward), in its own
-    dtype whatever autocast surrounds it. `train()` changes nothing, no parameter is trainable, and its dtype is
-    fixed at loading; it can be moved between devices. Use `load_backbone` to make one.
+class Backbone(nn.Module):
+    """Images in, feature maps out: a network with the statistics of its images, and where its weights come from.
 
     Args:
         network: The network (see Network), with its weights, in the dtype it is to compute in.
@@ -79,16 +78,12 @@ class FrozenBackbone(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        for parameter in network.parameters():
-            parameter.requires_grad = False
-        network.fold()
-        device = self.device
+        device = self._patch_weight.device
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32, device=device), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32, device=device), persistent=False)
         self._fingerprint = fingerprint
         self._choices = choices
         self._range_checked = False
-        super().train(False)
 
     @property
     def spec(self) -> FeatureSpec:
@@ -122,25 +117,8 @@ class FrozenBackbone(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters; none is trainable."""
+        """Number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Computes the raw feature maps, finest first.
-
-        Args:
-            images: (B, 3, H, W), RGB: uint8, or floating point in [0, 1]. Any size from one patch up (4 x 4 for a Swin).
-
-        Returns:
-            Maps (B, C_i, ceil(H / s_i), ceil(W / s_i)) as `spec` says, channels_last, in the network's dtype.
-
-        Raises:
-            BackboneError: If shape, dtype or range of the images are others.
-        """
-        self._check_images(images)
-        with full_precision(self.device):
-            return self.network(self._normalise(images))
 
     def checksum(self) -> str:
         """Hashes what is resident now, to show that it has not changed.
@@ -163,27 +141,6 @@ class FrozenBackbone(nn.Module):
             "mean": tuple(round(value, 6) for value in self.mean.tolist()),
             "std": tuple(round(value, 6) for value in self.std.tolist()),
         }
-
-    def train(self, mode: bool = True) -> FrozenBackbone:
-        """Does nothing: a frozen network has no training mode."""
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> FrozenBackbone:
-        """Refuses to make parameters trainable.
-
-        Raises:
-            BackboneError: If `requires_grad` is true.
-        """
-        if requires_grad:
-            raise BackboneError("A frozen backbone has no trainable parameters; train a SwinV2 instead.")
-        return self
-
-    def _apply(self, fn, recurse=True):
-        # A cast would quietly compute other features than the ones a head was trained on.
-        dtypes = {tensor.dtype for tensor in (*self.parameters(), *self.buffers())}
-        if any(fn(torch.empty(0, dtype=dtype, device=self.device)).dtype != dtype for dtype in dtypes):
-            raise BackboneError(f"The dtype of a frozen backbone ({self.dtype}) is chosen when it is loaded.")
-        return super()._apply(fn, recurse)
 
     def _check_images(self, images: Tensor) -> None:
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or len(images) < self.min_batch:
@@ -217,6 +174,60 @@ class FrozenBackbone(nn.Module):
             pixels = pixels / 255.0
         mean, std = self.mean.to(precise)[:, None, None], self.std.to(precise)[:, None, None]
         return ((pixels - mean) / std).to(self.dtype)
+
+
+class FrozenBackbone(Backbone):
+    """B: images in, feature maps out; it cannot be trained.
+
+    Its forward runs without gradients (not in inference mode: a head saves the features for its backward), in its own
+    dtype whatever autocast surrounds it. `train()` changes nothing, no parameter is trainable, and its dtype is
+    fixed at loading; it can be moved between devices. Use `load_backbone` to make one. Arguments as for Backbone.
+    """
+
+    def __init__(self, network: Network, **source: Any) -> None:
+        super().__init__(network, **source)
+        for parameter in network.parameters():
+            parameter.requires_grad = False
+        network.fold()
+        super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Computes the raw feature maps, finest first.
+
+        Args:
+            images: (B, 3, H, W), RGB: uint8, or floating point in [0, 1]. Any size from one patch up (4 x 4 for a Swin).
+
+        Returns:
+            Maps (B, C_i, ceil(H / s_i), ceil(W / s_i)) as `spec` says, channels_last, in the network's dtype.
+
+        Raises:
+            BackboneError: If shape, dtype or range of the images are others.
+        """
+        self._check_images(images)
+        with full_precision(self.device):
+            return self.network(self._normalise(images))
+
+    def train(self, mode: bool = True) -> FrozenBackbone:
+        """Does nothing: a frozen network has no training mode."""
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> FrozenBackbone:
+        """Refuses to make parameters trainable.
+
+        Raises:
+            BackboneError: If `requires_grad` is true.
+        """
+        if requires_grad:
+            raise BackboneError("A frozen backbone has no trainable parameters; load_trainable loads one.")
+        return self
+
+    def _apply(self, fn, recurse=True):
+        # A cast would quietly compute other features than the ones a head was trained on.
+        dtypes = {tensor.dtype for tensor in (*self.parameters(), *self.buffers())}
+        if any(fn(torch.empty(0, dtype=dtype, device=self.device)).dtype != dtype for dtype in dtypes):
+            raise BackboneError(f"The dtype of a frozen backbone ({self.dtype}) is chosen when it is loaded.")
+        return super()._apply(fn, recurse)
 
 
 def load_backbone(
@@ -259,10 +270,44 @@ def load_backbone(
             group.
         WeightsError: If the weights cannot be read or belong to another network, on any member of the group.
     """
-    check_name(name)
+    kind = FrozenBackbone
     if tensor_group is not None:
         # Only here: it imports fairscale.
-        from permafrost.model.tensor_parallel import check_group
+        from permafrost.model.tensor_parallel import SplitBackbone as kind
+    network, source = load_network(
+        name,
+        weights=weights,
+        window_size=window_size,
+        pretrained_window_size=pretrained_window_size,
+        dtype=dtype,
+        device=device,
+        tensor_group=tensor_group,
+        prefix=prefix,
+        weights_key=weights_key,
+        extra_norm_interval=extra_norm_interval,
+        taps=taps,
+    )
+    return kind(network, **source)
+
+
+def load_network(
+    name: str,
+    *,
+    weights: str | os.PathLike[str],
+    window_size: int | Sequence[int] | None = None,
+    pretrained_window_size: int | Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    tensor_group: Any = None,
+    prefix: str | None = None,
+    weights_key: str | None = None,
+    extra_norm_interval: int | None = None,
+    taps: Sequence[int] | None = None,
+) -> tuple[Network, dict[str, Any]]:
+    """A network with its weights, and what Backbone takes besides it; arguments as for `load_backbone`."""
+    check_name(name)
+    if tensor_group is not None:
+        from permafrost.model.tensor_parallel import check_group, load_together
 
         check_group(name, tensor_group)
     device = _usable_device(device)
@@ -275,7 +320,6 @@ def load_backbone(
         "extra_norm_interval": extra_norm_interval,
     }
     check_fields(name, **swin, taps=taps)
-    kind = FrozenBackbone
     if name.startswith(TIMM_PREFIX):
         # Imported where it is needed: a Swin does without timm.
         from permafrost.model.timm_backbone import load_timm
@@ -284,24 +328,20 @@ def load_backbone(
     elif tensor_group is None:
         network, source = _load_swin(name, tensor_group=None, **swin, **common)
     else:
-        from permafrost.model.tensor_parallel import SplitBackbone as kind
-        from permafrost.model.tensor_parallel import load_together
-
         load = partial(_load_swin, name, tensor_group=tensor_group, **swin, **common)
         network, source = load_together(tensor_group, load)
-    return kind(
-        network,
-        mean=source["mean"],
-        std=source["std"],
-        fingerprint=source["fingerprint"],
-        choices={
+    return network, {
+        "mean": source["mean"],
+        "std": source["std"],
+        "fingerprint": source["fingerprint"],
+        "choices": {
             "name": name,
             "weights": source["weights"],
             "dtype": str(dtype).removeprefix("torch."),
             "dtype_reason": reason,
             **source["choices"],
         },
-    )
+    }
 
 
 def _load_swin(

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from permafrost.model.drop_path import Generators
 from permafrost.model.errors import BackboneError
 from permafrost.model.spec import SWINV2_SIZES, SwinV2Size
 from permafrost.model.swin_parts import Mlp, ShiftedWindowAttention, Stage, Swin, join_neighbours, stage_windows
@@ -217,8 +218,9 @@ class SwinV2(Swin):
 
     def describe(self) -> dict[str, Any]:
         """The windows and what is folded, for the start-up lines and the run folder."""
+        folded = "; position bias, logit scale and q, v biases folded" if self.is_folded else ""
         return super().describe() | {
-            "attention": "torch scaled_dot_product_attention; position bias, logit scale and q, v biases folded",
+            "attention": f"torch scaled_dot_product_attention{folded}",
             "extra_norm_interval": self.extra_norm_interval,
         }
 
@@ -253,11 +255,11 @@ class SwinV2Classifier(SwinV2):
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward_features(self, images: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+    def forward_features(self, images: Tensor, *, generator: Generators = None) -> tuple[Tensor, ...]:
         """Computes the four raw maps, as SwinV2 does."""
         return super().forward(images, generator=generator)
 
-    def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generators = None) -> Tensor:
         """Maps normalised images (B, 3, H, W) to logits (B, K)."""
         last = self.forward_features(images, generator=generator)[-1].permute(0, 2, 3, 1)
         return self.head(self.norm(last).mean(dim=(1, 2)))

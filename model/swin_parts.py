@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from permafrost.model.drop_path import Generators, draw_kept, run_again_in_backward
 from permafrost.model.errors import BackboneError
 from permafrost.model.precision import full_precision
 from permafrost.model.spec import PATCH_SIZE, FeatureSpec, SwinSize, per_stage
@@ -26,6 +27,9 @@ from permafrost.model.spec import PATCH_SIZE, FeatureSpec, SwinSize, per_stage
 # models: with a logit scale of up to 100 it weighs against them without always removing them.
 SHIFT_PENALTY = -100.0
 MLP_RATIO = 4
+# Of the continuous position bias and the logit scale (SwinV2), and the position tables (Swin V1): the official code decays
+# none of them.
+NO_DECAY = ("cpb_mlp", "logit_scale", "relative_position_bias_table")
 # CUDA's attention kernels put the batch on a grid axis, which ends here.
 MAX_WINDOWS_PER_CALL = 65_535
 
@@ -241,6 +245,8 @@ class Stage(nn.Module):
         self.window_size = window_size
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
+        # Whether a backward computes each block again from its input.
+        self.checkpoint_activations = False
 
     def window_and_shift(self, height: int, width: int) -> tuple[int, int]:
         """Window and shift of the odd blocks on a map of this size: a map no larger than a window is not shifted."""
@@ -252,7 +258,9 @@ class Stage(nn.Module):
         """Maps (B, H, W, C) to the same shape, before the step to the next resolution."""
         window, shift = self.window_and_shift(*x.shape[1:3])
         for index, (block, branch_scale) in enumerate(zip(self.blocks, branch_scales, strict=True)):
-            x = block(x, window, shift if index % 2 else 0, branch_scale)
+            arguments = (x, window, shift if index % 2 else 0, branch_scale)
+            recomputed = self.checkpoint_activations and torch.is_grad_enabled()
+            x = run_again_in_backward(block, *arguments) if recomputed else block(*arguments)
         return x
 
 
@@ -292,6 +300,7 @@ class Swin(nn.Module):
         self.window_size = window_size
         self.pretrained_window_size = pretrained_window_size
         self.drop_path_rate = drop_path_rate
+        self.is_folded = False
         self.patch_embed = PatchEmbed(size.embed_dim)
         self.layers = nn.ModuleList(layers)
 
@@ -311,16 +320,28 @@ class Swin(nn.Module):
         compact form (one row of all offsets per head). Moving or casting the module drops what was kept; changing a
         parameter in place does not, so this is for networks that never change.
         """
+        self.is_folded = True
         for module in self.modules():
             if isinstance(module, ShiftedWindowAttention):
                 module.folded = {}
 
-    def forward(self, images: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+    def set_training(self, *, drop_path_rate: float, checkpoint_activations: bool) -> None:
+        """How it is fine-tuned; see BackboneConfig."""
+        self.drop_path_rate = drop_path_rate
+        for stage in self.layers:
+            stage.checkpoint_activations = checkpoint_activations
+
+    @property
+    def no_decay(self) -> tuple[str, ...]:
+        """Parts of the names of parameters that weight decay would harm, norms and biases aside."""
+        return NO_DECAY
+
+    def forward(self, images: Tensor, *, generator: Generators = None) -> tuple[Tensor, ...]:
         """Computes the raw output of every stage, before the step to the next resolution.
 
         Args:
             images: (B, 3, H, W), normalised, of any size from one patch (4 x 4) up.
-            generator: CPU generator that drop path draws from; None: the global one.
+            generator: CPU generator that drop path draws from, or one per sample (see draw_kept); None: the global one.
 
         Returns:
             Four maps (B, C_i, ceil(H / s_i), ceil(W / s_i)) in channels_last.
@@ -347,7 +368,7 @@ class Swin(nn.Module):
                 x = stage.downsample(x)
         return tuple(features)
 
-    def _draw_branch_scales(self, images: Tensor, generator: torch.Generator | None) -> Sequence[Tensor | None]:
+    def _draw_branch_scales(self, images: Tensor, generator: Generators) -> Sequence[Tensor | None]:
         """Draws stochastic depth (Huang et al., ECCV 2016) per image for all blocks at once.
 
         Drawn on the CPU, so that a seed means the same on every device.
@@ -359,6 +380,6 @@ class Swin(nn.Module):
         if not self.training or self.drop_path_rate == 0.0:
             return [None] * num_blocks
         keep = 1.0 - torch.linspace(0.0, self.drop_path_rate, num_blocks)[:, None, None]
-        kept = torch.rand(num_blocks, 2, images.shape[0], generator=generator) < keep
+        kept = draw_kept(keep.expand(-1, 2, -1), images.shape[0], generator)
         scales = (kept / keep).to(images.device, images.dtype, non_blocking=True)
         return list(scales[..., None, None, None])

@@ -179,7 +179,7 @@ class SwinV1(Swin):
         resampled = [f"stage {stage + 1} from window {old} to {new}" for stage, (old, new) in pairs if old != new]
         return super().describe() | {
             "position_tables": f"resampled (bicubic): {', '.join(resampled)}" if resampled else "as trained",
-            "attention": "torch scaled_dot_product_attention; position bias folded",
+            "attention": "torch scaled_dot_product_attention" + ("; position bias folded" if self.is_folded else ""),
         }
 
     def init_weights(self) -> None:

@@ -15,8 +15,10 @@ from timm.models.hiera import Hiera, Reroll, Unroll
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from permafrost.model.drop_path import DropPath, Generators, draw_kept
 from permafrost.model.errors import BackboneError, WeightsError
 from permafrost.model.spec import TIMM_PREFIX, FeatureSpec
+from permafrost.model.swin_parts import NO_DECAY
 from permafrost.model.timm_weights import fill, find_weights, tables_can_be_rebuilt
 from permafrost.model.weights import fingerprint
 
@@ -80,9 +82,50 @@ class TimmNetwork(nn.Module):
             # Some versions of timm leave the classifier's norm there: unused, but it would count in the fingerprint.
             model.head = nn.Identity()
         self.model = model
+        # Each place where a branch may be dropped, with its rate; see set_training.
+        self.drop_paths: list[tuple[DropPath, float]] = []
 
     def fold(self) -> None:
         """Does nothing: timm computes what depends on the parameters alone in every forward."""
+
+    def set_training(self, *, drop_path_rate: float, checkpoint_activations: bool) -> None:
+        """How it is fine-tuned; see BackboneConfig.
+
+        timm's blocks have an identity where a branch may be dropped, or a module of timm's own that draws from the global
+        generator (its Swins drop branches by default); both are replaced.
+
+        Raises:
+            BackboneError: If the model cannot do it.
+        """
+        if checkpoint_activations:
+            if isinstance(self.model, Hiera) or not hasattr(self.model, "set_grad_checkpointing"):
+                raise BackboneError(
+                    f"backbone.checkpoint_activations is true, but {TIMM_PREFIX}{self.name} cannot compute its blocks "
+                    "twice: leave it out."
+                )
+            self.model.set_grad_checkpointing(True)
+        blocks = []
+        for block in self.model.modules():
+            places = [key for key, child in block.named_children() if _is_drop_path(key, child)]
+            if places:
+                blocks.append((block, places))
+        if drop_path_rate and not blocks:
+            raise BackboneError(
+                f"backbone.drop_path_rate is {drop_path_rate}, but the blocks of {TIMM_PREFIX}{self.name} have no place "
+                "for drop path: leave it out."
+            )
+        self.drop_paths.clear()
+        for (block, places), rate in zip(blocks, torch.linspace(0.0, drop_path_rate, len(blocks)).tolist()):
+            for key in places:
+                module = DropPath()
+                setattr(block, key, module)
+                self.drop_paths.append((module, rate))
+
+    @property
+    def no_decay(self) -> tuple[str, ...]:
+        """Parts of the names of parameters that timm does not decay, norms and biases aside."""
+        names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
+        return tuple(sorted({*names, *NO_DECAY}))
 
     def describe(self) -> dict[str, Any]:
         """Which layers are tapped, and what is done to images and positions."""
@@ -95,15 +138,17 @@ class TimmNetwork(nn.Module):
             "position_embedding": self._position_embedding(),
         }
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, *, generator: Generators = None) -> tuple[Tensor, ...]:
         """Feature maps, finest first.
 
         Args:
             images: (B, 3, H, W), normalised, in the parameters' dtype.
+            generator: What drop path draws from, in training; see draw_kept.
 
         Returns:
             Maps (B, C_i, ceil(H / s_i), ceil(W / s_i)) as `spec` says, channels_last.
         """
+        self._draw_branch_scales(images, generator)
         height, width = images.shape[-2:]
         if height % self.multiple or width % self.multiple:
             images = F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
@@ -117,6 +162,15 @@ class TimmNetwork(nn.Module):
             level = level[..., : -(-height // stride), : -(-width // stride)]
             levels.append(level.contiguous(memory_format=torch.channels_last))
         return tuple(levels)
+
+    def _draw_branch_scales(self, images: Tensor, generator: Generators) -> None:
+        rates = [rate for _, rate in self.drop_paths]
+        scales: list[Tensor | None] = [None] * len(rates)
+        if self.training and any(rates):
+            keep = 1.0 - torch.tensor(rates)[:, None]
+            scales = list((draw_kept(keep, len(images), generator) / keep).to(images.device, non_blocking=True))
+        for (module, _), scale in zip(self.drop_paths, scales):
+            module.scales = scale
 
     @torch.no_grad()
     def check(self) -> None:
@@ -263,6 +317,10 @@ def _created(name: str) -> nn.Module:
             if not any(option in str(error) for option in options):
                 raise
     raise AssertionError("the last of the options is none")
+
+
+def _is_drop_path(name: str, module: nn.Module) -> bool:
+    return name.startswith("drop_path") and isinstance(module, (nn.Identity, timm.layers.DropPath, DropPath))
 
 
 def _chosen_taps(name: str, strides: Sequence[int], taps: Sequence[int] | None) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""torch's AdamW as both engines use it: two groups, an explicit implementation, and its state as plain tensors."""
+"""torch's AdamW as both engines use it: its groups, an explicit implementation, and its state as plain tensors."""
 
 from __future__ import annotations
 
@@ -7,29 +7,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from permafrost.launcher.engine import split_decay
+from permafrost.launcher.engine import parameter_groups
 
 if TYPE_CHECKING:
     from permafrost.launcher.experiment import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FACTOR = "learning_rate_factor"
+"""Key of a parameter group: what its learning rate is multiplied by."""
 
 
 def build_adamw(head: nn.Module, config: OptimizerConfig, *, device_type: str) -> torch.optim.AdamW:
-    """AdamW over the head's parameters: one group that is decayed and one that is not.
+    """AdamW over the head's parameters, in the groups of `parameter_groups`.
 
     The implementation is named rather than left to torch, whose default depends on the tensors it meets: the fused
     kernel where the parameters are on CUDA ("cuda"), the plain loop elsewhere. The learning rate arrives with each
     step.
     """
-    decayed, not_decayed = split_decay(head, config.no_decay)
     groups = [
-        {"params": list(decayed.values()), "weight_decay": config.weight_decay},
-        {"params": list(not_decayed.values()), "weight_decay": 0.0},
+        {
+            "params": list(group.parameters.values()),
+            "weight_decay": config.weight_decay if group.decayed else 0.0,
+            FACTOR: group.learning_rate_factor,
+        }
+        for group in parameter_groups(head, config)
     ]
     on_cuda = device_type == "cuda"
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
@@ -39,9 +44,9 @@ def build_adamw(head: nn.Module, config: OptimizerConfig, *, device_type: str) -
 
 
 def set_learning_rate(param_groups: list[dict[str, Any]], learning_rate: float) -> None:
-    """The same learning rate for every group."""
+    """This learning rate, times its own factor, for every group."""
     for group in param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group[FACTOR]
 
 
 def adamw_state(parameter: Tensor, group: dict[str, Any], step: int) -> dict[str, Tensor]:
