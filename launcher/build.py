@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from permafrost.heads.base import Head
     from permafrost.launcher.fine_tune import ImagesOn
     from permafrost.model.frozen import FrozenBackbone
-    from permafrost.model.trainable import TrainableBackbone
     from permafrost.model.spec import FeatureSpec
+    from permafrost.model.trainable import TrainableBackbone
 
 T = TypeVar("T")
 

@@ -213,16 +213,16 @@ class Experiment:
     def _check_fine_tuning(self) -> None:
         if len(self.heads) > 1:
             raise RecipeError(
-                f"backbone.frozen is false but there are {len(self.heads)} heads ({', '.join(self.heads)}): a backbone that "
+                f"backbone.frozen is False but there are {len(self.heads)} heads ({', '.join(self.heads)}): a backbone that "
                 "learns follows one head. Train one run per head, or freeze the backbone"
             )
         if self.mesh.tensor > 1:
             raise RecipeError(
-                f"mesh.tensor is {self.mesh.tensor} but backbone.frozen is false: only a frozen backbone is split over tensor "
+                f"mesh.tensor is {self.mesh.tensor} but backbone.frozen is False: only a frozen backbone is split over tensor "
                 "groups. Set mesh.tensor to 1; ZeRO 3 shards what is large (engine.kind deepspeed, engine.zero_stage 3)"
             )
         if self.engine.offload == "features":
             raise RecipeError(
-                "engine.offload is 'features' but backbone.frozen is false: the maps are not the backbone's last word, its "
+                "engine.offload is 'features' but backbone.frozen is False: the maps are not the backbone's last word, its "
                 "backward needs all it saved. Choose 'all' or 'off', or backbone.checkpoint_activations"
             )

@@ -17,6 +17,7 @@ from permafrost.data.config import ShapesDataConfig
 from permafrost.launcher.build import build_heads
 from permafrost.launcher.engine import choose_engine, micro_batch_size, parameter_groups, resolve_precision
 from permafrost.launcher.engines.deepspeed_json import merge_settings, read_settings
+from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import EngineConfig, Experiment
 from permafrost.launcher.mesh import World
 from permafrost.launcher.plan_backbone import BackbonePlan, plan_backbone, windows_of
@@ -133,6 +134,8 @@ class Planner:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if not self.experiment.backbone.frozen:
+            raise RecipeError("backbone.frozen is False: plan knows frozen backbones only")
         self.micro_batch(self.own)
         World(0, self.machines.world_size, 0, torch.device("cpu")).require_mesh(self.own.tensor)
         data = self.experiment.data

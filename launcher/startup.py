@@ -97,7 +97,11 @@ def gather_facts(
             f"{trainee.engine.name}",
             f"             learning rate {trainee.learning_rate:.4g} = {optimizer.learning_rate:.4g} at "
             f"{optimizer.reference_batch} images, scaled to {loop.global_batch} ({optimizer.batch_scaling})"
-            + ("" if experiment.backbone.frozen else f"; the backbone's {experiment.backbone.learning_rate_factor:g} of it"),
+            + (
+                ""
+                if experiment.backbone.frozen
+                else f"; the backbone's {experiment.backbone.learning_rate_factor:g} of it"
+            ),
         ]
     lines += [f"head         {name}: stopped after step {step}" for name, step in session.stopped.items()]
     lines.append(

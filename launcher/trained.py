@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from permafrost.data.types import Batch
     from permafrost.heads.base import Head
     from permafrost.launcher.experiment import Experiment
-    from permafrost.launcher.mesh import World
     from permafrost.launcher.fine_tune import ImagesOn
+    from permafrost.launcher.mesh import World
     from permafrost.model.frozen import FrozenBackbone
 
 

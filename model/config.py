@@ -99,7 +99,7 @@ class BackboneConfig:
         if not self.learning_rate_factor > 0 or self.learning_rate_factor == float("inf"):
             raise BackboneError(
                 f"backbone.learning_rate_factor is {self.learning_rate_factor}: give a number above 0; to keep the network "
-                "as it is, leave backbone.frozen at true"
+                "as it is, leave backbone.frozen at True"
             )
         if not 0 <= self.drop_path_rate < 1:
             raise BackboneError(
@@ -108,7 +108,7 @@ class BackboneConfig:
         if not self.frozen:
             if self.dtype not in ("auto", "float32", "float64"):
                 raise BackboneError(
-                    f"backbone.dtype is {self.dtype!r}, but backbone.frozen is false: trained parameters are float32, or small "
+                    f"backbone.dtype is {self.dtype!r}, but backbone.frozen is False: trained parameters are float32, or small "
                     "updates would be lost. Leave it at auto; engine.precision decides in what the network computes"
                 )
             return
@@ -116,8 +116,8 @@ class BackboneConfig:
         for name in ("learning_rate_factor", "drop_path_rate", "checkpoint_activations"):
             if getattr(self, name) != defaults[name]:
                 raise BackboneError(
-                    f"backbone.{name} is {getattr(self, name)}, but backbone.frozen is true and nothing of the network is "
-                    "trained: leave it out, or set backbone.frozen to false"
+                    f"backbone.{name} is {getattr(self, name)}, but backbone.frozen is True and nothing of the network is "
+                    "trained: leave it out, or set backbone.frozen to False"
                 )
 
     def build(

@@ -100,7 +100,7 @@ class TimmNetwork(nn.Module):
         if checkpoint_activations:
             if isinstance(self.model, Hiera) or not hasattr(self.model, "set_grad_checkpointing"):
                 raise BackboneError(
-                    f"backbone.checkpoint_activations is true, but {TIMM_PREFIX}{self.name} cannot compute its blocks "
+                    f"backbone.checkpoint_activations is True, but {TIMM_PREFIX}{self.name} cannot compute its blocks "
                     "twice: leave it out."
                 )
             self.model.set_grad_checkpointing(True)

@@ -102,6 +102,7 @@ def experiment(
     engine: dict | None = None,
     tensor: int = 1,
     root: str = "",
+    backbone: dict | None = None,
     **fields,
 ) -> Experiment:
     configs = {"probe": ProbeConfig(bad=tuple(bad)), "detection": mask_rcnn()}
@@ -116,7 +117,7 @@ def experiment(
     }
     return Experiment(
         name="ranks",
-        backbone=BackboneConfig(name="swinv2_nano", weights="random"),
+        backbone=BackboneConfig(name="swinv2_nano", weights="random", **(backbone or {})),
         data=ShapesDataConfig(root=root, image_size=64, world=world, jitter=JitterConfig(scale_range=(0.7, 1.3))),
         heads={name: head(configs[name]) for name in heads},
         loop=LoopConfig(**{**defaults, **fields}),

@@ -136,7 +136,7 @@ def test_batch_norms_and_dropout_stay_as_in_evaluation(images: torch.Tensor) -> 
         ({"drop_path_rate": 1.0}, r"backbone\.drop_path_rate is 1\.0"),
         ({"learning_rate_factor": 0.0}, r"backbone\.learning_rate_factor is 0\.0.*backbone\.frozen"),
         ({"learning_rate_factor": float("nan")}, r"backbone\.learning_rate_factor is nan"),
-        ({"frozen": True, "drop_path_rate": 0.1}, r"backbone\.drop_path_rate is 0\.1, but backbone\.frozen is true"),
+        ({"frozen": True, "drop_path_rate": 0.1}, r"backbone\.drop_path_rate is 0\.1, but backbone\.frozen is True"),
         ({"frozen": True, "learning_rate_factor": 0.1}, r"backbone\.learning_rate_factor is 0\.1, but .*frozen"),
         ({"frozen": True, "checkpoint_activations": True}, r"backbone\.checkpoint_activations is True, but .*frozen"),
     ],
