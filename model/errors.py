@@ -9,3 +9,7 @@ class BackboneError(ValueError):
 
 class WeightsError(BackboneError):
     """A weights file is missing, unreadable, or does not belong to the base network it was given to."""
+
+
+class KernelError(BackboneError):
+    """A kernel was asked for by name that cannot run here, or not on these tensors."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from permafrost.model.drop_path import Generators
 from permafrost.model.errors import BackboneError
+from permafrost.model.kernels.window_attention.reference import scale_to_length
 from permafrost.model.spec import SWINV2_SIZES, SwinV2Size
 from permafrost.model.swin_parts import Mlp, ShiftedWindowAttention, Stage, Swin, join_neighbours, stage_windows
 
@@ -40,13 +41,6 @@ def log_spaced_coordinates(window: int, pretrained_window: int, device: torch.de
         offset = torch.arange(1 - window, window, device=device, dtype=dtype) * (8.0 / max(pretrained_window - 1, 1))
         axis = torch.sign(offset) * torch.log2(offset.abs() + 1.0) / math.log2(8.0)
         return torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).reshape(-1, 2)
-
-
-def scale_to_length(x: Tensor, length: Tensor | float) -> Tensor:
-    """Scales vectors (..., D) to a length; zero stays zero, and has no gradient. Norms are at least in float32."""
-    precise = x.to(torch.promote_types(x.dtype, torch.float32))
-    norm = torch.linalg.vector_norm(precise, dim=-1, keepdim=True)
-    return (precise * (length / norm.clamp_min(1e-12) * (norm > 0))).to(x.dtype)
 
 
 class WindowAttention(ShiftedWindowAttention):

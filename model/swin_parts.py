@@ -20,12 +20,10 @@ from torch import Tensor, nn
 
 from permafrost.model.drop_path import Generators, draw_kept, run_again_in_backward
 from permafrost.model.errors import BackboneError
+from permafrost.model.kernels.window_attention.reference import SHIFT_PENALTY
 from permafrost.model.precision import full_precision
 from permafrost.model.spec import PATCH_SIZE, FeatureSpec, SwinSize, per_stage
 
-# Added to the logits between tokens that are neighbours only because of the cyclic shift. Finite, as in the released
-# models: with a logit scale of up to 100 it weighs against them without always removing them.
-SHIFT_PENALTY = -100.0
 MLP_RATIO = 4
 # Of the continuous position bias and the logit scale (SwinV2), and the position tables (Swin V1): the official code decays
 # none of them.

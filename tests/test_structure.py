@@ -24,6 +24,7 @@ def test_imports_go_one_way(root: Path) -> None:
 
 def test_files_are_short_enough_to_read_in_one_sitting(root: Path) -> None:
     budget = {"launcher/train.py": 400}
+    budget |= {str(file.relative_to(root)): 700 for file in (root / "model" / "kernels").rglob("*.py")}
     lengths = {str(file.relative_to(root)): len(file.read_text().splitlines()) for file in sources(root)}
     too_long = {name: length for name, length in lengths.items() if length > budget.get(name, 500)}
     assert not too_long

@@ -1,0 +1,52 @@
+"""Runs Triton kernels in Triton's interpreter: a JSON line with a case in, a JSON line with its outcome out.
+
+TRITON_INTERPRET is read when Triton is imported, so this is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from cases import Case, relative_error
+
+from permafrost.model.kernels.window_attention import window_attention
+from permafrost.model.kernels.window_attention.triton import window_attention_triton
+
+
+def window_attention_case(**fields) -> dict[str, float]:
+    case = Case(**fields)
+    found = window_attention(*case.tensors(), **case.keywords, kernel="triton")
+    return {"error": relative_error(found, case.expected()), "tolerance": case.tolerance()}
+
+
+def far_images(**fields) -> dict[str, float]:
+    """Two images further apart than 32 bits reach; the memory between them is never touched."""
+    case = Case(**fields, batch=2)
+    qkv, bias, scale, table = case.tensors()
+    far = 2**31 + 4096
+    spread = []
+    for shape in (qkv.shape, (*qkv.shape[:3], qkv.shape[3] // 3)):
+        size = shape[1] * shape[2] * shape[3]
+        memory = torch.empty(far + size, dtype=qkv.dtype)
+        spread.append(memory.as_strided(shape, (far, shape[2] * shape[3], shape[3], 1)))
+    spread[0].copy_(qkv)
+    spread[1].fill_(float("nan"))
+    window_attention_triton(spread[0], bias, scale, table, spread[1], **case.keywords)
+    return {"error": relative_error(spread[1], case.expected()), "tolerance": case.tolerance()}
+
+
+JOBS = {one.__name__: one for one in (window_attention_case, far_images)}
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        request = json.loads(line)
+        # Fills what torch.empty gives with NaN, except where a test needs memory that is never touched.
+        torch.use_deterministic_algorithms(request["job"] != "far_images")
+        print(json.dumps(JOBS[request["job"]](**request["fields"])), flush=True)
