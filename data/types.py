@@ -41,6 +41,7 @@ class DetectionTarget:
         ignore_boxes: (C, 4) float32, xyxy: crowd regions, neither positive nor negative.
         size: (height, width) of the image inside the padded input; what lies beyond is padding.
         original_size: (height, width) of the image on disk.
+        semantic: (H, W) uint8 class of every pixel, 255 where there is none; None without semantic maps.
     """
 
     image_id: int
@@ -50,6 +51,7 @@ class DetectionTarget:
     ignore_boxes: Tensor
     size: tuple[int, int]
     original_size: tuple[int, int]
+    semantic: Tensor | None = None
 
     def to(self, device: torch.device | str) -> DetectionTarget:
         """The same target with its tensors on `device`."""
@@ -60,7 +62,7 @@ class DetectionTarget:
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> DetectionTarget:
-        changed = {name: change(getattr(self, name)) for name in ("boxes", "labels", "masks", "ignore_boxes")}
+        changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **changed)
 
 

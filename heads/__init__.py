@@ -9,8 +9,11 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
+    "BiFPNConfig": "permafrost.heads.config",
     "BoxHeadConfig": "permafrost.heads.config",
+    "CascadeConfig": "permafrost.heads.detection.config",
     "FPNConfig": "permafrost.heads.config",
+    "HTCConfig": "permafrost.heads.detection.config",
     "Head": "permafrost.heads.base",
     "HeadError": "permafrost.heads.errors",
     "LossCounts": "permafrost.heads.base",
@@ -19,6 +22,8 @@ _EXPORTS = {
     "MaskRCNNConfig": "permafrost.heads.config",
     "PoolingConfig": "permafrost.heads.config",
     "RPNConfig": "permafrost.heads.config",
+    "ResidualFPNConfig": "permafrost.heads.config",
+    "SemanticBranchConfig": "permafrost.heads.detection.config",
     "SimplePyramidConfig": "permafrost.heads.config",
     "world_mean_counts": "permafrost.heads.base",
 }

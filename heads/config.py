@@ -7,15 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from permafrost.heads.errors import HeadError
 
 if TYPE_CHECKING:
     from permafrost.heads.detection.mask_rcnn import MaskRCNN
+    from permafrost.heads.necks.bifpn import BiFPN
     from permafrost.heads.necks.fpn import FPN
+    from permafrost.heads.necks.residual_fpn import ResidualFPN
     from permafrost.heads.necks.simple_pyramid import SimpleFeaturePyramid
     from permafrost.model.spec import FeatureSpec
+
+
+NormKind = Literal["none", "group", "layer"]
+"""After a convolution: nothing; a norm over groups of channels and all cells; or one over the channels of each cell."""
 
 
 def _require(condition: bool, name: str, value: object, remedy: str) -> None:
@@ -64,6 +70,62 @@ class FPNConfig(PyramidConfig):
 
 
 @dataclass
+class ResidualFPNConfig(PyramidConfig):
+    """The feature pyramid with residual blocks inside (the paper's Table 2). Where, of which kind and with which norm is not
+    published."""
+
+    num_blocks: int = 4
+    """Residual blocks of every backbone level."""
+    block: Literal["basic", "bottleneck"] = "basic"
+    """Two 3x3 convolutions, or 1x1, 3x3, 1x1 with a quarter of the width."""
+    place: Literal["merged", "lateral"] = "merged"
+    """After the top-down sum, or before it."""
+    norm: NormKind = "group"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_counts("neck", self, ("num_blocks",), 1)
+
+    def build(self, *, spec: FeatureSpec) -> ResidualFPN:
+        """The live neck.
+
+        Raises:
+            HeadError: the backbone gives one map only, or its strides do not double.
+        """
+        from permafrost.heads.necks.residual_fpn import ResidualFPN
+
+        return ResidualFPN(spec=spec, **vars(self))
+
+
+@dataclass
+class BiFPNConfig(PyramidConfig):
+    """The bidirectional feature pyramid (EfficientDet). Of the paper's only the number of layers is published; the rest is
+    that of its authors' public detection code."""
+
+    num_layers: int = 5
+    finest_stride: int = 4
+    """Pixels per cell of the finest level: 4 with one extra level is P2..P6, 8 with two is P3..P7. Extra levels take part in
+    every layer."""
+    separable: bool = False
+    """Channel-wise 3x3 and 1x1 convolutions, as in EfficientDet, in place of full 3x3 ones."""
+    norm: NormKind = "group"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_counts("neck", self, ("num_layers", "finest_stride"), 1)
+
+    def build(self, *, spec: FeatureSpec) -> BiFPN:
+        """The live neck.
+
+        Raises:
+            HeadError: the backbone's strides do not double, or none of them is `finest_stride`.
+        """
+        from permafrost.heads.necks.bifpn import BiFPN
+
+        return BiFPN(spec=spec, **vars(self))
+
+
+@dataclass
 class SimplePyramidConfig(PyramidConfig):
     """The simple feature pyramid of ViTDet: strides 4 to 32 from the single map of a plain backbone."""
 
@@ -76,6 +138,9 @@ class SimplePyramidConfig(PyramidConfig):
         from permafrost.heads.necks.simple_pyramid import SimpleFeaturePyramid
 
         return SimpleFeaturePyramid(spec=spec, **vars(self))
+
+
+NeckConfig = FPNConfig | ResidualFPNConfig | BiFPNConfig | SimplePyramidConfig
 
 
 @dataclass
@@ -154,6 +219,10 @@ class BoxHeadConfig:
     conv_channels: int = 256
     num_fc: int = 2
     fc_channels: int = 1024
+    norm: NormKind = "none"
+    """After each 3x3 convolution."""
+    class_agnostic: bool = False
+    """Regress one box for all classes in place of one per class."""
     positive_iou: float = 0.5
     """Overlap with a ground-truth box from which a proposal is positive; below it is background."""
     num_samples: int = 512
@@ -161,9 +230,19 @@ class BoxHeadConfig:
     positive_fraction: float = 0.25
     regression_stds: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2)
     """What (dx, dy, log dw, log dh) are divided by to become the regressor's targets."""
+    regression_loss: Literal["smooth_l1", "giou"] = "smooth_l1"
+    """Of encoded boxes, or 1 - generalised IoU (Rezatofighi et al. 2019) of decoded ones."""
+    regression_weight: float = 1.0
+    """What the box loss is multiplied by (10 for GIoU in the Swin papers' Cascade)."""
     smooth_l1_beta: float = 0.0
     score_threshold: float = 0.05
+    suppression: Literal["hard", "linear", "gaussian"] = "hard"
+    """What becomes of a box that overlaps a better one of its class: dropped, or its score lowered (soft-NMS, Bodla et al.
+    2017): times 1 - IoU from `nms_iou` up, or times exp(-IoU^2 / soft_sigma)."""
     nms_iou: float = 0.5
+    soft_sigma: float = 0.5
+    soft_min_score: float = 0.001
+    """Boxes whose lowered score falls below are dropped."""
     num_detections: int = 100
     """Detections kept per image."""
 
@@ -186,6 +265,9 @@ class BoxHeadConfig:
             "give four numbers above 0",
         )
         _check_sampling("box", self.num_samples, self.positive_fraction)
+        _require(self.regression_weight > 0, "box.regression_weight", self.regression_weight, "it must be above 0")
+        _require(self.soft_sigma > 0, "box.soft_sigma", self.soft_sigma, "it must be above 0")
+        _require(0.0 <= self.soft_min_score < 1.0, "box.soft_min_score", self.soft_min_score, "give 0 to below 1")
         _require(self.smooth_l1_beta >= 0, "box.smooth_l1_beta", self.smooth_l1_beta, "use 0 for plain L1")
 
 
@@ -197,6 +279,8 @@ class MaskHeadConfig:
     """Side of the pooled region; masks are twice as large."""
     num_convs: int = 4
     channels: int = 256
+    norm: NormKind = "none"
+    """After each 3x3 convolution."""
 
     def __post_init__(self) -> None:
         _require_counts("mask", self, ("resolution", "channels"), 1)
@@ -218,7 +302,7 @@ def _check_sampling(prefix: str, num_samples: int, positive_fraction: float) -> 
 class MaskRCNNConfig:
     """Mask R-CNN on a feature pyramid (He et al. 2017; Lin et al. 2017)."""
 
-    neck: FPNConfig | SimplePyramidConfig = field(default_factory=FPNConfig)
+    neck: NeckConfig = field(default_factory=FPNConfig)
     rpn: RPNConfig = field(default_factory=RPNConfig)
     pooling: PoolingConfig = field(default_factory=PoolingConfig)
     box: BoxHeadConfig = field(default_factory=BoxHeadConfig)

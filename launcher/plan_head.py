@@ -128,6 +128,7 @@ def make_batch(batch: int, side: int, *, objects: int, num_classes: int) -> Batc
                 ignore_boxes=torch.zeros(0, 4),
                 size=(side, side),
                 original_size=(side, side),
+                semantic=torch.zeros(side, side, dtype=torch.uint8),
             )
         )
     images = torch.zeros(batch, 3, side, side, dtype=torch.uint8)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import generalized_box_iou_loss
 
 from permafrost.data.types import DetectionTarget
 
@@ -52,3 +53,14 @@ def box_loss(predicted: Tensor, wanted: Tensor, is_positive: Tensor, *, beta: fl
     """
     loss = F.smooth_l1_loss(predicted, wanted, beta=beta, reduction="none")
     return loss.masked_fill(~is_positive[..., None], 0.0).sum()
+
+
+def giou_loss(predicted: Tensor, wanted: Tensor, is_positive: Tensor) -> Tensor:
+    """Sum of 1 - generalised IoU (Rezatofighi et al. 2019) of the positive rows.
+
+    Args:
+        predicted: (..., 4) xyxy.
+        wanted: (..., 4) xyxy; with an area where not positive, too.
+        is_positive: (...) bool.
+    """
+    return generalized_box_iou_loss(predicted, wanted, reduction="none").masked_fill(~is_positive, 0.0).sum()

@@ -68,15 +68,27 @@ class FPN(nn.Module):
         Returns:
             one (B, channels, H_i, W_i) map per level, in the compute dtype: autocast's, else the parameters'.
         """
+        return self.outputs(self.top_down(self.laterals(features)))
+
+    def laterals(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The backbone's maps, normalised and brought to one width."""
         if len(features) != self.num_backbone_levels:
             raise HeadError(
                 f"neck: {len(features)} feature maps came in, the head was built for {self.num_backbone_levels}: "
                 "build it from the FeatureSpec of the backbone that feeds it"
             )
-        inner = [conv(x) for conv, x in zip(self.lateral, self._normalised(features))]
+        return [conv(x) for conv, x in zip(self.lateral, self._normalised(features))]
+
+    def top_down(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Each level plus the enlarged sum of the coarser ones."""
+        inner = list(levels)
         for i in range(len(inner) - 2, -1, -1):
             inner[i] = inner[i] + F.interpolate(inner[i + 1], size=inner[i].shape[-2:], mode="nearest")
-        pyramid = [conv(x) for conv, x in zip(self.output, inner)]
+        return inner
+
+    def outputs(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """The last convolution of each level, and the extra levels."""
+        pyramid = [conv(x) for conv, x in zip(self.output, levels)]
         for _ in range(self.num_extra_levels):
             pyramid.append(F.max_pool2d(pyramid[-1], kernel_size=1, stride=2))
         return pyramid

@@ -11,6 +11,7 @@ from engines_worker import KINDS
 from permafrost.data.types import Batch, DetectionTarget, SampleKey
 from permafrost.heads.base import world_mean_counts
 from permafrost.heads.config import (
+    BiFPNConfig,
     BoxHeadConfig,
     FPNConfig,
     MaskHeadConfig,
@@ -18,6 +19,7 @@ from permafrost.heads.config import (
     PoolingConfig,
     RPNConfig,
 )
+from permafrost.heads.detection.config import HTCConfig, SemanticBranchConfig
 from permafrost.launcher.engine import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
 from permafrost.launcher.mesh import init_world
@@ -37,9 +39,20 @@ CONFIG = MaskRCNNConfig(
 )
 
 
-def make_head(double: bool):
+# Every part at once: a bidirectional pyramid, three stages that hand features on, a semantic branch.
+HTC = HTCConfig(
+    **{
+        **vars(CONFIG),
+        "neck": BiFPNConfig(channels=16, num_layers=2),
+        "box": dataclasses.replace(CONFIG.box, class_agnostic=True),
+        "semantic": SemanticBranchConfig(num_classes=4, num_convs=1),
+    }
+)
+
+
+def make_head(config: MaskRCNNConfig, double: bool):
     torch.manual_seed(0)
-    head = CONFIG.build(spec=SPEC, classes=["circle", "square", "star"])
+    head = config.build(spec=SPEC, classes=["circle", "square", "star"])
     return head.double() if double else head
 
 
@@ -62,6 +75,7 @@ def image(step: int, index: int, num_boxes: int) -> tuple[list[torch.Tensor], De
         ignore_boxes=torch.zeros(0, 4),
         size=(SIDE, SIDE),
         original_size=(SIDE, SIDE),
+        semantic=torch.randint(4, (SIDE, SIDE), generator=draw, dtype=torch.uint8),
     )
     return maps, target
 
@@ -78,9 +92,11 @@ def local_batch(world, step: int, num_boxes: tuple[int, ...], double: bool = Fal
     return features, Batch(torch.zeros(size, 3, SIDE, SIDE, dtype=torch.uint8), [t for _, t in images], keys)
 
 
-def take_steps(world, kind: str, steps: list[tuple[int, ...]], double: bool = False) -> dict:
+def take_steps(
+    world, kind: str, steps: list[tuple[int, ...]], config: MaskRCNNConfig = CONFIG, double: bool = False
+) -> dict:
     engine = build_engine(
-        make_head(double),
+        make_head(config, double),
         optimizer=OptimizerConfig(),
         engine=EngineConfig() if kind == "accelerate" else EngineConfig(deepspeed_config=kind),
         world=world,
@@ -103,7 +119,8 @@ def take_steps(world, kind: str, steps: list[tuple[int, ...]], double: bool = Fa
     # Different numbers of detections on each rank, none on the last one: ZeRO 3 gathers parameters here.
     features, batch = local_batch(world, 99, (2, 2, 2, 2), double)
     if world.rank == world.world_size - 1:
-        engine.head.box.config = dataclasses.replace(engine.head.box.config, score_threshold=0.999)
+        last = engine.head.box if config is CONFIG else engine.head.boxes[-1]
+        last.config = dataclasses.replace(last.config, score_threshold=0.999)
     detections = engine(features, batch, world_mean_counts)
     result["num_detections"] = world.gather_objects([len(found.boxes) for found in detections])
     return result
@@ -114,6 +131,12 @@ def main() -> None:
     world = init_world("cpu", timeout=180)
     # The second step has objects on the first rank only, the third on none.
     steps = [(3, 1, 2, 4), (2, 1, 0, 0), (0, 0, 0, 0), (1, 1, 1, 1)]
+    if args.get("htc"):
+        save_result(
+            world, args["result"], {kind: take_steps(world, kind, steps, HTC) for kind in ("accelerate", "zero3")}
+        )
+        world.close()
+        return
     result = {kind: take_steps(world, kind, steps) for kind in KINDS}
     result["float64"] = take_steps(world, "accelerate", [(3, 1, 2, 4)] * 20, double=True)
     save_result(world, args["result"], result)

@@ -62,3 +62,27 @@ def test_twenty_steps_in_float64(results):
     for a, b in zip(one, two):
         assert b == pytest.approx(a, rel=1e-9)
     assert all(torch.isfinite(torch.tensor(list(step.values()))).all() for step in one)
+
+
+@pytest.fixture(scope="module")
+def htc(run_ranks):
+    return {size: run_ranks("mask_rcnn_worker.py", size, {"htc": True}) for size in (1, 2)}
+
+
+def test_htc_takes_the_same_first_step_everywhere(htc):
+    """A cascade with features handed on and a semantic branch, on BiFPN: the same losses and gradients on two ranks and under
+    ZeRO 3, no rank left waiting when objects are missing on one of them, or detections in evaluation."""
+    wanted = htc[1]["accelerate"]
+    assert len(wanted["steps"][0]) == 2 + 1 + 9 + 1
+    for size in (1, 2):
+        for kind in ("accelerate", "zero3"):
+            found = htc[size][kind]
+            for name, value in wanted["steps"][0].items():
+                assert found["steps"][0][name] == pytest.approx(value, rel=1e-5), (size, kind, name)
+            for name, gradient in wanted["exp_avg"].items():
+                assert gradient.any(), name
+                assert (found["exp_avg"][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, (size, kind, name)
+            masks = [step["loss_mask_3"] for step in found["steps"]]
+            assert [value > 0 for value in masks] == [True, True, False, True]
+    for kind in ("accelerate", "zero3"):
+        assert htc[2][kind]["num_detections"][1] == [0, 0]

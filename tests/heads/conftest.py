@@ -10,6 +10,7 @@ from permafrost.heads.config import BoxHeadConfig, FPNConfig, MaskHeadConfig, Ma
 from permafrost.model.spec import FeatureSpec
 
 CLASSES = ("circle", "square", "star")
+SEMANTIC_CLASSES = 5
 
 
 @pytest.fixture
@@ -68,6 +69,7 @@ def make_target():
             ignore_boxes=boxes[num_objects:],
             size=(height, width),
             original_size=(2 * height, 2 * width),
+            semantic=torch.randint(SEMANTIC_CLASSES, (side, side), generator=random, dtype=torch.uint8),
         )
 
     return make
@@ -112,3 +114,41 @@ def select(batch, order):
 @pytest.fixture(name="select")
 def _select():
     return select
+
+
+def build(config, spec, classes, *, seed=0, spread=0.05):
+    """A head whose predictors are no longer near zero, so that every part of it decides something."""
+    torch.manual_seed(seed)
+    head = config.build(spec=spec, classes=classes)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(torch.randn_like(parameter) * spread)
+    return head
+
+
+@pytest.fixture(name="build")
+def _build():
+    return build
+
+
+def run_counting(head, *args):
+    """The head's answer, and how often each submodule ran."""
+    calls = dict.fromkeys((name for name, _ in head.named_modules()), 0)
+
+    def hook(name):
+        def count(*_):
+            calls[name] += 1
+
+        return count
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in head.named_modules()]
+    try:
+        return head(*args), calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.fixture(name="run_counting")
+def _run_counting():
+    return run_counting

@@ -9,20 +9,27 @@ from dataclasses import asdict
 import pytest
 
 from permafrost.heads.config import (
+    BiFPNConfig,
     BoxHeadConfig,
     FPNConfig,
     MaskHeadConfig,
     MaskRCNNConfig,
     PoolingConfig,
+    ResidualFPNConfig,
     RPNConfig,
     SimplePyramidConfig,
 )
+from permafrost.heads.detection.config import CascadeConfig, HTCConfig, SemanticBranchConfig
 from permafrost.heads.errors import HeadError
 from permafrost.model.spec import FeatureSpec
 
 BAD = [
     (FPNConfig, {"channels": 0}, "neck.channels is 0"),
     (FPNConfig, {"num_extra_levels": -1}, "neck.num_extra_levels is -1"),
+    (ResidualFPNConfig, {"num_blocks": 0}, "neck.num_blocks is 0"),
+    (BiFPNConfig, {"num_layers": 0}, "neck.num_layers is 0"),
+    (BiFPNConfig, {"channels": 0}, "neck.channels is 0"),
+    (BiFPNConfig, {"finest_stride": 0}, "neck.finest_stride is 0"),
     (SimplePyramidConfig, {"channels": 0}, "neck.channels is 0"),
     (SimplePyramidConfig, {"num_extra_levels": -1}, "neck.num_extra_levels is -1"),
     (RPNConfig, {"anchor_scale": 0.0}, "rpn.anchor_scale is 0.0"),
@@ -51,6 +58,17 @@ BAD = [
     (MaskHeadConfig, {"resolution": 0}, "mask.resolution"),
     (MaskHeadConfig, {"num_convs": -1}, "mask.num_convs"),
     (MaskHeadConfig, {"channels": 0}, "mask.channels"),
+    (BoxHeadConfig, {"regression_weight": 0.0}, "box.regression_weight"),
+    (BoxHeadConfig, {"soft_sigma": 0.0}, "box.soft_sigma"),
+    (BoxHeadConfig, {"soft_min_score": 1.0}, "box.soft_min_score"),
+    (CascadeConfig, {"stage_ious": (0.5, 0.6)}, "stage_ious 2, stage_weights 3"),
+    (CascadeConfig, {"stage_ious": (0.5, 0.6, 1.7)}, "stage 3: box.positive_iou is 1.7"),
+    (CascadeConfig, {"stage_weights": (1.0, 0.0, 0.25)}, "stage_weights"),
+    (CascadeConfig, {"box": BoxHeadConfig(positive_iou=0.6)}, "box.positive_iou is 0.6: set stage_ious"),
+    (CascadeConfig, {"box": BoxHeadConfig(regression_stds=(1, 1, 1, 1))}, "set stage_stds"),
+    (HTCConfig, {"mask": MaskHeadConfig(num_convs=0)}, "information_flow hands on"),
+    (SemanticBranchConfig, {"num_classes": 256}, "semantic.num_classes is 256"),
+    (SemanticBranchConfig, {"weight": 0.0}, "semantic.weight is 0.0: use num_classes 0"),
     (MaskRCNNConfig, {"ignore_overlap": 1.5}, "ignore_overlap is 1.5"),
 ]
 
@@ -74,7 +92,8 @@ def test_defaults_are_the_public_recipe():
     assert (box["regression_stds"], box["smooth_l1_beta"]) == ((0.1, 0.1, 0.2, 0.2), 0.0)
     assert (box["num_samples"], box["positive_fraction"], box["positive_iou"]) == (512, 0.25, 0.5)
     assert (box["score_threshold"], box["nms_iou"], box["num_detections"]) == (0.05, 0.5, 100)
-    assert config["mask"] == {"resolution": 14, "num_convs": 4, "channels": 256}
+    assert (box["class_agnostic"], box["regression_loss"], box["suppression"]) == (False, "smooth_l1", "hard")
+    assert config["mask"] == {"resolution": 14, "num_convs": 4, "channels": 256, "norm": "none"}
     assert config["pooling"]["sampling_ratio"] == 0
 
 

@@ -23,16 +23,6 @@ LOSSES = ["loss_rpn_objectness", "loss_rpn_box", "loss_classifier", "loss_box", 
 COUNTS = ["rpn_samples", "roi_samples", "mask_samples"]
 
 
-def build(config, spec, classes, *, seed=0, spread=0.05):
-    """A head whose predictors are no longer near zero, so that every part of it decides something."""
-    torch.manual_seed(seed)
-    head = config.build(spec=spec, classes=classes)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.add_(torch.randn_like(parameter) * spread)
-    return head
-
-
 class SameSampler:
     """Our draw behind the interface of torchvision's sampler."""
 
@@ -144,7 +134,9 @@ def parity_config(small_config):
 
 
 @pytest.mark.parametrize("objects", [(4, 2, 5), (0, 3), (0, 0)])
-def test_losses_and_gradients_equal_torchvision(parity_config, spec, classes, make_batch, make_features, objects):
+def test_losses_and_gradients_equal_torchvision(
+    parity_config, spec, classes, make_batch, make_features, objects, build
+):
     head = build(parity_config, spec, classes)
     batch, features = make_batch(objects), make_features(len(objects))
     twin = TorchvisionTwin(head, spec, parity_config, batch.keys).train()
@@ -164,7 +156,7 @@ def test_losses_and_gradients_equal_torchvision(parity_config, spec, classes, ma
     )
 
 
-def test_detections_equal_torchvision(parity_config, spec, classes, make_batch, make_features):
+def test_detections_equal_torchvision(parity_config, spec, classes, make_batch, make_features, build):
     config = replace(parity_config, box=replace(parity_config.box, score_threshold=0.2, num_detections=15))
     head = build(config, spec, classes).eval()
     batch, features = make_batch((4, 2), size=(88, 72)), make_features()
@@ -179,7 +171,7 @@ def test_detections_equal_torchvision(parity_config, spec, classes, make_batch, 
         torch.testing.assert_close(found.masks, wanted["masks"][:, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_counts_are_asked_for_in_a_fixed_order(small_config, spec, classes, make_batch, make_features):
+def test_counts_are_asked_for_in_a_fixed_order(small_config, spec, classes, make_batch, make_features, build):
     for objects in ((4, 2), (0, 0)):
         asked = []
 
@@ -201,7 +193,7 @@ def gradients(head):
 
 
 @pytest.mark.parametrize("objects", [(4, 2, 3, 6), (5, 3, 0, 0), (0, 0, 0, 0)])
-def test_two_halves_equal_the_whole(small_config, spec, classes, make_batch, make_features, select, objects):
+def test_two_halves_equal_the_whole(small_config, spec, classes, make_batch, make_features, select, objects, build):
     """What two ranks of two images compute, averaged, is what one rank of four computes: losses and every gradient."""
     head = build(small_config(), spec, classes).double()
     batch = make_batch(objects, num_ignored=1)
@@ -232,26 +224,10 @@ def test_two_halves_equal_the_whole(small_config, spec, classes, make_batch, mak
         torch.testing.assert_close(averaged[name], expected, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def run_counting(head, *args):
-    """The head's answer, and how often each submodule ran."""
-    calls = dict.fromkeys((name for name, _ in head.named_modules()), 0)
-
-    def hook(name):
-        def count(*_):
-            calls[name] += 1
-
-        return count
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in head.named_modules()]
-    try:
-        return head(*args), calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_graph_is_the_same_for_every_batch(small_config, spec, classes, make_batch, make_features, autocast):
+def test_the_graph_is_the_same_for_every_batch(
+    small_config, spec, classes, make_batch, make_features, autocast, build, run_counting
+):
     config = small_config(box=BoxHeadConfig(num_convs=1, conv_channels=8, fc_channels=24, num_samples=16, resolution=5))
     head = build(config, spec, classes)
     crowd_only = make_batch((0, 0), num_ignored=3)
@@ -277,7 +253,7 @@ def test_the_graph_is_the_same_for_every_batch(small_config, spec, classes, make
     assert all(not parameter.grad.any() for parameter in head.parameters())
 
 
-def test_no_proposal_survives(small_config, spec, classes, make_batch, make_features):
+def test_no_proposal_survives(small_config, spec, classes, make_batch, make_features, build, run_counting):
     """A network that predicts nothing usable, and no ground truth to add: zero regions everywhere."""
     head = build(small_config(), spec, classes)
     with torch.no_grad():
@@ -295,7 +271,9 @@ def test_no_proposal_survives(small_config, spec, classes, make_batch, make_feat
     assert [len(result.boxes) for result in results] == [0, 0]
 
 
-def test_results_are_typed_clipped_and_sorted(small_config, spec, classes, make_batch, make_features):
+def test_results_are_typed_clipped_and_sorted(
+    small_config, spec, classes, make_batch, make_features, build, run_counting
+):
     head = build(small_config(box=BoxHeadConfig(fc_channels=24, score_threshold=0.01)), spec, classes).eval()
     batch = make_batch((4, 2), size=(70, 81))
     with torch.no_grad():
@@ -325,7 +303,7 @@ def test_results_are_typed_clipped_and_sorted(small_config, spec, classes, make_
         assert result.masks.shape == (0, 12, 12)
 
 
-def test_an_image_is_judged_alike_in_any_batch(small_config, spec, classes, make_batch, make_features, select):
+def test_an_image_is_judged_alike_in_any_batch(small_config, spec, classes, make_batch, make_features, select, build):
     head = build(small_config(), spec, classes).double().eval()
     batch, features = make_batch((3, 1, 2)), make_features(3, dtype=torch.float64)
     with torch.no_grad():
@@ -336,7 +314,7 @@ def test_an_image_is_judged_alike_in_any_batch(small_config, spec, classes, make
             torch.testing.assert_close(alone.masks, together[i].masks)
 
 
-def test_losses_depend_on_keys_alone(small_config, spec, classes, make_batch, make_features, select):
+def test_losses_depend_on_keys_alone(small_config, spec, classes, make_batch, make_features, select, build):
     head = build(small_config(), spec, classes).double()
     batch, features = make_batch((4, 2, 3)), make_features(3, dtype=torch.float64)
     torch.manual_seed(1)
@@ -373,7 +351,7 @@ def test_initial_predictions_are_undecided(spec, classes, make_batch, make_featu
         torch.testing.assert_close(losses[name], torch.tensor(float(expected)).log(), rtol=0.1, atol=0)
 
 
-def test_bf16_autocast_keeps_losses_float32_and_close(small_config, spec, classes, make_batch, make_features):
+def test_bf16_autocast_keeps_losses_float32_and_close(small_config, spec, classes, make_batch, make_features, build):
     """Same proposals in both: those of the ground truth, since bf16 ranks equal scores differently."""
     head = build(small_config(), spec, classes, spread=0.02)
     head.rpn.propose = lambda output, batch: [target.boxes + 2.0 for target in batch.targets]
@@ -391,14 +369,14 @@ def test_bf16_autocast_keeps_losses_float32_and_close(small_config, spec, classe
     assert {x.dtype for r in results for x in (r.boxes, r.scores, r.masks)} == {torch.float32}
 
 
-def test_features_without_gradient_stay_untouched(small_config, spec, classes, make_batch, make_features):
+def test_features_without_gradient_stay_untouched(small_config, spec, classes, make_batch, make_features, build):
     features = make_features(dtype=torch.bfloat16)
     before = [x.clone() for x in features]
     sum(build(small_config(), spec, classes)(features, make_batch()).values()).backward()
     assert all(x.grad is None and torch.equal(x, y) for x, y in zip(features, before))
 
 
-def test_proposals_are_not_learned_through(small_config, spec, classes, make_batch, make_features):
+def test_proposals_are_not_learned_through(small_config, spec, classes, make_batch, make_features, build):
     """The second stage's losses move the pyramid and its own layers, never the proposal network."""
     head = build(small_config(), spec, classes)
     losses = head(make_features(), make_batch())
