@@ -19,9 +19,11 @@ from permafrost.launcher.engine import choose_engine, micro_batch_size, paramete
 from permafrost.launcher.engines.deepspeed_json import merge_settings, read_settings
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import EngineConfig, Experiment
+from permafrost.launcher.fine_tune import FineTuned
 from permafrost.launcher.mesh import World
 from permafrost.launcher.plan_backbone import BackbonePlan, plan_backbone, windows_of
 from permafrost.launcher.plan_engines import EngineMemory, EnginePlan, Stage
+from permafrost.launcher.plan_fine_tune import TrainedPlan, build_trained, join_plans, plan_trained
 from permafrost.launcher.plan_head import HeadPlan, HeadRun, bytes_of_batch, plan_head
 from permafrost.model.config import OffloadMode
 from permafrost.model.spec import SWINV2_SIZES
@@ -134,8 +136,8 @@ class Planner:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not self.experiment.backbone.frozen:
-            raise RecipeError("backbone.frozen is False: plan knows frozen backbones only")
+        if not self.experiment.backbone.frozen and self.experiment.engine.offload != "off":
+            raise RecipeError("engine.offload with backbone.frozen at False: plan knows it only with 'off'")
         self.micro_batch(self.own)
         World(0, self.machines.world_size, 0, torch.device("cpu")).require_mesh(self.own.tensor)
         data = self.experiment.data
@@ -155,6 +157,7 @@ class Planner:
             )
         self._windows, notes = windows_of(self.experiment.backbone)
         self.notes += notes
+        self._trained_backbones: dict[int, TrainedPlan] = {}
         self._backbones: dict[tuple[int, int], BackbonePlan] = {}
         self._heads: dict[tuple[str, int, OffloadMode], HeadPlan] = {}
 
@@ -173,7 +176,9 @@ class Planner:
 
     @property
     def degrees(self) -> list[int]:
-        """Tensor degrees that divide both the network's heads and a node's GPUs."""
+        """Tensor degrees that divide both the network's heads and a node's GPUs; of a network that is trained only 1."""
+        if not self.experiment.backbone.frozen:
+            return [1]
         degrees = possible_degrees(SWINV2_SIZES[self.experiment.backbone.name])
         return [degree for degree in degrees if self.machines.gpus % degree == 0]
 
@@ -266,7 +271,12 @@ class Planner:
         """Elements of every parameter of each head, by AdamW's parameter groups."""
         groups = {}
         for name, run in self._runs.items():
-            split = parameter_groups(run.head, self.experiment.heads[name].optimizer)
+            module = run.head
+            if not self.experiment.backbone.frozen:
+                config = self.experiment.backbone
+                backbone = build_trained(config, self._windows)
+                module = FineTuned(backbone, run.head, learning_rate_factor=config.learning_rate_factor)
+            split = parameter_groups(module, self.experiment.heads[name].optimizer)
             groups[name] = [[one.numel() for one in group.parameters.values()] for group in split]
         return groups
 
@@ -297,8 +307,24 @@ class Planner:
             name = "bfloat16" if self.machines.device_type == "cuda" else "float32"
         return getattr(torch, name)
 
+    def _trained(self, micro_batch: int) -> TrainedPlan:
+        if micro_batch not in self._trained_backbones:
+            side = self.experiment.data.image_size
+            self._trained_backbones[micro_batch] = plan_trained(
+                self.experiment.backbone,
+                options=self._windows,
+                batch=micro_batch,
+                size=(side, side),
+                precision=resolve_precision(self.experiment.engine.precision, self.machines.device_type),
+                device_type=self.machines.device_type,
+            )
+        return self._trained_backbones[micro_batch]
+
     def _backbone(self, tensor: int, micro_batch: int) -> BackbonePlan:
         key = (tensor, micro_batch)
+        if not self.experiment.backbone.frozen:
+            # All of it is the head's.
+            return BackbonePlan(sum(self._trained(micro_batch).numels), 0, 0, 0, 0)
         if key not in self._backbones:
             side = self.experiment.data.image_size
             self._backbones[key] = plan_backbone(
@@ -314,8 +340,11 @@ class Planner:
     def _head(self, name: str, micro_batch: int, offload: OffloadMode) -> HeadPlan:
         key = (name, micro_batch, offload)
         if key not in self._heads:
-            run = replace(self._runs[name], offload=offload)
-            self._heads[key] = plan_head(run, batch=micro_batch, side=self.experiment.data.image_size)
+            run, is_frozen = replace(self._runs[name], offload=offload), self.experiment.backbone.frozen
+            if not is_frozen:
+                run = replace(run, map_dtype=self._trained(micro_batch).map_dtype, trains_features=True)
+            found = plan_head(run, batch=micro_batch, side=self.experiment.data.image_size)
+            self._heads[key] = found if is_frozen else join_plans(self._trained(micro_batch), found)
             note = "heads were run on smaller images and extrapolated"
             if self._heads[key].is_extrapolated and note not in self.notes:
                 self.notes.append(note)

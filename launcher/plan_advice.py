@@ -33,7 +33,8 @@ def remedies(planner: Planner, row: Row, rows: Sequence[Row]) -> list[tuple[str,
     fitting = [(text, changed) for text, changed in found if planner.fits(changed)]
     if fitting:
         return fitting
-    smallest = replace(layout, accumulation=_most_micro_batches(planner), offload="all")
+    offload: OffloadMode = "all" if planner.experiment.backbone.frozen else "off"
+    smallest = replace(layout, accumulation=_most_micro_batches(planner), offload=offload)
     everything = [
         planner.row(replace(smallest, tensor=tensor, stage=stage, offload_optimizer=stage > 0))
         for tensor in planner.degrees
@@ -69,7 +70,8 @@ def _single_changes(planner: Planner, layout: Layout) -> list[Layout]:
     more = next((count for count in range(layout.accumulation + 1, most + 1) if most % count == 0), None)
     if more is not None:
         changes.append(replace(layout, accumulation=more))
-    modes: list[OffloadMode] = ["off", "features", "all"]
+    # Of a backbone that is trained a plan does not know what offload moves.
+    modes: list[OffloadMode] = ["off", "features", "all"] if planner.experiment.backbone.frozen else ["off"]
     changes += [replace(layout, offload=mode) for mode in modes[modes.index(layout.offload) + 1 :]]
     if layout.stage and not layout.offload_optimizer:
         changes.append(replace(layout, offload_optimizer=True))

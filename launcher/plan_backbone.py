@@ -119,6 +119,22 @@ def windows_of(config: BackboneConfig) -> tuple[dict[str, object], list[str]]:
     return chosen, []
 
 
+def require_known(config: BackboneConfig) -> None:
+    """Refuse a network whose shapes are not known without its weights.
+
+    Raises:
+        RecipeError: With those that are.
+    """
+    if config.name not in SWINV2_SIZES:
+        raise RecipeError(f"backbone.name is {config.name!r}: plan knows {', '.join(SWINV2_SIZES)}")
+
+
+def clear_tables() -> None:
+    """Forget the tables that networks share in a process."""
+    for cached in (swin_parts.relative_position_index, swin.log_spaced_coordinates, swin_parts.shift_penalties):
+        cached.cache_clear()
+
+
 def plan_backbone(
     config: BackboneConfig,
     *,
@@ -141,11 +157,9 @@ def plan_backbone(
     Raises:
         RecipeError: It is none whose shapes are known without its weights.
     """
-    if config.name not in SWINV2_SIZES:
-        raise RecipeError(f"backbone.name is {config.name!r}: plan knows {', '.join(SWINV2_SIZES)}")
-    # Their tables are kept for good and belong to the plan, also when this process has met them before.
-    for cached in (swin_parts.relative_position_index, swin.log_spaced_coordinates, swin_parts.shift_penalties):
-        cached.cache_clear()
+    require_known(config)
+    # They are kept for good and belong to the plan, also when this process has met them before.
+    clear_tables()
     with META:
         network = swin.SwinV2(config.name, **options)  # type: ignore[arg-type]
     num_parameters = sum(parameter.numel() for parameter in network.parameters())

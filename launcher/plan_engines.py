@@ -12,7 +12,7 @@ Head parameters are float32. n is the number of ranks, P the head's parameters i
 - ZeRO 3 keeps the weights in parts, which also are the masters; those of at most `stage3_param_persistence_threshold`
   elements also whole. Both its bucket and the gradients' parts are there for good. Gradients are reduce-scattered. What
   a forward gathers stays until the backward is done with it as long as the head is smaller than
-  `stage3_max_reuse_distance` (10^9).
+  `stage3_max_reuse_distance` (10^9); of a larger one `stage3_max_live_parameters` are whole at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ FLOAT32 = 4
 # DeepSpeed's own defaults (runtime/zero/config.py), where a JSON does not say.
 REDUCE_BUCKET_SIZE = 500_000_000
 PERSISTENCE_THRESHOLD = 100_000
+MAX_LIVE_PARAMETERS = 1_000_000_000
 # ZeRO 1 and 2 align a group to this many elements per rank.
 ALIGNMENT = 2
 
@@ -184,7 +185,8 @@ class EnginePlan:
         # A single rank's parts are the whole weights.
         copied = [numel for group in groups for numel in group if n > 1]
         persistent = sum(numel for numel in copied if self.is_persistent(numel)) * FLOAT32
-        gathered = sum(copied) * FLOAT32 - persistent
+        most = int(self.zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
+        gathered = min(sum(copied) * FLOAT32 - persistent, most * FLOAT32)
         bucket = self.bucket_numel * FLOAT32
         reducing = min(bucket, whole) if n > 1 else 0
         if self.offloads_optimizer:

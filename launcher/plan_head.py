@@ -69,6 +69,7 @@ class HeadRun:
         num_classes: K.
         offload: what leaves for host memory.
         device_type: "cuda" or "cpu", where it will run.
+        trains_features: whether the feature maps get a gradient too.
     """
 
     head: Head
@@ -79,6 +80,7 @@ class HeadRun:
     num_classes: int
     offload: OffloadMode
     device_type: str = "cuda"
+    trains_features: bool = False
 
 
 def plan_head(run: HeadRun, *, batch: int, side: int) -> HeadPlan:
@@ -156,9 +158,9 @@ def _run_head(run: HeadRun, batch_size: int, side: int) -> HeadPlan:
     head = run.head
     batch = make_batch(batch_size, side, objects=run.objects, num_classes=run.num_classes)
     maps = [
-        torch.zeros(batch_size, channels, -(-side // stride), -(-side // stride), dtype=run.map_dtype).contiguous(
-            memory_format=torch.channels_last
-        )
+        torch.zeros(batch_size, channels, -(-side // stride), -(-side // stride), dtype=run.map_dtype)
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_(run.trains_features)
         for channels, stride in zip(run.spec.channels, run.spec.strides)
     ]
     trace = Trace("cpu", dry=True)

@@ -111,7 +111,7 @@ class Trace(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention as a GPU's fused kernel has it: an output, and no scores. The meta device would take the plain formula.
+    """Attention as a GPU's fused kernel has it: an output, and no scores. Without a GPU it would be the plain formula.
 
     Args:
         trace: Gets the FLOPs.
@@ -125,7 +125,39 @@ class FusedAttention(TorchFunctionMode):
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         query, key, value = args[:3]
+        return self.attend(query, key, value)
+
+    def with_gradients(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        """The output (..., L, D), with what a backward needs and gives: the scores again, and, of a bias, a gradient for
+        each query and key before it is summed over what the bias was broadcast over.
+        """
+        return _Attention.apply(query, key, value, bias, self._trace)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The output (..., L, D) alone."""
         length, dim = key.shape[-2:]
         # Scores and their weighted sum: a multiply-add each for every query, key and channel.
         self._trace.flops += 2 * query.numel() * length + 2 * query.numel() // dim * length * value.shape[-1]
         return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused kernel keeps for its backward, and what that gives."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, trace: Trace) -> Tensor:
+        out = FusedAttention(trace).attend(query, key, value)
+        normalisers = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, bias, out, normalisers)
+        ctx.trace = trace
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        query, key, value, bias, _, _ = ctx.saved_tensors
+        # Scores again, then a product for each of four gradients.
+        ctx.trace.flops += 5 * 2 * query.numel() * key.shape[-2]
+        of_bias = None
+        if bias is not None and bias.requires_grad:
+            of_bias = query.new_empty(*query.shape[:-1], key.shape[-2]).sum_to_size(bias.shape)
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), of_bias, None

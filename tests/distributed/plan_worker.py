@@ -17,7 +17,7 @@ from torch import Tensor
 
 from permafrost.data.loader import collate
 from permafrost.data.types import SampleKey
-from permafrost.launcher.build import build_backbone, build_heads
+from permafrost.launcher.build import build_backbone, join_heads
 from permafrost.launcher.cli import parse_experiment
 from permafrost.launcher.engine import build_engine
 from permafrost.launcher.mesh import init_world
@@ -136,8 +136,11 @@ def measure(world, recipe: str, kind: str, fields: list[str]) -> dict:
     engine_fields = [] if kind == "accelerate" else ["--engine.kind", "deepspeed", "--engine.zero-stage", kind[-1]]
     experiment = parse_experiment(recipe, [*fields, *engine_fields])
     train_set = experiment.data.build_train()
-    backbone = build_backbone(experiment, world, experiment.mesh.tensor)
-    (head,) = build_heads(experiment, backbone.spec, train_set.classes).values()
+    built = build_backbone(experiment, world, experiment.mesh.tensor)
+    backbone, heads = join_heads(experiment, built, train_set.classes)
+    (head,) = heads.values()
+    frozen = built if experiment.backbone.frozen else torch.nn.Module()
+    del built
     (config,) = experiment.heads.values()
     engine = build_engine(
         head,
@@ -164,7 +167,7 @@ def measure(world, recipe: str, kind: str, fields: list[str]) -> dict:
         del features
         engine.step(1e-4)
     resident = {**held(engine, kind, gradients=False)}
-    resident["frozen weights"] = unique_bytes([*backbone.parameters(), *backbone.buffers(), *constants(backbone)])
+    resident["frozen weights"] = unique_bytes([*frozen.parameters(), *frozen.buffers(), *constants(frozen)])
     always = sum(resident.values())
     if kind == "zero3":
         always += held(engine, kind, gradients=True)["gradients"]

@@ -16,12 +16,15 @@ MODEL = "--heads.detection.model"
 FIELDS = ["--data.image-size", "128", "--loop.global-batch", "4", f"{MODEL}.neck.channels", "64"]
 FIELDS += [f"{MODEL}.box.fc-channels", "256", f"{MODEL}.mask.channels", "64"]
 ACCUMULATED = ["--engine.accumulation", "2"]
+TRAINED = ["--backbone.frozen", "False", "--backbone.drop-path-rate", "0.1"]
 CASES = {
     1: {
         "accelerate": ("accelerate", []),
         "zero1": ("zero1", []),
         "zero3": ("zero3", []),
         "offloaded": ("accelerate", ["--engine.offload", "all", *ACCUMULATED]),
+        "trained": ("accelerate", TRAINED),
+        "trained again": ("accelerate", [*TRAINED, "--backbone.checkpoint-activations", "True"]),
     },
     2: {
         "accelerate": ("accelerate", []),
@@ -30,6 +33,8 @@ CASES = {
         "zero3": ("zero3", []),
         "zero2 accumulated": ("zero2", [*ACCUMULATED, "--mesh.tensor", "2"]),
         "zero3 accumulated": ("zero3", ACCUMULATED),
+        "trained zero2": ("zero2", TRAINED),
+        "trained zero3": ("zero3", TRAINED),
     },
 }
 
@@ -78,3 +83,13 @@ def test_zero_sends_what_its_stage_adds(measured) -> None:
     assert two["zero2 accumulated"]["all-reduce"] > 2 * whole
     assert sum(two["zero3"].values()) == pytest.approx(whole, rel=0.01)
     assert two["zero3 accumulated"]["all-gather"] > 4 * two["zero3"]["all-gather"]
+
+
+def test_what_a_frozen_backbone_saves_is_predicted(measured) -> None:
+    """Peak of full fine-tuning over that of a frozen backbone: measured, and planned."""
+    (held, whole), (row, trained) = (
+        [measured[1][case]["held"]["peak"] for case in ("accelerate", "trained")],
+        [predict(1, case).peak for case in ("accelerate", "trained")],
+    )
+    assert whole > 2 * held
+    assert trained / row == pytest.approx(whole / held, rel=0.15)
