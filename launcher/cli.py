@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from permafrost.launcher.experiment import Experiment
@@ -127,5 +127,12 @@ def parse_experiment(
     return parse_recipe(recipe, without_local_rank(args), kind=Experiment, command=command, description=description)
 
 
+def program() -> NoReturn:
+    """The console script: `main`, and the end of the process."""
+    from permafrost.launcher.leave import run_and_leave
+
+    run_and_leave(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

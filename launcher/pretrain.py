@@ -386,4 +386,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from permafrost.launcher.leave import run_and_leave
+
+    run_and_leave(main)

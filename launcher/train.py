@@ -280,5 +280,6 @@ def evaluation_due(loop: LoopConfig, done: int) -> bool:
 
 if __name__ == "__main__":
     from permafrost.launcher.cli import main
+    from permafrost.launcher.leave import run_and_leave
 
-    sys.exit(main(["train", *sys.argv[1:]]))
+    run_and_leave(lambda: main(["train", *sys.argv[1:]]))

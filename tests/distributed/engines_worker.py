@@ -10,6 +10,7 @@ from common import GLOBAL_BATCH, SmoothHead, arguments, micro_batches, save_resu
 
 from permafrost.launcher.engine import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
+from permafrost.launcher.leave import run_and_leave
 from permafrost.launcher.mesh import init_world
 
 KINDS = ("accelerate", "zero1", "zero2", "zero3")
@@ -217,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -8,6 +8,7 @@ from common import GLOBAL_BATCH, SmoothHead, arguments, save_result, train_step
 
 from permafrost.launcher.engine import build_engine, choose_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
+from permafrost.launcher.leave import run_and_leave
 from permafrost.launcher.mesh import init_world
 
 
@@ -32,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -22,6 +22,7 @@ from permafrost.heads.config import (
 from permafrost.heads.detection.config import HTCConfig, SemanticBranchConfig
 from permafrost.launcher.engine import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
+from permafrost.launcher.leave import run_and_leave
 from permafrost.launcher.mesh import init_world
 from permafrost.model.spec import FeatureSpec
 
@@ -144,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -20,6 +20,7 @@ from permafrost.data.types import SampleKey
 from permafrost.launcher.build import build_backbone, join_heads
 from permafrost.launcher.cli import parse_experiment
 from permafrost.launcher.engine import build_engine
+from permafrost.launcher.leave import run_and_leave
 from permafrost.launcher.mesh import init_world
 from permafrost.launcher.train import head_losses
 from permafrost.model.offload import ActivationOffload
@@ -207,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -16,6 +16,7 @@ from permafrost.data.types import Batch, SampleKey
 from permafrost.heads.base import world_mean_counts
 from permafrost.launcher.engine import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
+from permafrost.launcher.leave import run_and_leave
 from permafrost.launcher.mesh import init_world
 from permafrost.model import BackboneError, SwinV2, load_backbone
 from permafrost.model.fairscale_groups import join_tensor_group
@@ -282,4 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -8,20 +8,27 @@ import torch
 import torch.distributed as dist
 from common import arguments
 
+from permafrost.launcher.leave import run_and_leave
 from permafrost.launcher.mesh import init_world
 
-world = init_world("cpu")
-library_group = dist.new_group([0, 1])
-world.limit_collectives(arguments()["limit"])
-if world.is_main:
-    start = time.monotonic()
-    try:
-        dist.all_reduce(torch.ones(1), group=library_group)
-        error = None
-    except RuntimeError as raised:
-        error = str(raised)
-    # Not by save_result, which ends with a collective that nobody would join.
-    torch.save({"seconds": time.monotonic() - start, "error": error}, arguments()["result"])
-else:
-    # Longer than the limit, so that the connection is there while rank 0 waits.
-    time.sleep(arguments()["limit"] + 3)
+
+def main() -> None:
+    world = init_world("cpu")
+    library_group = dist.new_group([0, 1])
+    world.limit_collectives(arguments()["limit"])
+    if world.is_main:
+        start = time.monotonic()
+        try:
+            dist.all_reduce(torch.ones(1), group=library_group)
+            error = None
+        except RuntimeError as raised:
+            error = str(raised)
+        # Not by save_result, which ends with a collective that nobody would join.
+        torch.save({"seconds": time.monotonic() - start, "error": error}, arguments()["result"])
+    else:
+        # Longer than the limit, so that the connection is there while rank 0 waits.
+        time.sleep(arguments()["limit"] + 3)
+
+
+if __name__ == "__main__":
+    run_and_leave(main)

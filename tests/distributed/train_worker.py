@@ -36,6 +36,7 @@ from permafrost.launcher.experiment import (
     OptimizerConfig,
     ScheduleConfig,
 )
+from permafrost.launcher.leave import run_and_leave
 from permafrost.launcher.mesh import init_world
 from permafrost.model.config import BackboneConfig
 
@@ -152,7 +153,8 @@ def run(kill_after: int | None = None, resume: str = "auto", **fields) -> dict:
         loop.track_replaced = original
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The runs that the test asked for, one after the other."""
     given = arguments()
     world = init_world("cpu")  # outlives the runs, which find it there and leave it
     outcomes = []
@@ -176,3 +178,7 @@ if __name__ == "__main__":
         metrics.append(world.gather_objects(evaluate_run(evaluated["run"], device="cpu")))
     save_result(world, given["result"], {"outcomes": outcomes, "metrics": metrics, "pid": os.getpid()})
     world.close()
+
+
+if __name__ == "__main__":
+    run_and_leave(main)

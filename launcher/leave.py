@@ -1,0 +1,43 @@
+"""How a program of ours ends: everything written, then at once.
+
+gloo's threads outlive their process group as long as anything holds it, and much does: torch.distributed.nn.functional
+as a default argument, DDP, DeepSpeed's parameters. One of them that frees its last message while the interpreter takes
+itself down aborts the process after all its work (`terminate called without an active exception`, exit code -6). A
+process that does not take its interpreter down cannot be caught by that.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+def run_and_leave(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program and end the process with what it returns: None is 0, an exception 1 after its traceback.
+
+    Exit functions run and streams are flushed as ever; where torch was imported, the interpreter is not taken down.
+    """
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException as error:
+        # 130 is what a shell says of a program that ended by Ctrl-C.
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        sys.excepthook(type(error), error, error.__traceback__)
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            # Whoever read it is gone; what was not read is not what this program is for.
+            code = code or 1
+    os._exit(code or 0)
