@@ -8,6 +8,7 @@ Names and places are fields of CocoDataConfig; classes are read from the JSON. N
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import pickle
@@ -20,10 +21,13 @@ import torch
 from torch.utils.data import Dataset
 
 from permafrost.data.annotations import CocoFile, Finding, decode_masks, load_coco_file, raise_fatal
-from permafrost.data.config import CocoDataConfig, JitterConfig
+from permafrost.data.config import CocoDataConfig, EvaluationConfig, JitterConfig, MultiScaleConfig
+from permafrost.data.copy_paste import paste
 from permafrost.data.errors import DataError
 from permafrost.data.images import ImageError, read_image
-from permafrost.data.transforms import FitTransform, JitterTransform, Scene
+from permafrost.data.semantic import INSTANCES, SemanticMaps
+from permafrost.data.split import choose_share
+from permafrost.data.transforms import FitTransform, JitterTransform, MultiScaleTransform, NetworkInput, Scene
 from permafrost.data.types import DetectionTarget, Sample, SampleKey
 
 if TYPE_CHECKING:
@@ -72,6 +76,11 @@ class CocoDetection(Dataset):
         images: Folder that `file_name` is relative to.
         image_size: Side S of the square that samples are fitted into, pixels.
         jitter: Augmentation; None gives the whole image, for evaluation.
+        evaluation: How it is resized then.
+        share: Take this share of the images, of those with and without objects.
+        share_seed: Which ones.
+        copy_paste: See CocoDataConfig.
+        semantic: Where semantic maps come from; None gives none.
         max_images: Take only the first n images by id.
         bad_annotations: See CocoDataConfig.
         train_empty_images: See CocoDataConfig.
@@ -82,6 +91,7 @@ class CocoDetection(Dataset):
         category_ids: the file's category ids by label.
         notes: what was left out, one line each; to be said at start.
         fingerprint: hash of the annotation file and of the list of images used.
+        image_ids: of the images used, in the order of the indices.
 
     Raises:
         DataError: a file is missing or malformed; says which, where inside of it, and what was expected.
@@ -93,7 +103,12 @@ class CocoDetection(Dataset):
         annotations: Path,
         images: Path,
         image_size: int,
-        jitter: JitterConfig | None = None,
+        jitter: JitterConfig | MultiScaleConfig | None = None,
+        evaluation: EvaluationConfig | None = None,
+        share: float = 1.0,
+        share_seed: int = 0,
+        copy_paste: float = 0.0,
+        semantic: SemanticMaps | None = None,
         max_images: int | None = None,
         bad_annotations: str = "refuse",
         train_empty_images: bool = False,
@@ -102,7 +117,10 @@ class CocoDetection(Dataset):
         self.annotation_file = annotations
         self.image_folder = images
         self.is_train = jitter is not None
-        self.transform = FitTransform(image_size) if jitter is None else JitterTransform(image_size, jitter)
+        self.image_size, self.jitter, self.evaluation = image_size, jitter, evaluation
+        self.transform = make_transform(image_size, jitter, evaluation)
+        self.copy_paste = copy_paste
+        self.semantic = semantic
         self.corrupt_share = corrupt_share
         self.notes: list[str] = []
         coco_file = load_coco_file(annotations)
@@ -112,6 +130,12 @@ class CocoDetection(Dataset):
         if dropped:
             first = next(finding for finding in coco_file.findings if finding.annotation in dropped)
             self.notes.append(f"{len(dropped)} annotations are left out as unusable, the first: {first}")
+        if share < 1:
+            num_images, chosen = len(records), choose_share((record["id"] for record in records), share, share_seed)
+            records = [record for record in records if record["id"] in chosen]
+            self.notes.append(
+                f"{len(records)} of {num_images} images of {annotations.name} are used: a share of {share} by seed {share_seed}"
+            )
         if self.is_train and not train_empty_images:
             num_images = len(records)
             records = [record for record in records if any(not entry["iscrowd"] for entry in record["annotations"])]
@@ -130,7 +154,10 @@ class CocoDetection(Dataset):
         self.category_ids = [category["id"] for category in coco_file.categories]
         listing = "\n".join(f"{record['id']} {record['file_name']}" for record in records)
         self.fingerprint = hashlib.sha256(f"{coco_file.digest}\n{listing}".encode()).hexdigest()
+        self.image_ids = [record["id"] for record in records]
         self.records = PackedRecords(records)
+        if semantic is not None:
+            self._check_semantic(records)
 
     @classmethod
     def from_config(cls, config: CocoDataConfig, train: bool) -> CocoDetection:
@@ -140,12 +167,20 @@ class CocoDetection(Dataset):
             DataError: see the class; a missing root or folder says the layout that is expected.
         """
         annotations, images = locate(config, "train" if train else "val")
+        options: dict[str, Any] = {"max_images": config.max_val_images, "evaluation": config.evaluation}
+        if train:
+            options = {
+                "jitter": config.jitter,
+                "share": config.train_share,
+                "share_seed": config.train_share_seed,
+                "copy_paste": config.copy_paste,
+                "semantic": semantic_maps(config),
+            }
         return cls(
             annotations=annotations,
             images=images,
             image_size=config.image_size,
-            jitter=config.jitter if train else None,
-            max_images=None if train else config.max_val_images,
+            **options,
             bad_annotations=config.bad_annotations,
             train_empty_images=config.train_empty_images,
             corrupt_share=config.corrupt_share,
@@ -153,6 +188,25 @@ class CocoDetection(Dataset):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def view(self, scale: float, flip: bool) -> CocoDetection:
+        """The same images for evaluation at another scale, or mirrored."""
+        other = copy.copy(self)
+        other.transform = FitTransform(self.image_size, self.evaluation, scale=scale, flip=flip)
+        return other
+
+    def _check_semantic(self, records: Sequence[dict[str, Any]]) -> None:
+        """Every image has its map; whether its values fit shows when it is read, or in `permafrost check-data`."""
+        assert self.semantic is not None
+        if self.semantic.folder is None:
+            if self.semantic.num_classes != len(self.classes) + 1:
+                raise DataError(
+                    f"data.semantic_classes is {self.semantic.num_classes}: painted from instances, maps have "
+                    f"{len(self.classes)} classes and the background: set it to {len(self.classes) + 1}"
+                )
+            return
+        names = [{"file_name": str(Path(record["file_name"]).with_suffix(".png"))} for record in records]
+        raise_fatal(missing_images(names, self.semantic.folder))
 
     def image_path(self, index: int) -> Path:
         """The file of one image."""
@@ -170,34 +224,52 @@ class CocoDetection(Dataset):
             path = self.image_folder / record["file_name"]
             try:
                 image = read_image(path, (record["height"], record["width"]))
+                # Its semantic map may be unreadable, too, without which the image is of no use.
+                scene, labels = self._transformed(image, record, key.generator("augment"))
             except ImageError as error:
                 if not self.is_train:
                     raise DataError(f"{path}: {error}; evaluation needs every image") from error
                 replaced.append((str(path), str(error)))
                 continue
-            return Sample(*self._transformed(image, record, key), key, replaced)
+            scene, labels = self._pasted(scene, labels, key, replaced)
+            return Sample(scene.image, to_target(scene, labels, record), key, replaced)
         raise DataError(
             f"{replaced[0][0]}: {replaced[0][1]}; and none of the {len(replaced) - 1} images after it can be read"
         )
 
-    def _transformed(self, image: torch.Tensor, record: dict, key: SampleKey) -> tuple[torch.Tensor, DetectionTarget]:
+    def _transformed(
+        self, image: torch.Tensor, record: dict, generator: torch.Generator
+    ) -> tuple[NetworkInput, torch.Tensor]:
+        """The scene as the network sees it, and the (N,) int64 labels of its objects."""
         height, width = record["height"], record["width"]
         objects = [entry for entry in record["annotations"] if not entry["iscrowd"]]
         crowds = [entry["bbox"] for entry in record["annotations"] if entry["iscrowd"]]
-        masks = decode_masks([entry["segmentation"] for entry in objects], height, width)
+        masks = torch.from_numpy(decode_masks([entry["segmentation"] for entry in objects], height, width))
+        labels = [entry["label"] for entry in objects]
         crowd_boxes = torch.tensor(crowds, dtype=torch.float32).reshape(-1, 4)
         crowd_boxes[:, 2:] += crowd_boxes[:, :2]
-        result = self.transform(Scene(image, torch.from_numpy(masks), crowd_boxes), key.generator("augment"))
-        target = DetectionTarget(
-            image_id=record["id"],
-            boxes=result.boxes,
-            labels=torch.tensor([entry["label"] for entry in objects], dtype=torch.int64)[result.kept],
-            masks=result.masks,
-            ignore_boxes=result.ignore_boxes,
-            size=result.size,
-            original_size=(height, width),
-        )
-        return result.image, target
+        semantic = None if self.semantic is None else self.semantic.load(record, masks, labels)
+        result = self.transform(Scene(image, masks, crowd_boxes, semantic), generator)
+        return result, torch.tensor(labels, dtype=torch.int64)[result.kept]
+
+    def _pasted(
+        self, scene: NetworkInput, labels: torch.Tensor, key: SampleKey, replaced: list[tuple[str, str]]
+    ) -> tuple[NetworkInput, torch.Tensor]:
+        """With the configured probability, the scene with objects of another image on top."""
+        if not self.copy_paste:
+            return scene, labels
+        generator = key.generator("paste")
+        draw, which = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        if draw >= self.copy_paste:
+            return scene, labels
+        record = self.records[int(which * len(self))]
+        try:
+            image = read_image(self.image_folder / record["file_name"], (record["height"], record["width"]))
+            above, above_labels = self._transformed(image, record, key.generator("augment pasted"))
+        except ImageError as error:
+            replaced.append((str(self.image_folder / record["file_name"]), str(error)))
+            return scene, labels
+        return paste(scene, labels, above, above_labels, generator, min_box_side=self.jitter.min_box_side)
 
     def evaluator(self) -> CocoEvaluator:
         """A fresh evaluator against the annotations of exactly these images."""
@@ -316,8 +388,46 @@ def missing_images(records: Sequence[dict[str, Any]], folder: Path) -> list[Find
     return findings
 
 
-def inference_sample(path: Path, image_size: int, image_id: int = 0) -> Sample:
-    """An image file without annotations, fitted into the square as in evaluation.
+def make_transform(
+    image_size: int, jitter: JitterConfig | MultiScaleConfig | None, evaluation: EvaluationConfig | None
+) -> JitterTransform | MultiScaleTransform | FitTransform:
+    """What turns scenes into the network's input: the augmentation, or without one the resizing of evaluation."""
+    if jitter is None:
+        return FitTransform(image_size, evaluation)
+    if isinstance(jitter, MultiScaleConfig):
+        return MultiScaleTransform(jitter)
+    return JitterTransform(image_size, jitter)
+
+
+def semantic_maps(config: CocoDataConfig) -> SemanticMaps | None:
+    """Where a configuration's semantic maps are; None where it asks for none."""
+    if not config.semantic:
+        return None
+    folder = None if config.semantic == INSTANCES else Path(config.root).expanduser() / config.semantic
+    if folder is not None and not folder.is_dir():
+        raise DataError(
+            f"data.semantic is {config.semantic!r}: there is no folder {folder}; give one of PNGs named as the training "
+            f'images, under data.root, or "{INSTANCES}" to paint the annotated objects'
+        )
+    return SemanticMaps(folder, config.semantic_classes)
+
+
+def to_target(scene: NetworkInput, labels: torch.Tensor, record: dict[str, Any]) -> DetectionTarget:
+    """What is known about a scene: its objects, labels and maps, the image's id and size on disk."""
+    return DetectionTarget(
+        image_id=record["id"],
+        boxes=scene.boxes,
+        labels=labels,
+        masks=scene.masks,
+        ignore_boxes=scene.ignore_boxes,
+        size=scene.size,
+        original_size=(record["height"], record["width"]),
+        semantic=scene.semantic,
+    )
+
+
+def inference_sample(path: Path, image_size: int, image_id: int = 0, transform: FitTransform | None = None) -> Sample:
+    """An image file without annotations, resized as in evaluation: into the square, unless a transform is given.
 
     Raises:
         DataError: it cannot be read.
@@ -328,14 +438,7 @@ def inference_sample(path: Path, image_size: int, image_id: int = 0) -> Sample:
         raise DataError(f"{path}: {error}") from error
     height, width = image.shape[-2:]
     scene = Scene(image, torch.zeros((0, height, width), dtype=torch.uint8), torch.zeros((0, 4)))
-    result = FitTransform(image_size)(scene)
-    target = DetectionTarget(
-        image_id=image_id,
-        boxes=result.boxes,
-        labels=torch.zeros(0, dtype=torch.int64),
-        masks=result.masks,
-        ignore_boxes=result.ignore_boxes,
-        size=result.size,
-        original_size=(height, width),
-    )
+    result = (transform or FitTransform(image_size))(scene)
+    record = {"id": image_id, "height": height, "width": width}
+    target = to_target(result, torch.zeros(0, dtype=torch.int64), record)
     return Sample(result.image, target, SampleKey(0, 0, image_id))

@@ -35,6 +35,61 @@ class JitterConfig:
 
 
 @dataclass
+class MultiScaleConfig:
+    """The classical augmentation with the aspect ratio kept and nothing cut off: training only. Images of a batch are padded
+    to the largest of them."""
+
+    short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
+    """Pixels; the shorter side takes one of them, each as likely."""
+    max_side: int = 1333
+    """The longer side is never above this; the shorter one then is smaller than drawn."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    color: float = 0.0
+    """As in JitterConfig."""
+    min_box_side: float = 1.0
+    """Boxes narrower or lower than this many pixels are dropped."""
+
+    def __post_init__(self) -> None:
+        if not self.short_sides or min(self.short_sides) < 1 or self.max_side < max(self.short_sides):
+            raise DataError(
+                f"data.jitter: short_sides {self.short_sides} must be pixels from 1 to max_side ({self.max_side})"
+            )
+        if not 0 <= self.flip <= 1 or not 0 <= self.color < 1:
+            raise DataError(
+                f"data.jitter: flip {self.flip} must lie in 0..1 and color {self.color} in 0..1, 1 left out"
+            )
+
+
+@dataclass
+class EvaluationConfig:
+    """How images are resized in evaluation and prediction, and from how many views each is judged."""
+
+    resize: Literal["square", "short_side"] = "square"
+    """Into the square of data.image_size, padded to it; or by the shorter side, padded to whole multiples of 32."""
+    short_side: int = 800
+    max_side: int = 1333
+    """The longer side is never above this."""
+    scales: tuple[float, ...] = (1.0,)
+    """Multi-scale testing: a view for each, as a factor of the size; what they find is merged."""
+    flip: bool = False
+    """Flip testing: each view a second time, mirrored."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.short_side <= self.max_side:
+            raise DataError(
+                f"data.evaluation.short_side is {self.short_side}: give 1 to max_side ({self.max_side}) pixels"
+            )
+        if not self.scales or min(self.scales) <= 0 or len(set(self.scales)) < len(self.scales):
+            raise DataError(f"data.evaluation.scales is {self.scales}: give different factors above 0, at least one")
+
+    @property
+    def views(self) -> list[tuple[float, bool]]:
+        """(scale, whether it is mirrored) of every view."""
+        return [(scale, flip) for scale in self.scales for flip in ((False, True) if self.flip else (False,))]
+
+
+@dataclass
 class CocoDataConfig:
     """Any data set in COCO's layout: annotations/instances_*.json and image folders. Classes are read from the JSON."""
 
@@ -45,7 +100,22 @@ class CocoDataConfig:
     val_images: str = "val2017"
     image_size: int = 1024
     """Side of the square that the network sees, pixels."""
-    jitter: JitterConfig = field(default_factory=JitterConfig)
+    jitter: JitterConfig | MultiScaleConfig = field(default_factory=JitterConfig)
+    """Augmentation of training images: a square crop of a random scale, or a random short side with padding."""
+    copy_paste: float = 0.0
+    """Probability that objects of a second training image are pasted into an image (Simple Copy-Paste); with a square crop
+    only."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    train_share: float = 1.0
+    """Train on this share of the training images, 0.01 for 1 % of COCO: exactly round(share * images) of them, chosen by
+    `train_share_seed` alone; a smaller share of the same seed is part of a larger one."""
+    train_share_seed: int = 0
+    semantic: str = ""
+    """Maps of the class of every pixel, for heads that learn from them: a folder of PNGs named as the training images, under
+    `root` ("stuffthingmaps/train2017"); or "instances", which paints the annotated objects (label) on background (K). Empty:
+    none."""
+    semantic_classes: int = 183
+    """Values 0..semantic_classes-1 of those maps, 255 is ignored; 183 for COCO-stuff."""
     max_val_images: int | None = None
     """Evaluate on the first n images only; None takes all."""
     corrupt_share: float = 0.001
@@ -63,6 +133,16 @@ class CocoDataConfig:
             raise DataError(f"data.max_val_images is {self.max_val_images}: give at least 1, or None for all")
         if not 0 <= self.corrupt_share <= 1:
             raise DataError(f"data.corrupt_share is {self.corrupt_share}: give a share between 0 and 1")
+        if not 0 < self.train_share <= 1:
+            raise DataError(f"data.train_share is {self.train_share}: give a share above 0 and at most 1")
+        if not 0 <= self.copy_paste <= 1:
+            raise DataError(f"data.copy_paste is {self.copy_paste}: give a probability between 0 and 1")
+        if self.copy_paste and not isinstance(self.jitter, JitterConfig):
+            raise DataError(
+                "data.copy_paste needs images of one size: use JitterConfig as data.jitter, or set data.copy_paste 0"
+            )
+        if not 1 <= self.semantic_classes <= 255:
+            raise DataError(f"data.semantic_classes is {self.semantic_classes}: give 1 to 255 classes")
 
     @property
     def paths(self) -> dict[str, tuple[Path, Path]]:

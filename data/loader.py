@@ -9,7 +9,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from permafrost.data.errors import DataError
 from permafrost.data.sampler import GlobalStream, check_division
-from permafrost.data.types import Batch, Sample, SampleKey
+from permafrost.data.transforms import NO_CLASS, PAD_COLOR, pad_to
+from permafrost.data.types import Batch, DetectionTarget, Sample, SampleKey
 
 _PADDING_EPOCH = -1
 
@@ -73,10 +74,12 @@ class _Guarded(Dataset):
 
 
 def collate(samples: Sequence[Sample | _Failure]) -> Batch | _Failure:
-    """Stack samples of one size into a batch; the first failure, if any, takes its place."""
+    """Stack samples into a batch, padded to the largest of them; the first failure, if any, takes its place."""
     for sample in samples:
         if isinstance(sample, _Failure):
             return sample
+    canvas = tuple(max(sides) for sides in zip(*(sample.image.shape[-2:] for sample in samples)))
+    samples = [sample if tuple(sample.image.shape[-2:]) == canvas else _padded(sample, canvas) for sample in samples]
     return Batch(
         images=torch.stack([sample.image for sample in samples]),
         targets=[sample.target for sample in samples],
@@ -84,6 +87,15 @@ def collate(samples: Sequence[Sample | _Failure]) -> Batch | _Failure:
         replaced=[entry for sample in samples for entry in sample.replaced],
         is_padding=all(sample.key.epoch == _PADDING_EPOCH for sample in samples),
     )
+
+
+def _padded(sample: Sample, canvas: tuple[int, int]) -> Sample:
+    """The sample at the upper left of a larger canvas."""
+    target = sample.target
+    if isinstance(target, DetectionTarget):
+        semantic = None if target.semantic is None else pad_to(target.semantic, canvas, NO_CLASS)
+        target = replace(target, masks=pad_to(target.masks, canvas, False), semantic=semantic)
+    return replace(sample, image=pad_to(sample.image, canvas, PAD_COLOR), target=target)
 
 
 def _init_worker(worker: int) -> None:

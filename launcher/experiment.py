@@ -205,10 +205,25 @@ class Experiment:
             )
         if not self.backbone.frozen:
             self._check_fine_tuning()
+        self._check_semantic()
         try:
             check_tensor_degree(self.backbone.name, self.mesh.tensor)
         except BackboneError as error:
             raise RecipeError(f"mesh.tensor is {self.mesh.tensor}: {error}") from None
+
+    def _check_semantic(self) -> None:
+        for name, head in self.heads.items():
+            wanted = getattr(getattr(head.model, "semantic", None), "num_classes", 0)
+            if wanted and not self.data.semantic:
+                raise RecipeError(
+                    f"heads.{name}.model.semantic.num_classes is {wanted} but data.semantic is empty: name the folder of semantic "
+                    'maps ("stuffthingmaps/train2017"), or "instances"; or set semantic.num_classes 0 to do without the branch'
+                )
+            if wanted and wanted != self.data.semantic_classes:
+                raise RecipeError(
+                    f"heads.{name}.model.semantic.num_classes is {wanted} but data.semantic_classes is "
+                    f"{self.data.semantic_classes}: they must be the same"
+                )
 
     def _check_fine_tuning(self) -> None:
         if len(self.heads) > 1:

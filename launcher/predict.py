@@ -222,10 +222,13 @@ def predict_image(
 
     from permafrost.data.coco import inference_sample
     from permafrost.data.images import read_image
+    from permafrost.data.transforms import FitTransform
     from permafrost.data.types import Batch, DetectionResult
 
     (runner,) = trained.heads.values()
-    sample = inference_sample(file, trained.experiment.data.image_size, image_id)
+    data = trained.experiment.data
+    transform = FitTransform(data.image_size, data.evaluation)
+    sample = inference_sample(file, data.image_size, image_id, transform)
     device = next(runner.head.parameters()).device
     batch = Batch(sample.image[None], [sample.target], [sample.key]).to(device)
     with torch.no_grad():

@@ -245,6 +245,10 @@ class RunFolder:
         """replaced_images.json: every training image that could not be read, with the reason."""
         write_atomically(self.path / "replaced_images.json", json.dumps(reasons, indent=2) + "\n")
 
+    def write_train_images(self, image_ids: list[int]) -> None:
+        """train_images.json: the ids of the images that are trained on."""
+        write_atomically(self.path / "train_images.json", json.dumps(image_ids) + "\n")
+
     def close(self) -> None:
         """Let another process train here."""
         if self._lock is not None:

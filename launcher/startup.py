@@ -55,6 +55,8 @@ def announce(
         )
     session.monitor.text("start", "\n".join(f"    {line}" for line in lines), step=facts["start_step"])
     session.run.record_start(facts)
+    if session.experiment.data.train_share < 1:
+        session.attempt("train_images.json", lambda: session.run.write_train_images(session.parts.train_set.image_ids))
 
 
 def gather_facts(
