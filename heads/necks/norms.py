@@ -11,6 +11,8 @@ from permafrost.heads.necks.level_norm import LevelNorm
 
 MAX_GROUPS = 32
 """Groups of a group norm (Wu and He 2018), fewer where the channels do not divide."""
+GROUP_CHANNELS = 8
+"""Fewest channels of a group: one channel on a map of a single cell has no variance."""
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
@@ -21,5 +23,5 @@ def make_norm(kind: str, channels: int) -> nn.Module:
         channels: C.
     """
     if kind == "group":
-        return nn.GroupNorm(math.gcd(MAX_GROUPS, channels), channels)
+        return nn.GroupNorm(math.gcd(MAX_GROUPS, channels, max(1, channels // GROUP_CHANNELS)), channels)
     return LevelNorm(channels) if kind == "layer" else nn.Identity()

@@ -228,7 +228,7 @@ def test_pasted_objects_cover_what_lies_below():
         covered = above.masks[chosen].any(dim=0)
         assert torch.equal(scene.image[0] == 200, covered)
         # Object 3 lies wholly under object 8.
-        expected = [1, 2] + ([] if chosen[0] else [3]) + [l for l, c in zip((8, 9), chosen) if c]
+        expected = [1, 2] + ([] if chosen[0] else [3]) + [label for label, own in zip((8, 9), chosen) if own]
         assert labels.tolist() == expected
         assert not (scene.masks[:2] & covered).any()
         assert torch.equal(scene.boxes, boxes_of_masks(scene.masks))

@@ -46,7 +46,7 @@ def normalise(x, kind, weight, bias):
         mean, variance = x.mean(0), x.var(0)
         x = (x - mean) / np.sqrt(variance + 1e-5)
     else:
-        groups = math.gcd(32, len(x))
+        groups = math.gcd(32, len(x) // 8)
         parts = x.reshape(groups, -1)
         x = ((parts - parts.mean(1)[:, None]) / np.sqrt(parts.var(1) + 1e-5)[:, None]).reshape(x.shape)
     return x * weight[:, None, None] + bias[:, None, None]
@@ -112,7 +112,7 @@ def derive(state, features, *, num_layers, num_extra, norm, separable):
 def test_equals_a_plain_derivation(fields, first, sizes):
     spec = FeatureSpec(channels=(3, 5, 4), strides=(4, 8, 16))
     sizes = sizes or [(12, 9), (6, 5), (3, 3)]
-    neck = shaken(BiFPNConfig(channels=8, **{"num_extra_levels": 1, **fields}).build(spec=spec))
+    neck = shaken(BiFPNConfig(channels=16, **{"num_extra_levels": 1, **fields}).build(spec=spec))
     random = np.random.default_rng(3)
     maps = [random.normal(size=(2, channels, *size)) for channels, size in zip(spec.channels, sizes)]
     found = neck([torch.from_numpy(x) for x in maps])
@@ -169,6 +169,13 @@ def test_a_node_whose_weights_are_all_negative_gives_no_nan(spec, make_features)
     sum(x.square().sum() for x in pyramid).backward()
     assert all(x.isfinite().all() for x in pyramid)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in neck.parameters())
+
+
+def test_the_coarsest_level_may_be_a_single_cell(spec, make_features):
+    neck = BiFPN(spec=spec, channels=16, num_layers=1)
+    pyramid = neck([x[:1] for x in make_features(side=32)])
+    assert pyramid[-1].shape == (1, 16, 1, 1)
+    assert all(x.isfinite().all() for x in pyramid)
 
 
 def test_refusals(spec):
