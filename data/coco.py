@@ -8,7 +8,6 @@ Names and places are fields of CocoDataConfig; classes are read from the JSON. N
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 import pickle
@@ -188,12 +187,6 @@ class CocoDetection(Dataset):
 
     def __len__(self) -> int:
         return len(self.records)
-
-    def view(self, scale: float, flip: bool) -> CocoDetection:
-        """The same images for evaluation at another scale, or mirrored."""
-        other = copy.copy(self)
-        other.transform = FitTransform(self.image_size, self.evaluation, scale=scale, flip=flip)
-        return other
 
     def _check_semantic(self, records: Sequence[dict[str, Any]]) -> None:
         """Every image has its map; whether its values fit shows when it is read, or in `permafrost check-data`."""

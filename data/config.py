@@ -63,30 +63,19 @@ class MultiScaleConfig:
 
 @dataclass
 class EvaluationConfig:
-    """How images are resized in evaluation and prediction, and from how many views each is judged."""
+    """How images are resized in evaluation and prediction."""
 
     resize: Literal["square", "short_side"] = "square"
     """Into the square of data.image_size, padded to it; or by the shorter side, padded to whole multiples of 32."""
     short_side: int = 800
     max_side: int = 1333
     """The longer side is never above this."""
-    scales: tuple[float, ...] = (1.0,)
-    """Multi-scale testing: a view for each, as a factor of the size; what they find is merged."""
-    flip: bool = False
-    """Flip testing: each view a second time, mirrored."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.short_side <= self.max_side:
             raise DataError(
                 f"data.evaluation.short_side is {self.short_side}: give 1 to max_side ({self.max_side}) pixels"
             )
-        if not self.scales or min(self.scales) <= 0 or len(set(self.scales)) < len(self.scales):
-            raise DataError(f"data.evaluation.scales is {self.scales}: give different factors above 0, at least one")
-
-    @property
-    def views(self) -> list[tuple[float, bool]]:
-        """(scale, whether it is mirrored) of every view."""
-        return [(scale, flip) for scale in self.scales for flip in ((False, True) if self.flip else (False,))]
 
 
 @dataclass

@@ -142,17 +142,11 @@ class FitTransform:
     Args:
         image_size: Side S of the square, pixels.
         evaluation: Whether it is fitted into the square, or by which shorter side.
-        scale: Factor of those sizes.
-        flip: Whether it is mirrored.
     """
 
-    def __init__(
-        self, image_size: int, evaluation: EvaluationConfig | None = None, *, scale: float = 1.0, flip: bool = False
-    ) -> None:
+    def __init__(self, image_size: int, evaluation: EvaluationConfig | None = None) -> None:
         self.evaluation = evaluation or EvaluationConfig()
-        self.image_size = max(1, round(image_size * scale))
-        self.scale = scale
-        self.flip = flip
+        self.image_size = image_size
 
     def __call__(self, scene: Scene, generator: torch.Generator | None = None) -> NetworkInput:
         """Transform a scene; nothing is random."""
@@ -161,11 +155,9 @@ class FitTransform:
             size = _fitted_size(height, width, self.image_size)
             canvas = (self.image_size, self.image_size)
         else:
-            limits = (self.evaluation.short_side * self.scale, self.evaluation.max_side * self.scale)
-            size = _short_side_size(height, width, *limits)
+            size = _short_side_size(height, width, self.evaluation.short_side, self.evaluation.max_side)
             canvas = _whole(size)
-        scene = _resize(scene, size)
-        return _pad(_flip(scene) if self.flip else scene, canvas, min_box_side=0.0)
+        return _pad(_resize(scene, size), canvas, min_box_side=0.0)
 
 
 def _short_side_size(height: int, width: int, short: float, longest: float) -> tuple[int, int]:

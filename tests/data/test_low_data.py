@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from permafrost.data.coco import CocoDetection
 from permafrost.data.config import CocoDataConfig, EvaluationConfig, JitterConfig, MultiScaleConfig
 from permafrost.data.copy_paste import paste
 from permafrost.data.errors import DataError
@@ -60,8 +59,6 @@ def test_impossible_values_name_the_field(fields, message):
         (MultiScaleConfig, {"short_sides": ()}, "short_sides"),
         (MultiScaleConfig, {"short_sides": (800,), "max_side": 700}, "max_side"),
         (EvaluationConfig, {"short_side": 0}, "short_side is 0"),
-        (EvaluationConfig, {"scales": ()}, "scales"),
-        (EvaluationConfig, {"scales": (1.0, 1.0)}, "different factors"),
     ],
 )
 def test_impossible_resizing_is_refused(kind, fields, message):
@@ -103,21 +100,12 @@ def test_multi_scale_keeps_the_aspect_ratio_and_everything_in_sight(height, widt
     assert (sides, flips) == ({24, 36}, {False, True})
 
 
-def test_evaluation_by_the_shorter_side_at_scales_and_mirrored():
+def test_evaluation_by_the_shorter_side():
     scene = scene_of(30, 40)
-    evaluation = EvaluationConfig(resize="short_side", short_side=60, max_side=90, scales=(1.0, 0.5), flip=True)
-    assert evaluation.views == [(1.0, False), (1.0, True), (0.5, False), (0.5, True)]
+    evaluation = EvaluationConfig(resize="short_side", short_side=60, max_side=90)
     whole = FitTransform(1, evaluation)(scene)
     assert (whole.size, tuple(whole.image.shape[1:])) == ((60, 80), (64, 96))
-    half = FitTransform(1, evaluation, scale=0.5)(scene)
-    assert (half.size, tuple(half.image.shape[1:])) == ((30, 40), (32, 64))
     assert FitTransform(1, EvaluationConfig(resize="short_side", short_side=60, max_side=70))(scene).size == (52, 70)
-    mirrored = FitTransform(1, evaluation, flip=True)(scene)
-    assert torch.equal(mirrored.image[..., :60, :80], whole.image[..., :60, :80].flip(-1))
-    boxes = whole.boxes.clone()
-    boxes[:, [0, 2]] = 80 - boxes[:, [2, 0]]
-    assert torch.equal(mirrored.boxes, boxes)
-    assert FitTransform(64, EvaluationConfig(), scale=0.5)(scene).image.shape == (3, 32, 32)
 
 
 def test_images_of_different_sizes_become_one_batch(hand_made):
@@ -250,12 +238,3 @@ def test_copy_paste_is_a_function_of_the_key(hand_made):
             assert torch.equal(first.target.boxes, boxes_of_masks(first.target.masks))
             more += len(first.target.labels) - len(plain[key].target.labels)
     assert more > 0
-
-
-def test_views_share_the_records(hand_made):
-    dataset = hand_made.config().build_val()
-    assert isinstance(dataset, CocoDetection)
-    view = dataset.view(0.5, True)
-    assert view.records is dataset.records
-    assert view[SampleKey(0, 0, 0)].image.shape == (3, 32, 32)
-    assert dataset[SampleKey(0, 0, 0)].image.shape == (3, 64, 64)
