@@ -26,6 +26,6 @@ setup(
     package_dir={f"permafrost.{folder}": folder for folder in FOLDERS},
     package_data={
         "permafrost.model": ["pretrained/*.safetensors", "pretrained/*.json"],
-        "permafrost.configs": ["deepspeed/*.json", "accelerate/*.yaml", "hostfile.example"],
+        "permafrost.configs": ["*.json", "deepspeed/*.json", "accelerate/*.yaml", "hostfile.example"],
     },
 )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from permafrost.data.annotations import CocoFile, Finding, load_coco_file
-from permafrost.data.coco import locate
+from permafrost.data.coco import locate, semantic_maps
 from permafrost.data.config import CocoDataConfig
 from permafrost.data.errors import DataError
 from permafrost.data.images import ImageError, read_image
+from permafrost.data.semantic import SemanticMaps, read_map
 
 
 def check_coco(
@@ -47,7 +50,47 @@ def check_coco(
             findings.append(replace(finding, fatal=finding.fatal and not forgiven))
         limit = config.max_val_images if split == "val" else None
         findings.extend(_check_images(coco_file, folder, split == "val", limit, decode_images, on_progress))
+        try:
+            maps = semantic_maps(config) if split == "train" else None
+        except DataError as error:
+            findings.append(Finding("data.semantic", str(error)))
+            continue
+        if maps is not None and maps.folder is not None:
+            findings.extend(_check_maps(coco_file, maps, decode_images))
     return findings
+
+
+def count_kinds(findings: Sequence[Finding]) -> list[str]:
+    """How many findings there are of each kind, the most frequent first: "3 errors at FILE: annotations[].bbox"."""
+    kinds = Counter(
+        (("error" if finding.fatal else "warning") + "{}", re.sub(r"\[\d+\]", "[]", _kind(finding.path)))
+        for finding in findings
+    )
+    return [f"{n} {severity.format('s' if n > 1 else '')} at {where}" for (severity, where), n in kinds.most_common()]
+
+
+def _kind(path: str) -> str:
+    """The place in a JSON, or the folder of an image."""
+    return path if ": " in path else f"images in {Path(path).parent}"
+
+
+def _check_maps(coco_file: CocoFile, maps: SemanticMaps, decode_images: bool) -> list[Finding]:
+    """Findings about the semantic maps of the training images; a damaged one costs its image, a missing one the run."""
+    found = []
+    for image in coco_file.images:
+        name, size = image.get("file_name"), (image.get("height"), image.get("width"))
+        if not isinstance(name, str) or not name or not all(isinstance(side, int) for side in size):
+            continue
+        path = maps.path(name)
+        assert path is not None
+        if not path.is_file():
+            found.append(Finding(str(path), "there is no such semantic map"))
+        elif decode_images:
+            try:
+                read_map(path, size, maps.num_classes)
+            except ImageError as error:
+                found.append(Finding(str(path), str(error), fatal=False))
+    return found
 
 
 def _check_images(

@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import pkgutil
 import re
 import sys
@@ -25,6 +26,7 @@ import typing
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,6 +50,7 @@ class RecipeInfo:
         summary: first line of the docstring.
         data: the kind of data set and, where it has a folder, the folder.
         backbone: its name, and " (random)" where nothing pretrained is loaded.
+        trainable: its trainable parameters, where they are on record.
         metric: figures that the summary states, such as "45.0 box AP, 41.1 mask AP"; "" where it states none.
         error: why the recipe cannot be built, else None; data and backbone are "" then.
     """
@@ -58,6 +61,7 @@ class RecipeInfo:
     summary: str
     data: str = ""
     backbone: str = ""
+    trainable: int | None = None
     metric: str = ""
     error: str | None = None
 
@@ -145,11 +149,14 @@ def build_recipe(recipe: str | Recipe, kind: type = Experiment) -> Any:
 def list_recipes() -> list[RecipeInfo]:
     """Every shipped recipe, by module and then in the order of the file."""
     found = []
+    # Counting takes torch and seconds; a test holds the record to what is built.
+    counts = json.loads(files(CONFIGS).joinpath("trainable.json").read_text())
     for module_name in _config_modules():
         module = _import(f"{CONFIGS}.{module_name}", what=module_name)
         for function_name, function in _recipes_in(module).items():
             name = module_name if function_name == module_name else f"{module_name}:{function_name}"
             found.append(_describe(name, function))
+            found[-1].trainable = counts.get(name)
     return found
 
 

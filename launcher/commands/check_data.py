@@ -57,10 +57,12 @@ def run(argv: Sequence[str]) -> int:
     )
     experiment = parse_experiment(recipe, fields, description=description, command="check-data")
 
-    from permafrost.data.check import check_coco
+    from permafrost.data.check import check_coco, count_kinds
 
     findings = check_coco(experiment.data, decode_images=not options.quick, on_progress=progress_printer())
     fatal = [finding for finding in findings if finding.fatal]
+    for line in count_kinds(findings):
+        print(line)
     shown = sorted(findings, key=lambda finding: not finding.fatal)
     for finding in shown if options.all else shown[:LISTED]:
         print(f"{'error' if finding.fatal else 'warning'}: {finding}")

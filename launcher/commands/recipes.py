@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from permafrost.launcher.commands.arguments import parse
 from permafrost.launcher.recipes import RecipeInfo, list_recipes
 
-COLUMNS = ("recipe", "command", "data", "backbone", "result", "about")
+COLUMNS = ("recipe", "command", "data", "backbone", "trainable", "result", "about")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -32,7 +32,8 @@ def run(argv: Sequence[str]) -> int:
 
 def _row(info: RecipeInfo) -> tuple[str, ...]:
     about = f"cannot be built: {info.error}" if info.error else info.summary
-    return (info.name, info.command, info.data, info.backbone, info.metric, about)
+    trainable = "" if info.trainable is None else f"{info.trainable / 1e6:.2f} M"
+    return (info.name, info.command, info.data, info.backbone, trainable, info.metric, about)
 
 
 def _print_table(rows: list[tuple[str, ...]]) -> None:

@@ -153,9 +153,9 @@ def test_help_of_a_recipe_shows_every_field(here: Path, capsys: pytest.CaptureFi
 def test_recipes_lists_all(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     header, *rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert header == ["recipe", "command", "data", "backbone", "result", "about"]
+    assert header == ["recipe", "command", "data", "backbone", "trainable", "result", "about"]
     assert [row[0] for row in rows] == [info.name for info in list_recipes()]
-    assert [row[4] for row in rows if row[0] == "coco:swinv2_base_fpn"] == ["45.0 box AP, 41.1 mask AP"]
+    assert [row[4:6] for row in rows if row[0] == "coco:swinv2_base_fpn"] == [["20.40 M", "45.0 box AP, 41.1 mask AP"]]
 
 
 def test_recipes_on_a_terminal_is_a_table(here: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -1,0 +1,85 @@
+"""Each neck and head of the paper's detection on the built-in world `shapes`, for one CPU. Their results are not measured."""
+
+from __future__ import annotations
+
+from permafrost.configs.paper_parts import row
+from permafrost.configs.quickstart import quickstart
+from permafrost.heads.config import BiFPNConfig, MaskRCNNConfig, NeckConfig, ResidualFPNConfig
+from permafrost.heads.detection.config import CascadeConfig, HTCConfig, SemanticBranchConfig
+from permafrost.launcher.experiment import Experiment
+
+NUM_SHAPES = 8
+"""Classes of the built-in world."""
+
+
+def _shapes(name: str, *, kind: type[MaskRCNNConfig] = MaskRCNNConfig, neck: NeckConfig | None = None) -> Experiment:
+    """The quickstart with another head or neck."""
+    experiment = quickstart()
+    small = vars(experiment.heads["detection"].model)
+    return row(name, experiment, model=kind(**small), neck=neck)
+
+
+def fpn() -> Experiment:
+    """FPN, Mask R-CNN, on the built-in world `shapes`.
+
+        permafrost train detection_shapes:fpn
+
+    Hardware: one CPU core, as the quickstart.
+    """
+    return _shapes("shapes_fpn")
+
+
+def residual_fpn() -> Experiment:
+    """Residual FPN, Mask R-CNN, on the built-in world `shapes`.
+
+        permafrost train detection_shapes:residual_fpn
+
+    Hardware: one CPU core, as the quickstart.
+    """
+    return _shapes("shapes_residual_fpn", neck=ResidualFPNConfig(channels=64, num_extra_levels=0))
+
+
+def bifpn() -> Experiment:
+    """BiFPN, Mask R-CNN, on the built-in world `shapes`.
+
+        permafrost train detection_shapes:bifpn
+
+    Hardware: one CPU core, as the quickstart.
+    """
+    return _shapes("shapes_bifpn", neck=BiFPNConfig(channels=64, num_extra_levels=0))
+
+
+def cascade() -> Experiment:
+    """FPN, Cascade, on the built-in world `shapes`.
+
+        permafrost train detection_shapes:cascade
+
+    Hardware: one CPU core, as the quickstart.
+    """
+    return _shapes("shapes_cascade", kind=CascadeConfig)
+
+
+def bifpn_cascade() -> Experiment:
+    """BiFPN, Cascade, on the built-in world `shapes`.
+
+        permafrost train detection_shapes:bifpn_cascade
+
+    Hardware: one CPU core, as the quickstart.
+    """
+    return _shapes("shapes_bifpn_cascade", kind=CascadeConfig, neck=BiFPNConfig(channels=64, num_extra_levels=0))
+
+
+def htc() -> Experiment:
+    """BiFPN, HTC with a semantic branch, on the built-in world `shapes`.
+
+        permafrost train detection_shapes:htc
+
+    Hardware: one CPU core, as the quickstart.
+    """
+    experiment = _shapes("shapes_htc", kind=HTCConfig, neck=BiFPNConfig(channels=64, num_extra_levels=0))
+    model = experiment.heads["detection"].model
+    model.box.class_agnostic = True
+    model.semantic = SemanticBranchConfig(num_classes=NUM_SHAPES + 1, num_convs=2)
+    experiment.data.semantic_classes = NUM_SHAPES + 1
+    experiment.data.semantic = "instances"
+    return experiment
