@@ -147,10 +147,34 @@ def evaluate_run(
             content = {"checkpoint": which, "steps": trained.steps, "num_images": len(dataset), "metrics": metrics}
             write_atomically(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
         say(metrics_table(metrics))
+        if classes := class_table(metrics):
+            say(f"\nAP of each class\n{classes}\n")
         say(f"written to {folder}: evaluation.json, {', '.join(f'results_{name}.json' for name in metrics)}")
         return metrics
     finally:
         world.close()
+
+
+def class_table(metrics: Metrics) -> str:
+    """A plain table of the AP of every class that occurs, the best boxes first; "" where there is none."""
+    blocks = []
+    for head, values in metrics.items():
+        found: dict[str, dict[str, float]] = {}
+        for tag, value in values.items():
+            kind, _, rest = tag.partition("/AP-")
+            if rest:
+                found.setdefault(rest, {})[KINDS.get(kind, kind)] = value
+        if not found:
+            continue
+        kinds = list(dict.fromkeys(kind for columns in found.values() for kind in columns))
+        rows = sorted(found.items(), key=lambda row: -row[1].get(kinds[0], 0.0))
+        width = max(map(len, (head, *found)))
+        lines = [f"{head.ljust(width)}  {'  '.join(kind.rjust(5) for kind in kinds)}"]
+        for name, columns in rows:
+            cells = (f"{columns[kind]:5.3f}" if kind in columns else " " * 5 for kind in kinds)
+            lines.append(f"{name.ljust(width)}  {'  '.join(cells)}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
 
 
 def metrics_table(metrics: Metrics) -> str:

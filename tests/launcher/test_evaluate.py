@@ -21,7 +21,7 @@ from permafrost.data.config import JitterConfig, ShapesDataConfig, ShapesWorld
 from permafrost.heads.config import FPNConfig
 from permafrost.launcher.checkpoint import CheckpointWarning
 from permafrost.launcher.errors import CheckpointError, RunFolderError
-from permafrost.launcher.evaluate import evaluate_heads, evaluate_run, metrics_table
+from permafrost.launcher.evaluate import class_table, evaluate_heads, evaluate_run, metrics_table
 from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, ScheduleConfig
 from permafrost.launcher.mesh import World
 from permafrost.launcher.train import train
@@ -231,3 +231,13 @@ def test_the_table_has_a_row_for_boxes_and_masks_of_each_head() -> None:
         "one     mask  0.100       ",
         "second  box   1.000       ",
     ]
+
+
+def test_the_table_of_classes_has_each_that_occurs_the_best_first() -> None:
+    values = {"bbox/AP": 0.5, "bbox/AP-cat": 0.25, "segm/AP-cat": 0.5, "bbox/AP-a dog": 0.75, "bbox/AR100": 1.0}
+    assert class_table({"found": values, "other": {"bbox/AP": 0.0}}).splitlines() == [
+        "found    box   mask",
+        "a dog  0.750       ",
+        "cat    0.250  0.500",
+    ]
+    assert class_table({"other": {"bbox/AP": 0.0}}) == ""
