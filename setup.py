@@ -26,6 +26,7 @@ setup(
     package_dir={f"permafrost.{folder}": folder for folder in FOLDERS},
     package_data={
         "permafrost.model": ["pretrained/*.safetensors", "pretrained/*.json"],
+        "permafrost.model.kernels.window_attention": ["csrc/*"],
         "permafrost.configs": ["*.json", "deepspeed/*.json", "accelerate/*.yaml", "hostfile.example"],
     },
 )

@@ -88,9 +88,10 @@ def test_wheel_installs_every_module_and_nothing_else(source: Path, clean_prefix
     shipped = {
         path.name
         for path in (site / "permafrost").rglob("*")
-        if path.suffix in {".safetensors", ".json", ".yaml", ".example"}
+        if path.suffix in {".safetensors", ".json", ".yaml", ".example", ".cu", ".h"}
     }
-    assert {"swinv2_nano_glyphs.safetensors", "zero2.json", "single_node.yaml", "hostfile.example"} <= shipped
+    data = {"swinv2_nano_glyphs.safetensors", "zero2.json", "single_node.yaml", "hostfile.example"}
+    assert data | {"window_attention.cu", "warp.h", "geometry.h"} <= shipped
 
 
 def test_editable_install_imports_where_wheel_is_present(source: Path, clean_prefix: Path, tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def window_attention(
         qkv: (B, H, W, 3 * C), the projection of the tokens with its bias.
         qkv_bias: (3 * C,), the bias of that projection: what a padded token has.
         scale: (A,), or one number for all heads.
-        table: (A, (2 * window - 1) ** 2), the position bias of every offset.
+        table: (A, (2 * window - 1) ** 2), the position bias of every offset. With `cosine` between 0 and 16, as SwinV2's
+            16 * sigmoid(...) always is: kernels may take that for granted.
         window: Side of a window.
         shift: Cyclic shift of the windows.
         cosine: Whether q and k are scaled to length 1 (SwinV2), or not (Swin V1).
@@ -124,13 +125,16 @@ def _launcher(kernel: str):
     Raises:
         KernelError: If that fails.
     """
-    if kernel == "triton":
-        try:
+    try:
+        if kernel == "triton":
             from permafrost.model.kernels.window_attention.triton import window_attention_triton
-        except ImportError as error:
-            raise KernelError(f"The triton kernel of window attention cannot be had: {error}.") from error
-        return window_attention_triton
-    raise KernelError(f"The {kernel} kernel of window attention cannot be had: it does not exist.")
+
+            return window_attention_triton
+        from permafrost.model.kernels.window_attention.cuda import window_attention_cuda
+
+        return window_attention_cuda
+    except ImportError as error:
+        raise KernelError(f"The {kernel} kernel of window attention cannot be had: {error}.") from error
 
 
 def _check_arguments(qkv: Tensor, qkv_bias: Tensor, table: Tensor, window: int, shift: int) -> None:
