@@ -174,3 +174,32 @@ def test_one_step_and_one_evaluation_through_the_command_line(name: str, coco: P
     if name.startswith("low_data:"):
         share = build_recipe(RECIPES[name].function).data.train_share
         assert len(json.loads((tmp_path / "run" / "train_images.json").read_text())) == round(120 * share)
+
+
+@pytest.mark.parametrize("empty_images", [False, True])
+def test_bad_annotations_are_dropped_and_no_loss_is_nan(coco: Path, tmp_path: Path, empty_images: bool, capsys) -> None:
+    """Of 8 images: one without annotations, one all crowd, one with a polygon of 2 points, one with run lengths of the wrong
+    size, four sound; crops so deep that some images lose every object, and category ids with gaps."""
+    content = json.loads((coco / "annotations/instances_train2017.json").read_text())
+    content["images"] = content["images"][:8]
+    kept = [entry for entry in content["annotations"] if 1 < entry["image_id"] <= 8]
+    for entry in kept:
+        if entry["image_id"] == 2:
+            entry |= {"iscrowd": 1, "segmentation": {"size": [48, 64], "counts": [100, 500, 2472]}}
+        elif entry["image_id"] == 3:
+            entry["segmentation"] = [[4, 8, 28, 36]]
+        elif entry["image_id"] == 4:
+            entry["segmentation"] = {"size": [48, 64], "counts": [100, 500]}
+    (tmp_path / "bad.json").write_text(json.dumps({**content, "annotations": kept}))
+    flags = reduced(RECIPES["paper:table2_cascade"], coco)
+    flags += ["--data.train-annotations", str(tmp_path / "bad.json"), "--data.train-empty-images", str(empty_images)]
+    flags += ["--data.jitter.scale-range", "4.0", "8.0", "--loop.num-steps", "4", "--output", str(tmp_path / "run")]
+    assert main(["train", "paper:table2_cascade", *flags]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [value for line in lines for name, value in line.items() if name.startswith("detection/loss")]
+    assert len(losses) >= 4
+    assert np.isfinite(losses).all()
+    assert max(line.get("detection/skipped_steps", 0) for line in lines) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "4 annotations are left out as unusable" in out
+    assert f"{8 if empty_images else 4} training and 2 validation images" in out
