@@ -7,6 +7,8 @@ from typing import Any
 
 _EXPORTS = {
     "Batch": "types",
+    "ClipResult": "types",
+    "ClipTarget": "types",
     "CocoDataConfig": "config",
     "CocoDetection": "coco",
     "CocoEvaluator": "metrics.coco",

@@ -71,8 +71,8 @@ class Sample:
     """One image as a data set gives it.
 
     Attributes:
-        image: (3, H, W) uint8.
-        target: what is known about it; DetectionTarget for detection.
+        image: (3, H, W) uint8; a clip is (T, 3, H, W).
+        target: what is known about it; DetectionTarget for detection, ClipTarget for videos.
         key: where it stands in the stream.
         replaced: files that could not be read and in whose place this image stands: (path, reason).
     """
@@ -114,12 +114,59 @@ class DetectionResult:
 
 
 @dataclass
+class ClipTarget:
+    """What is known about one clip of a video.
+
+    Attributes:
+        video_id: position of the video in its data set's list.
+        view: which of the video's test views this clip is; 0 in training.
+        label: () int64 in 0..K-1.
+        is_readable: False for a clip that stands for a video which could not be decoded: it is not scored.
+    """
+
+    video_id: int
+    view: int
+    label: Tensor
+    is_readable: bool = True
+
+    def to(self, device: torch.device | str) -> ClipTarget:
+        """The same target with its label on `device`."""
+        return replace(self, label=self.label.to(device, non_blocking=True))
+
+    def pin_memory(self) -> ClipTarget:
+        """The same target with its label in page-locked memory."""
+        return replace(self, label=self.label.pin_memory())
+
+
+@dataclass
+class ClipResult:
+    """What a video head says about one clip.
+
+    Attributes:
+        video_id: see ClipTarget.
+        view: see ClipTarget.
+        scores: (K,) float32 probabilities.
+        is_readable: see ClipTarget.
+    """
+
+    video_id: int
+    view: int
+    scores: Tensor
+    is_readable: bool = True
+
+    def cpu(self) -> ClipResult:
+        """The same result with its scores in host memory."""
+        return replace(self, scores=self.scores.cpu())
+
+
+@dataclass
 class Batch:
     """One rank's share of a step.
 
     Attributes:
-        images: (B, 3, H, W) uint8, padded bottom and right to one size (with `transforms.PAD_COLOR`).
-        targets: one per image; DetectionTarget for detection.
+        images: (B, 3, H, W) uint8, padded bottom and right to one size (with `transforms.PAD_COLOR`); clips are
+            (B, T, 3, H, W).
+        targets: one per image or clip; DetectionTarget for detection, ClipTarget for videos.
         keys: one per image.
         replaced: files that could not be read and were replaced by a neighbour: (path, reason).
         is_padding: True for a batch that only keeps ranks in step during evaluation; its results are dropped.

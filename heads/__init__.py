@@ -13,9 +13,11 @@ _EXPORTS = {
     "BoxHeadConfig": "permafrost.heads.config",
     "CascadeConfig": "permafrost.heads.detection.config",
     "FPNConfig": "permafrost.heads.config",
+    "GlobalVideoConfig": "permafrost.heads.video.config",
     "HTCConfig": "permafrost.heads.detection.config",
     "Head": "permafrost.heads.base",
     "HeadError": "permafrost.heads.errors",
+    "LinearVideoConfig": "permafrost.heads.video.config",
     "LossCounts": "permafrost.heads.base",
     "MaskHeadConfig": "permafrost.heads.config",
     "MaskRCNN": "permafrost.heads.detection.mask_rcnn",
@@ -25,6 +27,7 @@ _EXPORTS = {
     "ResidualFPNConfig": "permafrost.heads.config",
     "SemanticBranchConfig": "permafrost.heads.detection.config",
     "SimplePyramidConfig": "permafrost.heads.config",
+    "TemporalVideoConfig": "permafrost.heads.video.config",
     "world_mean_counts": "permafrost.heads.base",
 }
 

@@ -1,0 +1,1 @@
+"""Heads that name what happens in a clip."""

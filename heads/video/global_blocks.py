@@ -1,0 +1,30 @@
+"""The global video head: attention over space and time at once."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from permafrost.heads.video.blocks import BlocksHead
+from permafrost.heads.video.config import GlobalVideoConfig
+from permafrost.model.spec import FeatureSpec
+
+
+class GlobalVideoHead(BlocksHead):
+    """Transformer blocks over all T x h x w tokens, average pool, one linear layer (the paper, Table 4).
+
+    Args:
+        spec: the backbone's maps.
+        num_classes: K.
+        config: blocks, codes, norm and dropout.
+    """
+
+    def __init__(self, *, spec: FeatureSpec, num_classes: int, config: GlobalVideoConfig) -> None:
+        super().__init__(spec=spec, num_classes=num_classes, config=config, axes=("frames", "rows", "columns"))
+
+    def fold(self, tokens: Tensor) -> Tensor:
+        """(B, T, L, D) to (B, 1, T * L, D)."""
+        return tokens.flatten(1, 2).unsqueeze(1)
+
+    def unfold(self, sequences: Tensor, num_frames: int) -> Tensor:
+        """(B, 1, T * L, D) to (B, T, L, D)."""
+        return sequences.squeeze(1).unflatten(1, (num_frames, -1))

@@ -1,0 +1,30 @@
+"""The temporal video head: what the frames' order adds, each cell by itself."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from permafrost.heads.video.blocks import BlocksHead
+from permafrost.heads.video.config import TemporalVideoConfig
+from permafrost.model.spec import FeatureSpec
+
+
+class TemporalVideoHead(BlocksHead):
+    """Transformer blocks over the T frames of each cell, average pool, one linear layer (the paper, Table 4).
+
+    Args:
+        spec: the backbone's maps.
+        num_classes: K.
+        config: blocks, codes, norm and dropout.
+    """
+
+    def __init__(self, *, spec: FeatureSpec, num_classes: int, config: TemporalVideoConfig) -> None:
+        super().__init__(spec=spec, num_classes=num_classes, config=config, axes=("frames",))
+
+    def fold(self, tokens: Tensor) -> Tensor:
+        """(B, T, L, D) to (B, L, T, D)."""
+        return tokens.transpose(1, 2)
+
+    def unfold(self, sequences: Tensor, num_frames: int) -> Tensor:
+        """(B, L, T, D) to (B, T, L, D)."""
+        return sequences.transpose(1, 2)
