@@ -13,7 +13,7 @@ from permafrost.heads.config import MaskRCNNConfig
 from permafrost.launcher.errors import RecipeError
 from permafrost.model.config import BackboneConfig, OffloadMode
 from permafrost.model.errors import BackboneError
-from permafrost.model.tensor_degree import check_tensor_degree
+from permafrost.model.tensor_degree import SPLIT_AND_COMPILED, check_tensor_degree
 
 
 @dataclass
@@ -206,6 +206,8 @@ class Experiment:
         if not self.backbone.frozen:
             self._check_fine_tuning()
         self._check_semantic()
+        if self.backbone.compile and self.mesh.tensor > 1:
+            raise RecipeError(f"backbone.compile is True and mesh.tensor is {self.mesh.tensor}: {SPLIT_AND_COMPILED}")
         try:
             check_tensor_degree(self.backbone.name, self.mesh.tensor)
         except BackboneError as error:

@@ -51,6 +51,9 @@ class BackboneConfig:
     """Layers of a timm/ model whose maps are given out, rising, from the end if negative: stages of a hierarchical model,
     blocks of a plain one; taps of one stride become one map, joined along the channels. None: the last of each stride
     from 4 up, so every stage, or the last block."""
+    compile: bool = False
+    """Runs the frozen forward through torch.compile: a program for each size of images, made when it first comes, which takes
+    up to minutes on a CPU. Needs a C++ compiler there, Triton on a GPU, and mesh.tensor 1."""
     frozen: bool = True
     """False trains all of the network with its one head. The fields below are for that, and mean nothing while frozen."""
     learning_rate_factor: float = 1.0
@@ -106,6 +109,10 @@ class BackboneConfig:
                 f"backbone.drop_path_rate is {self.drop_path_rate}: give a probability of at least 0 and below 1"
             )
         if not self.frozen:
+            if self.compile:
+                raise BackboneError(
+                    "backbone.compile is True, but backbone.frozen is False: only a frozen forward is compiled. Leave it out"
+                )
             if self.dtype not in ("auto", "float32", "float64"):
                 raise BackboneError(
                     f"backbone.dtype is {self.dtype!r}, but backbone.frozen is False: trained parameters are float32, or small "
@@ -149,7 +156,10 @@ class BackboneConfig:
         if self.frozen:
             from permafrost.model.frozen import load_backbone
 
-            return load_backbone(self.name, tensor_group=tensor_group, **common)
+            backbone = load_backbone(self.name, tensor_group=tensor_group, **common)
+            if self.compile:
+                backbone.compile_forward()
+            return backbone
         if tensor_group is not None:
             raise BackboneError("A network that is trained is not split over a tensor group: ZeRO 3 shards it.")
         from permafrost.model.trainable import load_trainable

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from permafrost.model.compiled import MAX_COMPILED_SIZES, CompiledNetwork
 from permafrost.model.errors import BackboneError, WeightsError
 from permafrost.model.formats import grouped
 from permafrost.model.precision import full_precision
@@ -190,6 +191,27 @@ class FrozenBackbone(Backbone):
             parameter.requires_grad = False
         network.fold()
         super().train(False)
+        self._compiled: CompiledNetwork | None = None
+
+    def compile_forward(self) -> None:
+        """Runs its forward through torch.compile from now on, with a program for each size of images.
+
+        It changes nothing else: parameters and their names stay, and copies and saved state know nothing of it.
+        """
+        self._compiled = CompiledNetwork(self.network)
+
+    @property
+    def stages(self) -> tuple[nn.Module, ...]:
+        """As of Backbone; none of a compiled forward, which gives all of its maps at its end."""
+        return () if self._compiled is not None else super().stages
+
+    def describe(self) -> dict[str, Any]:
+        """As of Backbone, and whether it is compiled."""
+        if self._compiled is None:
+            return super().describe()
+        return super().describe() | {
+            "compile": f"torch.compile, for each size of images when it first comes, up to {MAX_COMPILED_SIZES}"
+        }
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -205,8 +227,9 @@ class FrozenBackbone(Backbone):
             BackboneError: If shape, dtype or range of the images are others.
         """
         self._check_images(images)
+        compute = self.network if self._compiled is None else self._compiled
         with full_precision(self.device):
-            return self.network(self._normalise(images))
+            return compute(self._normalise(images))
 
     def train(self, mode: bool = True) -> FrozenBackbone:
         """Does nothing: a frozen network has no training mode."""

@@ -32,7 +32,7 @@ from permafrost.model.frozen import FrozenBackbone, Network
 from permafrost.model.precision import full_precision
 from permafrost.model.spec import FeatureSpec
 from permafrost.model.swin import SwinV2
-from permafrost.model.tensor_degree import SPLIT_STAGES, check_tensor_degree
+from permafrost.model.tensor_degree import SPLIT_AND_COMPILED, SPLIT_STAGES, check_tensor_degree
 from permafrost.model.weights import add_to_fingerprint
 
 _STAGES = "".join(map(str, SPLIT_STAGES))
@@ -240,6 +240,14 @@ class SplitBackbone(FrozenBackbone):
     def num_parameters(self) -> int:
         """Number of parameters of the whole network."""
         return self.network.num_whole_parameters
+
+    def compile_forward(self) -> None:
+        """Refuses.
+
+        Raises:
+            BackboneError: Always.
+        """
+        raise BackboneError(SPLIT_AND_COMPILED)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
