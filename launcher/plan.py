@@ -21,13 +21,11 @@ from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import EngineConfig, Experiment
 from permafrost.launcher.fine_tune import FineTuned
 from permafrost.launcher.mesh import World
-from permafrost.launcher.plan_backbone import BackbonePlan, plan_backbone, windows_of
+from permafrost.launcher.plan_backbone import BackbonePlan, degrees_of, plan_backbone, spec_of, windows_of
 from permafrost.launcher.plan_engines import EngineMemory, EnginePlan, Stage
 from permafrost.launcher.plan_fine_tune import TrainedPlan, build_trained, join_plans, plan_trained
 from permafrost.launcher.plan_head import HeadPlan, HeadRun, bytes_of_batch, plan_head
 from permafrost.model.config import OffloadMode
-from permafrost.model.spec import SWINV2_SIZES
-from permafrost.model.tensor_degree import possible_degrees
 
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 MANY_OBJECTS = 100
@@ -126,7 +124,7 @@ class Planner:
 
     Raises:
         LaunchError: The global batch, or the recipe's tensor groups, do not divide over the ranks.
-        RecipeError: The network's shapes are not known without its weights.
+        RecipeError: Plan cannot run the network.
     """
 
     experiment: Experiment
@@ -157,6 +155,10 @@ class Planner:
             )
         self._windows, notes = windows_of(self.experiment.backbone)
         self.notes += notes
+        if self.experiment.backbone.compile:
+            self.notes.append(
+                "backbone.compile is planned as if it were off: a compiled forward holds less at its peak"
+            )
         self._trained_backbones: dict[int, TrainedPlan] = {}
         self._backbones: dict[tuple[int, int], BackbonePlan] = {}
         self._heads: dict[tuple[str, int, OffloadMode], HeadPlan] = {}
@@ -179,7 +181,7 @@ class Planner:
         """Tensor degrees that divide both the network's heads and a node's GPUs; of a network that is trained only 1."""
         if not self.experiment.backbone.frozen:
             return [1]
-        degrees = possible_degrees(SWINV2_SIZES[self.experiment.backbone.name])
+        degrees = degrees_of(self.experiment.backbone)
         return [degree for degree in degrees if self.machines.gpus % degree == 0]
 
     def micro_batch(self, layout: Layout) -> int:
@@ -282,7 +284,7 @@ class Planner:
 
     @cached_property
     def _runs(self) -> dict[str, HeadRun]:
-        experiment, spec = self.experiment, SWINV2_SIZES[self.experiment.backbone.name].spec
+        experiment, spec = self.experiment, spec_of(self.experiment.backbone)
         assert self.num_classes is not None
         assert self.objects is not None
         heads = build_heads(experiment, spec, [str(index) for index in range(self.num_classes)])

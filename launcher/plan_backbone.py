@@ -11,13 +11,14 @@ from torch import Tensor
 
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.plan_trace import FusedAttention, Trace
-from permafrost.model import swin, swin_parts
+from permafrost.model import swin, swin_parts, swin_v1
 from permafrost.model.config import BackboneConfig
 from permafrost.model.errors import WeightsError
 from permafrost.model.fairscale_groups import TensorGroup
-from permafrost.model.frozen import IMAGENET_MEAN, IMAGENET_STD, FrozenBackbone, resident_dtype
+from permafrost.model.frozen import IMAGENET_MEAN, IMAGENET_STD, FrozenBackbone, Network, resident_dtype
 from permafrost.model.known_weights import find_public
-from permafrost.model.spec import SWINV2_SIZES
+from permafrost.model.spec import SWIN_V1_SIZES, SWINV2_SIZES, TIMM_PREFIX, FeatureSpec
+from permafrost.model.tensor_degree import possible_degrees
 from permafrost.model.tensor_parallel import SplitBackbone, SplitSwinV2
 from permafrost.model.weights import locate, read_weights
 from permafrost.model.windows import choose_windows
@@ -80,12 +81,20 @@ class BackbonePlan:
 
 
 def windows_of(config: BackboneConfig) -> tuple[dict[str, object], list[str]]:
-    """(window_size and extra_norm_interval for a SwinV2, notes): as the weights' file says, if it is here.
+    """(what build_network needs besides the config: a Swin's windows and extra norms, notes): as the weights' file says, if it
+    is here.
 
     Raises:
         WeightsError: The file contradicts the recipe.
     """
-    chosen = {"window_size": config.window_size, "extra_norm_interval": config.extra_norm_interval}
+    if config.name.startswith(TIMM_PREFIX):
+        return {}, []
+    is_v1 = config.name in SWIN_V1_SIZES
+    chosen: dict[str, object] = {
+        "window_size": config.window_size,
+        "pretrained_window_size": config.pretrained_window_size,
+        "extra_norm_interval": config.extra_norm_interval,
+    }
     is_random = config.weights == "random" or config.weights.startswith("random:")
     if is_random:
         return chosen, []
@@ -101,7 +110,7 @@ def windows_of(config: BackboneConfig) -> tuple[dict[str, object], list[str]]:
     if path is None or path.suffix != ".safetensors":
         # A .pth would have to be read whole for a window that only moves the numbers a little.
         if config.window_size is None:
-            default = SWINV2_SIZES[config.name].window_size
+            default = (SWIN_V1_SIZES if is_v1 else SWINV2_SIZES)[config.name].window_size
             return chosen, [
                 f"backbone.window_size is not given and {config.weights} was not read: windows of {default} are assumed"
             ]
@@ -112,21 +121,50 @@ def windows_of(config: BackboneConfig) -> tuple[dict[str, object], list[str]]:
         window_size=config.window_size,
         pretrained_window_size=config.pretrained_window_size,
         source=str(config.weights),
+        position_tables=is_v1,
     )
     chosen["window_size"] = windows.window_size
+    chosen["pretrained_window_size"] = windows.pretrained_window_size
     if config.extra_norm_interval is None:
         chosen["extra_norm_interval"] = checkpoint.metadata.get("extra_norm_interval")
     return chosen, []
 
 
-def require_known(config: BackboneConfig) -> None:
-    """Refuse a network whose shapes are not known without its weights.
+def build_network(config: BackboneConfig, options: dict[str, object]) -> Network:
+    """A network without memory for its weights.
+
+    Args:
+        config: Which network.
+        options: What windows_of returned.
 
     Raises:
-        RecipeError: With those that are.
+        BackboneError: timm has no such model, or it is none for a backbone.
     """
-    if config.name not in SWINV2_SIZES:
-        raise RecipeError(f"backbone.name is {config.name!r}: plan knows {', '.join(SWINV2_SIZES)}")
+    if config.name.startswith(TIMM_PREFIX):
+        # Only here: a Swin does without timm.
+        from permafrost.model.timm_backbone import TimmNetwork
+
+        return TimmNetwork(config.name, taps=config.taps).to(META)
+    with META:
+        if config.name in SWIN_V1_SIZES:
+            windows = {key: value for key, value in options.items() if key != "extra_norm_interval"}
+            return swin_v1.SwinV1(config.name, **windows)  # type: ignore[arg-type]
+        return swin.SwinV2(config.name, **options)  # type: ignore[arg-type]
+
+
+def spec_of(config: BackboneConfig) -> FeatureSpec:
+    """Channels and strides of a network's maps.
+
+    Raises:
+        BackboneError: As build_network.
+    """
+    sizes = SWINV2_SIZES | SWIN_V1_SIZES
+    return sizes[config.name].spec if config.name in sizes else build_network(config, {}).spec
+
+
+def degrees_of(config: BackboneConfig) -> list[int]:
+    """Tensor degrees that a network can be split by."""
+    return possible_degrees(SWINV2_SIZES[config.name]) if config.name in SWINV2_SIZES else [1]
 
 
 def clear_tables() -> None:
@@ -155,19 +193,24 @@ def plan_backbone(
         size: Their height and width.
 
     Raises:
-        RecipeError: It is none whose shapes are known without its weights.
+        BackboneError: As build_network.
+        RecipeError: A timm model cannot be run without numbers.
     """
-    require_known(config)
     # They are kept for good and belong to the plan, also when this process has met them before.
     clear_tables()
-    with META:
-        network = swin.SwinV2(config.name, **options)  # type: ignore[arg-type]
+    network = build_network(config, options)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     group = PlannedGroup(tensor)
     module: torch.nn.Module = network
     for name, parameter in network.named_parameters():
         parameter.data = parameter.data.to(resident_dtype(name, dtype))
+    for name, table in list(network.named_buffers()):
+        # As they are loaded: rotary frequencies stay float32.
+        if table.is_floating_point() and "rope" not in name.split("."):
+            owner, _, key = name.rpartition(".")
+            setattr(network.get_submodule(owner), key, table.to(dtype))
     if tensor > 1:
+        assert isinstance(network, swin.SwinV2)
         module = SplitSwinV2(network, group)
     kind = FrozenBackbone if tensor == 1 else SplitBackbone
     backbone = kind(module, mean=IMAGENET_MEAN, std=IMAGENET_STD, fingerprint="", choices={})  # type: ignore[arg-type]
@@ -178,7 +221,15 @@ def plan_backbone(
     trace.watch([images])
     with FusedAttention(trace), trace:
         # The first forward also makes the constants that are kept; the second is like all others.
-        backbone(images)
+        try:
+            backbone(images)
+        except Exception as error:  # Whatever a timm model does with numbers that are not there.
+            if not config.name.startswith(TIMM_PREFIX):
+                raise
+            raise RecipeError(
+                f"backbone.name is {config.name!r}: plan runs a network without numbers, which this model does not allow "
+                f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+            ) from error
         constants, flops = trace.live, trace.flops
         trace.take_peak()
         group.sent.clear()

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from permafrost.launcher.plan_backbone import META, clear_tables, require_known
+from permafrost.launcher.errors import RecipeError
+from permafrost.launcher.plan_backbone import build_network, clear_tables
 from permafrost.launcher.plan_head import HeadPlan
 from permafrost.launcher.plan_trace import FusedAttention, Trace
-from permafrost.model import swin
 from permafrost.model.config import BackboneConfig
 from permafrost.model.frozen import IMAGENET_MEAN, IMAGENET_STD
+from permafrost.model.spec import TIMM_PREFIX
 from permafrost.model.trainable import TrainableBackbone
 
 
@@ -56,11 +57,13 @@ def build_trained(config: BackboneConfig, options: dict[str, object]) -> Trainab
         options: What windows_of returned.
 
     Raises:
-        RecipeError: It is none whose shapes are known without its weights.
+        RecipeError: It is a timm model.
     """
-    require_known(config)
-    with META:
-        network = swin.SwinV2(config.name, **options)  # type: ignore[arg-type]
+    if config.name.startswith(TIMM_PREFIX):
+        raise RecipeError(
+            f"backbone.frozen is False and backbone.name {config.name!r}: plan knows Swins that learn only"
+        )
+    network = build_network(config, options)
     network.set_training(drop_path_rate=config.drop_path_rate, checkpoint_activations=config.checkpoint_activations)
     return TrainableBackbone(network, mean=IMAGENET_MEAN, std=IMAGENET_STD, fingerprint="", choices={})
 
@@ -85,7 +88,7 @@ def plan_trained(
         device_type: "cuda" or "cpu", where it will run.
 
     Raises:
-        RecipeError: It is none whose shapes are known without its weights.
+        RecipeError: It is a timm model.
     """
     network = build_trained(config, options).network.train()
     clear_tables()

@@ -193,7 +193,8 @@ def measure(world, recipe: str, kind: str, fields: list[str]) -> dict:
 def constants(backbone) -> Iterator[Tensor]:
     for module in backbone.modules():
         for kept in (getattr(module, "folded", None) or {}).values():
-            yield from kept
+            # The scale of a Swin V1 is a number.
+            yield from (one for one in kept if isinstance(one, Tensor))
 
 
 def main() -> None:

@@ -23,6 +23,8 @@ CASES = {
         "zero1": ("zero1", []),
         "zero3": ("zero3", []),
         "offloaded": ("accelerate", ["--engine.offload", "all", *ACCUMULATED]),
+        "swin v1": ("accelerate", ["--backbone.name", "swin_tiny"]),
+        "timm": ("accelerate", ["--backbone.name", "timm/convnextv2_atto"]),
         "trained": ("accelerate", TRAINED),
         "trained again": ("accelerate", [*TRAINED, "--backbone.checkpoint-activations", "True"]),
     },
