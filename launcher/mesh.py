@@ -131,6 +131,16 @@ class World:
 
         return join_tensor_group(tensor)
 
+    def groups_across_nodes(self, tensor: int) -> int:
+        """How many tensor groups have members on several nodes. Collective.
+
+        Args:
+            tensor: processes of a group, which are consecutive ranks.
+        """
+        # The first rank of a node stands for it.
+        nodes = self.broadcast_object(self.gather_objects(self.rank - self.local_rank))
+        return sum(len(set(nodes[first : first + tensor])) > 1 for first in range(0, self.world_size, tensor))
+
     def limit_collectives(self, timeout: float) -> None:
         """Give every process group that there is by now one time limit, those that libraries made for themselves too.
 

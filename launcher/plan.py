@@ -155,6 +155,12 @@ class Planner:
             )
         self._windows, notes = windows_of(self.experiment.backbone)
         self.notes += notes
+        if self._crosses_nodes(self.own.tensor):
+            self.notes.append(
+                f"mesh.tensor {self.own.tensor} with {self.machines.gpus} GPUs a node: tensor groups have ranks on several nodes, "
+                f"and their traffic is counted at {NETWORK_BANDWIDTH / 1e9:g} GB/s; a degree that divides "
+                f"{self.machines.gpus} stays in a node"
+            )
         if self.experiment.backbone.compile:
             self.notes.append(
                 "backbone.compile is planned as if it were off: a compiled forward holds less at its peak"
@@ -261,7 +267,7 @@ class Planner:
             host=sum(memory.host for memory in memories) + max(head.host_bytes for head, _, _ in heads) * accumulation,
             sent=sent,
             flops=flops,
-            seconds=flops / (self.machines.tflops * 1e12) + self._seconds_sending(sent),
+            seconds=flops / (self.machines.tflops * 1e12) + self._seconds_sending(sent, layout.tensor),
         )
 
     def fits(self, row: Row) -> bool:
@@ -382,11 +388,14 @@ class Planner:
         )
         return merged["zero_optimization"]
 
-    def _seconds_sending(self, sent: dict[str, int]) -> float:
+    def _crosses_nodes(self, tensor: int) -> bool:
+        """Whether some group of so many consecutive ranks has members on two nodes."""
+        return self.machines.nodes > 1 and self.machines.gpus % tensor != 0
+
+    def _seconds_sending(self, sent: dict[str, int], tensor: int) -> float:
         between = NODE_BANDWIDTH if self.machines.nodes == 1 else NETWORK_BANDWIDTH
-        return sum(
-            num_bytes / (NODE_BANDWIDTH if name.startswith("tensor") else between) for name, num_bytes in sent.items()
-        )
+        in_group = NETWORK_BANDWIDTH if self._crosses_nodes(tensor) else NODE_BANDWIDTH
+        return sum(num_bytes / (in_group if name.startswith("tensor") else between) for name, num_bytes in sent.items())
 
 
 def _head_peaks(head: HeadPlan, memory: EngineMemory, accumulation: int) -> tuple[int, int]:

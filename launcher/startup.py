@@ -38,11 +38,12 @@ def announce(
 ) -> None:
     """Print the start-up lines and append them to provenance.jsonl and TensorBoard.
 
-    Main rank only; others return at once.
+    Collective; the main rank prints and writes.
     """
+    groups_across_nodes = session.world.groups_across_nodes(session.experiment.mesh.tensor)
     if not session.world.is_main:
         return
-    facts = gather_facts(session, num_parameters, checkpoint, problems)
+    facts = gather_facts(session, num_parameters, checkpoint, problems, groups_across_nodes)
     lines = facts["lines"]
     for line in lines:
         session.monitor.say(line)
@@ -60,7 +61,11 @@ def announce(
 
 
 def gather_facts(
-    session: Session, num_parameters: dict[str, tuple[int, int]], checkpoint: Checkpoint | None, problems: list[str]
+    session: Session,
+    num_parameters: dict[str, tuple[int, int]],
+    checkpoint: Checkpoint | None,
+    problems: list[str],
+    groups_across_nodes: int,
 ) -> dict[str, Any]:
     """Everything that was chosen, as JSON values; `lines` is what a person reads of it."""
     experiment, world, parts = session.experiment, session.world, session.parts
@@ -110,6 +115,12 @@ def gather_facts(
         f"start        step {start}" + (f", resumed from {checkpoint.path}" if checkpoint else ", from scratch")
     )
     notes = [*parts.train_set.notes, *parts.val_set.notes]
+    if groups_across_nodes:
+        notes.append(
+            f"{groups_across_nodes} of {world.world_size // tensor} tensor groups have ranks on several nodes: every block of "
+            "the split stages waits for the network between them twice. Start a multiple of mesh.tensor "
+            f"({tensor}) processes on each node, or choose a smaller one"
+        )
     if world.device.type == "cuda" and world.world_size == 1 and torch.cuda.device_count() > 1:
         notes.append(
             f"1 of {torch.cuda.device_count()} GPUs is used; `torchrun --nproc-per-node {torch.cuda.device_count()} -m "
@@ -123,6 +134,7 @@ def gather_facts(
         "device": str(world.device),
         "world_size": world.world_size,
         "mesh": {"data": world.world_size // tensor, "tensor": tensor},
+        "tensor_groups_across_nodes": groups_across_nodes,
         "global_batch": loop.global_batch,
         "micro_batch": micro_batch,
         "accumulation": accumulation,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from permafrost.model.compiled import MAX_COMPILED_SIZES, CompiledNetwork
 from permafrost.model.errors import BackboneError, WeightsError
 from permafrost.model.formats import grouped
-from permafrost.model.precision import full_precision
+from permafrost.model.precision import check_dtype, full_precision
 from permafrost.model.spec import SWIN_V1_SIZES, TIMM_PREFIX, FeatureSpec, check_fields, check_name
 from permafrost.model.swin import SwinV2
 from permafrost.model.swin_v1 import SwinV1
@@ -335,6 +335,7 @@ def load_network(
         check_group(name, tensor_group)
     device = _usable_device(device)
     dtype, reason = _usable_dtype(dtype, device)
+    check_dtype(dtype, device)
 
     common = {"weights": weights, "prefix": prefix, "weights_key": weights_key, "dtype": dtype, "device": device}
     swin = {

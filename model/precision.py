@@ -1,4 +1,4 @@
-"""Where autocast must not reach: the network computes in its own dtype."""
+"""What a network computes in: where autocast must not reach, and what a device can do."""
 
 from __future__ import annotations
 
@@ -6,8 +6,34 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+
+from permafrost.model.errors import BackboneError
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """No autocast on this device, whatever surrounds; the meta device, on which only shapes are computed, has none."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Computes a little of everything that a network does.
+
+    Raises:
+        BackboneError: If the device cannot do that in this dtype, or only by emulating it.
+    """
+    name = str(dtype).removeprefix("torch.")
+    advice = "choose another dtype (backbone.dtype), float32 is everywhere"
+    if dtype == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise BackboneError(f"{torch.cuda.get_device_name(device)} has no {name} arithmetic: {advice}.")
+    try:
+        with torch.no_grad():
+            x = torch.ones(1, 4, 2, 2, device=device).to(dtype)
+            x = F.conv2d(x, x.expand(4, 4, 2, 2)).flatten(1)
+            x = F.layer_norm(F.gelu(F.linear(x, x.expand(4, 4))), (4,))[:, None, None]
+            F.scaled_dot_product_attention(x, x, x)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise BackboneError(f"The backbone cannot compute in {name} on {device} ({reason}): {advice}.") from error

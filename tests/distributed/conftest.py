@@ -93,16 +93,23 @@ def free_port() -> Callable[[], int]:
 
 @pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """run_ranks(script, num_ranks, arguments, timeout=...): the dict that rank 0 saved."""
+    """run_ranks(script, num_ranks, arguments, timeout=..., num_nodes=...): the dict that rank 0 saved.
 
-    def run(script: str, num_ranks: int, arguments: dict | None = None, *, timeout: float = 300.0) -> dict:
+    The nodes are as launchers number their processes; all are here.
+    """
+
+    def run(
+        script: str, num_ranks: int, arguments: dict | None = None, *, timeout: float = 300.0, num_nodes: int = 1
+    ) -> dict:
         result = tmp_path_factory.mktemp("ranks") / "result.pt"
         command = [sys.executable, str(HERE / script), json.dumps({**(arguments or {}), "result": str(result)})]
         environs = [make_clean_environment() for _ in range(num_ranks)]
         if num_ranks > 1:
             port = str(find_free_port())
             for rank, environ in enumerate(environs):
-                environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks))
+                on_node = num_ranks // num_nodes
+                environ.update(RANK=str(rank), LOCAL_RANK=str(rank % on_node), WORLD_SIZE=str(num_ranks))
+                environ.update(LOCAL_WORLD_SIZE=str(on_node))
                 environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         outcomes = run_processes([command] * num_ranks, environs, timeout)
         if any(code != 0 for code, _ in outcomes):

@@ -54,7 +54,8 @@ def outcome(run_ranks: Callable, tmp_path_factory: pytest.TempPathFactory) -> tu
             ],
         },
     )
-    four = run_ranks("train_worker.py", 4, {"runs": [run("mesh2x2", 2, num_steps=2), run("tensor4", 4, num_steps=2)]})
+    runs = [run("mesh2x2", 2, num_steps=2), run("tensor4", 4, num_steps=2)]
+    four = run_ranks("train_worker.py", 4, {"runs": runs}, num_nodes=2)
     return folder, {2: pair, 4: four}
 
 
@@ -135,3 +136,15 @@ def test_meshes_that_cannot_be_are_refused_on_every_rank(outcome: tuple[Path, di
     for own in wrong:
         assert own["error"].startswith("LaunchError: the recipe of rank 1 is not that of rank 0")
     assert not (folder / "tensor4_of_2").exists()
+
+
+def test_a_tensor_group_may_span_nodes_and_says_so(outcome) -> None:
+    """Two ranks on each of two nodes: degree 2 stays in a node, degree 4 does not; losses are compared above."""
+    folder, _ = outcome
+    across = {"tensor2": 0, "mesh2x2": 0, "tensor4": 1}
+    for name, number in across.items():
+        start = starts(folder / name)[-1]
+        assert start["tensor_groups_across_nodes"] == number
+        told = [note for note in start["notes"] if "on several nodes" in note]
+        assert len(told) == number
+    assert told[0].startswith("1 of 1 tensor groups have ranks on several nodes")

@@ -92,3 +92,17 @@ def test_a_swin_v1_that_learns_is_planned_and_a_timm_model_is_refused(capsys: py
 def test_a_compiled_forward_is_said_not_to_be_counted() -> None:
     planner = Planner(parse_experiment(RECIPE, ["--backbone.compile", "True"]), Machines(device_type="cpu"))
     assert any("backbone.compile" in note for note in planner.notes)
+
+
+def test_a_tensor_group_across_nodes_is_slower_and_said() -> None:
+    experiment = parse_experiment(RECIPE, ["--mesh.tensor", "4", "--loop.global-batch", "8"])
+    together = Planner(experiment, Machines(gpus=4, nodes=2))
+    apart = Planner(experiment, Machines(gpus=2, nodes=4))
+    assert not any("on several nodes" in note for note in together.notes)
+    assert any(
+        "mesh.tensor 4 with 2 GPUs a node: tensor groups have ranks on several nodes" in one for one in apart.notes
+    )
+    one, other = (planner.row(planner.own) for planner in (together, apart))
+    assert one.sent == other.sent
+    sent = sum(num_bytes for name, num_bytes in one.sent.items() if name.startswith("tensor"))
+    assert other.seconds - one.seconds == pytest.approx(sent * (1 / 40e9 - 1 / 300e9), rel=1e-6)

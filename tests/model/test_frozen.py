@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from permafrost.model import BackboneError, FrozenBackbone, load_backbone
+from permafrost.model.precision import check_dtype
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +188,14 @@ def test_on_cuda(images, relative_error) -> None:
     assert max(relative_error(f.cpu(), e) for f, e in zip(precise(images), expected, strict=True)) < 1e-3
     assert precise.fingerprint == backbone.fingerprint == load_backbone("swinv2_tiny", weights="random").fingerprint
     assert precise.checksum() == load_backbone("swinv2_tiny", weights="random").checksum()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_cpu_computes_in_every_dtype_that_a_recipe_can_choose(dtype: torch.dtype) -> None:
+    check_dtype(dtype, torch.device("cpu"))
+
+
+def test_a_dtype_that_the_device_lacks_is_told() -> None:
+    """A CPU stores eight-bit floats and has no arithmetic for them."""
+    with pytest.raises(BackboneError, match=r"cannot compute in float8_e4m3fn on cpu \(.*\): choose another dtype"):
+        check_dtype(torch.float8_e4m3fn, torch.device("cpu"))
