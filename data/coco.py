@@ -276,15 +276,17 @@ class CocoDetection(Dataset):
 
 
 class ReplacementTracker:
-    """Counts distinct unreadable training images in the main process, and stops the run when there are too many.
+    """Counts distinct unreadable training images (or videos) in the main process, and stops the run when there are too many.
 
     Args:
         num_images: Images of the data set.
         share: Largest share that is tolerated; MIN_TOLERATED images always are.
+        what: What the files are called in the message.
     """
 
-    def __init__(self, num_images: int, share: float) -> None:
+    def __init__(self, num_images: int, share: float, what: str = "images") -> None:
         self.num_images = num_images
+        self.what = what
         self.limit = max(MIN_TOLERATED, int(share * num_images))
         self.reasons: dict[str, str] = {}
 
@@ -310,7 +312,7 @@ class ReplacementTracker:
         if self.count > self.limit:
             shown = "\n".join(f"  {path}: {reason}" for path, reason in list(self.reasons.items())[:5])
             raise DataError(
-                f"{self.count} of {self.num_images} training images cannot be read, {self.limit} are tolerated "
+                f"{self.count} of {self.num_images} training {self.what} cannot be read, {self.limit} are tolerated "
                 f"(data.corrupt_share); the first:\n{shown}"
             )
         return new

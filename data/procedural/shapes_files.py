@@ -7,15 +7,10 @@ give equal bytes, however many processes render.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from permafrost.data.cache import cache_folder
-from permafrost.data.errors import DataError
 from permafrost.data.procedural.shapes import CLASSES, SPLITS, SceneObject, render_scene
+from permafrost.data.procedural.world_files import MANIFEST, default_folder, ensure_folder, run_parts
 
 if TYPE_CHECKING:
     from permafrost.data.config import ShapesWorld
@@ -72,7 +66,7 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
 
 def world_folder(world: ShapesWorld) -> Path:
     """The cache folder of a world; its name ends with a hash of the parameters."""
-    return cache_folder() / f"shapes-{hashlib.sha256(_manifest(world).encode()).hexdigest()[:12]}"
+    return default_folder("shapes", _manifest(world))
 
 
 def _manifest(world: ShapesWorld) -> str:
@@ -80,58 +74,18 @@ def _manifest(world: ShapesWorld) -> str:
 
 
 def ensure_world(world: ShapesWorld, folder: Path | None = None) -> Path:
-    """Write the world unless it is there already, and return its folder.
-
-    Files are written to a temporary folder that is renamed when complete, so an interrupted run leaves no half world
-    and processes that start together do not disturb one another: the first to finish wins, the others discard equal
-    bytes.
-
-    Args:
-        world: The world's parameters.
-        folder: Where it belongs; None is its place in the cache.
+    """Write the world unless it is there already, and return its folder; see `ensure_folder`.
 
     Raises:
         DataError: The folder holds something else, or cannot be written.
     """
-    folder = world_folder(world) if folder is None else folder
-    if _is_there(world, folder):
-        return folder
-    start = time.monotonic()
-    staging = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        write_world(world, staging)
-        staging.chmod(0o755)
-        try:
-            staging.rename(folder)
-        except OSError:
-            # Another process was faster: what it wrote is equal, unless the folder is somebody else's.
-            if not _is_there(world, folder):
-                raise
-            return folder
-    except OSError as error:
-        raise DataError(
-            f"cannot write the shapes world to {folder}: {error}. Set PERMAFROST_CACHE or data.root to another folder"
-        ) from error
-    finally:
-        if staging is not None and staging.exists():
-            shutil.rmtree(staging, ignore_errors=True)
-    num_images = world.num_train + world.num_val
-    print(f"wrote the shapes world: {num_images} images to {folder} in {time.monotonic() - start:.1f} s", flush=True)
-    return folder
-
-
-def _is_there(world: ShapesWorld, folder: Path) -> bool:
-    """Whether the folder holds this world; an empty or absent folder does not, any other content is refused."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    manifest = folder / "world.json"
-    found = manifest.read_text(encoding="utf-8") if manifest.is_file() else None
-    if found == _manifest(world):
-        return True
-    what = "a world of other parameters" if found else "something other than a shapes world"
-    raise DataError(f"{folder} holds {what}: name an empty data.root, or delete that folder to have it rendered anew")
+    return ensure_folder(
+        "shapes",
+        _manifest(world),
+        folder,
+        lambda staging: write_world(world, staging),
+        content=f"{world.num_train + world.num_val} images",
+    )
 
 
 def write_world(world: ShapesWorld, folder: Path, num_processes: int | None = None) -> None:
@@ -154,25 +108,14 @@ def write_world(world: ShapesWorld, folder: Path, num_processes: int | None = No
     for split in SPLITS:
         (folder / f"{split}2017").mkdir()
     parts = max(1, num_processes)
-    children = [_start_process(world, folder, part, parts) for part in range(1, parts)]
-    try:
-        rendered = [_render_part(world, folder, 0, parts)]
-        for child in children:
-            output, _ = child.communicate()
-            if child.returncode:
-                raise DataError(f"a process that renders the shapes world ended with {child.returncode}; see above")
-            rendered.append(json.loads(output))
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-            child.stdout.close()
+    job = {"world": asdict(world), "folder": str(folder)}
+    rendered = run_parts("shapes", __spec__.name, job, parts, lambda: _render_part(world, folder, 0, parts))
     for split in SPLITS:
         # Picture i is the (i // parts)-th of part i % parts.
         regions = [rendered[index % parts][split][index // parts] for index in range(counts[split])]
         path = folder / "annotations" / f"instances_{split}2017.json"
         path.write_text(json.dumps(_coco(world, split, regions), separators=(",", ":")), encoding="utf-8")
-    (folder / "world.json").write_text(_manifest(world), encoding="utf-8")
+    (folder / MANIFEST).write_text(_manifest(world), encoding="utf-8")
 
 
 def _coco(world: ShapesWorld, split: str, regions: list[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -212,17 +155,6 @@ def _render_part(world: ShapesWorld, folder: Path, part: int, parts: int) -> dic
             (folder / f"{split}2017" / _file_name(split, index)).write_bytes(buffer.getvalue())
             regions[split].append([_annotation(region, len(pixels)) for region in objects])
     return regions
-
-
-def _start_process(world: ShapesWorld, folder: Path, part: int, parts: int) -> subprocess.Popen[str]:
-    """A process that runs `_render_part`.
-
-    Its own command, not multiprocessing's: the caller may hold threads, which forbids a fork, and a spawned process
-    would run the user's script again where that has no main guard.
-    """
-    job = {"world": asdict(world), "folder": str(folder), "part": part, "parts": parts}
-    command = [sys.executable, "-m", __spec__.name, json.dumps(job)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
 
 
 def _main() -> None:

@@ -15,7 +15,7 @@ from pycocotools import mask as mask_api
 from permafrost.data.annotations import encode_segmentation, load_coco_file
 from permafrost.data.config import ShapesDataConfig, ShapesWorld
 from permafrost.data.errors import DataError
-from permafrost.data.procedural import shapes_files
+from permafrost.data.procedural import shapes_files, world_files
 from permafrost.data.procedural.shapes import CLASSES, TEXTURES, outline, render_scene, texture_field
 from permafrost.data.procedural.shapes_files import (
     CATEGORY_IDS,
@@ -56,14 +56,14 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, file_bytes):
 
 
 def test_a_rendering_process_that_dies_is_an_error(tmp_path, monkeypatch):
-    start = shapes_files._start_process
+    start = world_files._start_process
 
     def start_and_kill(*job):
         child = start(*job)
         child.kill()
         return child
 
-    monkeypatch.setattr(shapes_files, "_start_process", start_and_kill)
+    monkeypatch.setattr(world_files, "_start_process", start_and_kill)
     monkeypatch.setattr(shapes_files, "_IMAGES_PER_PROCESS", 4)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     with pytest.raises(DataError, match="renders the shapes world ended with -9"):
