@@ -1,0 +1,98 @@
+"""20 steps of a float64 Mask R-CNN on a float64 backbone, from images on, in one layout of the ranks this was started on.
+
+Where the first argument is no JSON but --write-golden, the losses of one process are written to golden_losses.json:
+
+    python tests/distributed/equality_worker.py --write-golden
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from common import arguments, save_result
+from mask_rcnn_worker import CONFIG, GLOBAL_BATCH, SIDE, image
+
+from permafrost.data.types import Batch, SampleKey
+from permafrost.heads.base import world_mean_counts
+from permafrost.launcher.engine import build_engine
+from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
+from permafrost.launcher.fine_tune import FineTuned, ImagesOn
+from permafrost.launcher.mesh import init_world
+from permafrost.model.config import BackboneConfig
+
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+NUM_STEPS = 20
+CLASSES = ("circle", "square", "star")
+# Of each step's four images, again and again: one rank without objects, none at all, many.
+NUM_BOXES = ((3, 1, 2, 4), (2, 1, 0, 0), (0, 0, 0, 0), (1, 3, 1, 2))
+
+
+def local_batch(rank: int, world_size: int, step: int) -> Batch:
+    """This rank's contiguous share of a step's images: noise, with a patch of another brightness where an object is."""
+    size = GLOBAL_BATCH // world_size
+    images, targets, keys = [], [], []
+    for index in range(rank * size, (rank + 1) * size):
+        key = SampleKey(11, step, index)
+        _, target = image(step, index, NUM_BOXES[step % len(NUM_BOXES)][index])
+        pixels = torch.randint(100, (3, SIDE, SIDE), dtype=torch.uint8, generator=key.generator("pixels"))
+        for mask in target.masks:
+            pixels[:, mask] += 100
+        images.append(pixels.clamp(max=255))
+        targets.append(target)
+        keys.append(key)
+    return Batch(torch.stack(images), targets, keys)
+
+
+def run(world, *, tensor: int = 1, frozen: bool = True, num_steps: int = NUM_STEPS) -> list[dict[str, float]]:
+    """Losses and gradient norm of every step."""
+    fields = {} if frozen else {"drop_path_rate": 0.2, "learning_rate_factor": 0.1}
+    config = BackboneConfig("swinv2_nano", "random", dtype="float64", frozen=frozen, **fields)
+    backbone = config.build(tensor_group=world.tensor_group(tensor))
+    torch.manual_seed(0)
+    head = CONFIG.build(spec=backbone.spec, classes=list(CLASSES)).double()
+    if not frozen:
+        head = FineTuned(backbone, head, learning_rate_factor=config.learning_rate_factor)
+        backbone = ImagesOn(backbone)
+    engine = build_engine(
+        head,
+        optimizer=OptimizerConfig(clip_norm=5.0),
+        engine=EngineConfig(kind="accelerate"),
+        world=world,
+        global_batch=GLOBAL_BATCH,
+        environ={},
+    )
+    engine.train()
+    steps = []
+    for step in range(num_steps):
+        batch = local_batch(world.rank, world.world_size, step)
+        losses = engine(backbone(batch.images), batch, world_mean_counts)
+        engine.backward(torch.stack(list(losses.values())).sum())
+        report = engine.step(1e-3)
+        assert not report.skipped
+        means = world.all_reduce_mean({name: loss.item() for name, loss in losses.items()})
+        steps.append({**means, "grad_norm": report.grad_norm})
+    return steps
+
+
+def main() -> None:
+    if "--write-golden" in sys.argv:
+        world = init_world("cpu")
+        content = {
+            "command": "python tests/distributed/equality_worker.py --write-golden",
+            "torch": torch.__version__,
+            **{name: run(world, frozen=name == "frozen") for name in ("frozen", "trained")},
+        }
+        GOLDEN.write_text(json.dumps(content, indent=1) + "\n")
+        return
+    options = arguments()
+    world = init_world("cpu", timeout=180)
+    results = {name: run(world, **layout) for name, layout in options["layouts"].items()}
+    save_result(world, options["result"], results)
+    world.close()
+
+
+if __name__ == "__main__":
+    main()

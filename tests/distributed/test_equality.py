@@ -1,0 +1,63 @@
+"""However a global batch is spread over processes, and whatever the backbone is split over: the same 20 steps, in float64.
+
+And the same losses as when they were committed. The engines whose masters are float32 (DeepSpeed) are compared in
+test_mask_rcnn.py (first step), test_engines.py (20 steps of a smooth head) and test_fine_tune.py.
+
+On a CPU every layout is deterministic, so the tolerance is of rounding alone: 1e-9 between layouts in float64. On CUDA some
+backward kernels (RoIAlign, bilinear interpolation, indexing) add in any order, in float32 or bfloat16: there the promise is
+a first-step loss within 1e-3 and nothing bitwise (tests/gpu).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+LAYOUTS = {
+    1: {"alone": {}, "trained": {"frozen": False}},
+    2: {"data2": {}, "tensor2": {"tensor": 2}, "trained2": {"frozen": False}},
+    4: {"mesh2x2": {"tensor": 2}},
+}
+LOSSES = {"loss_rpn_objectness", "loss_rpn_box", "loss_classifier", "loss_box", "loss_mask", "grad_norm"}
+GOLDEN = json.loads(Path(__file__).with_name("golden_losses.json").read_text())
+GOLDEN_STEPS = 10
+GOLDEN_TOLERANCE = 1e-6
+"""Another version of torch may add in another order, which 10 steps amplify; a change of the method is far above."""
+
+
+@pytest.fixture(scope="module")
+def steps(run_ranks) -> dict[str, list[dict[str, float]]]:
+    found: dict[str, list[dict[str, float]]] = {}
+    for ranks, layouts in LAYOUTS.items():
+        result = run_ranks("equality_worker.py", ranks, {"layouts": layouts})
+        found |= {name: result[name] for name in layouts}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("layout", "reference"),
+    [("data2", "alone"), ("tensor2", "alone"), ("mesh2x2", "alone"), ("trained2", "trained")],
+)
+def test_twenty_steps_are_the_same(steps: dict, layout: str, reference: str) -> None:
+    assert len(steps[layout]) == len(steps[reference]) == 20
+    for number, (found, expected) in enumerate(zip(steps[layout], steps[reference])):
+        assert found.keys() == expected.keys() == LOSSES
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12), f"step {number + 1}"
+        assert all(math.isfinite(value) for value in found.values())
+    # Steps without objects were among them, and steps with some.
+    assert steps[layout][2]["loss_mask"] == 0 < steps[layout][3]["loss_mask"]
+
+
+@pytest.mark.parametrize(("layout", "golden"), [("alone", "frozen"), ("trained", "trained")])
+def test_losses_are_those_that_were_committed(steps: dict, layout: str, golden: str) -> None:
+    """Regenerate with the command that golden_losses.json names, and say in the commit why they have changed."""
+    for number, (found, expected) in enumerate(zip(steps[layout][:GOLDEN_STEPS], GOLDEN[golden][:GOLDEN_STEPS])):
+        assert found == pytest.approx(expected, rel=GOLDEN_TOLERANCE, abs=1e-9), f"step {number + 1}"
+
+
+def test_a_changed_method_is_seen(steps: dict) -> None:
+    """Training the backbone as well changes losses from the second step on, far above both tolerances."""
+    assert steps["trained"][1]["loss_classifier"] != pytest.approx(steps["alone"][1]["loss_classifier"], rel=1e-3)
