@@ -17,9 +17,10 @@ from mask_rcnn_worker import CONFIG, GLOBAL_BATCH, SIDE, image
 
 from permafrost.data.types import Batch, SampleKey
 from permafrost.heads.base import world_mean_counts
-from permafrost.launcher.engine import build_engine
+from permafrost.launcher.engine import StepReport, build_engine, parameter_groups
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
 from permafrost.launcher.fine_tune import FineTuned, ImagesOn
+from permafrost.launcher.leave import run_and_leave
 from permafrost.launcher.mesh import init_world
 from permafrost.model.config import BackboneConfig
 
@@ -46,7 +47,43 @@ def local_batch(rank: int, world_size: int, step: int) -> Batch:
     return Batch(torch.stack(images), targets, keys)
 
 
-def run(world, *, tensor: int = 1, frozen: bool = True, num_steps: int = NUM_STEPS) -> list[dict[str, float]]:
+class PlainLoop:
+    """What every PyTorch user would write, with an engine's methods: backward, clip, torch's AdamW. No engine is in it."""
+
+    def __init__(self, head: torch.nn.Module, optimizer: OptimizerConfig) -> None:
+        self.head, self.clip_norm = head, optimizer.clip_norm
+        groups = parameter_groups(head, optimizer)
+        self.factors = [group.learning_rate_factor for group in groups]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": list(group.parameters.values()), "weight_decay": optimizer.weight_decay * group.decayed}
+                for group in groups
+            ],
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+        )
+
+    def __call__(self, *given) -> dict[str, torch.Tensor]:
+        return self.head(*given)
+
+    def train(self) -> None:
+        self.head.train()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+
+    def step(self, learning_rate: float) -> StepReport:
+        norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.clip_norm)
+        for group, factor in zip(self.optimizer.param_groups, self.factors):
+            group["lr"] = factor * learning_rate
+        self.optimizer.step()
+        return StepReport(grad_norm=norm.item(), skipped=False)
+
+
+def run(
+    world, *, tensor: int = 1, frozen: bool = True, plain: bool = False, num_steps: int = NUM_STEPS
+) -> list[dict[str, float]]:
     """Losses and gradient norm of every step."""
     fields = {} if frozen else {"drop_path_rate": 0.2, "learning_rate_factor": 0.1}
     config = BackboneConfig("swinv2_nano", "random", dtype="float64", frozen=frozen, **fields)
@@ -56,14 +93,17 @@ def run(world, *, tensor: int = 1, frozen: bool = True, num_steps: int = NUM_STE
     if not frozen:
         head = FineTuned(backbone, head, learning_rate_factor=config.learning_rate_factor)
         backbone = ImagesOn(backbone)
-    engine = build_engine(
-        head,
-        optimizer=OptimizerConfig(clip_norm=5.0),
-        engine=EngineConfig(kind="accelerate"),
-        world=world,
-        global_batch=GLOBAL_BATCH,
-        environ={},
-    )
+    optimizer = OptimizerConfig(clip_norm=5.0)
+    engine = PlainLoop(head, optimizer)
+    if not plain:
+        engine = build_engine(
+            head,
+            optimizer=optimizer,
+            engine=EngineConfig(kind="accelerate"),
+            world=world,
+            global_batch=GLOBAL_BATCH,
+            environ={},
+        )
     engine.train()
     steps = []
     for step in range(num_steps):
@@ -95,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -51,10 +51,9 @@ HTC = HTCConfig(
 )
 
 
-def make_head(config: MaskRCNNConfig, double: bool):
+def make_head(config: MaskRCNNConfig):
     torch.manual_seed(0)
-    head = config.build(spec=SPEC, classes=["circle", "square", "star"])
-    return head.double() if double else head
+    return config.build(spec=SPEC, classes=["circle", "square", "star"])
 
 
 def image(step: int, index: int, num_boxes: int) -> tuple[list[torch.Tensor], DetectionTarget]:
@@ -81,23 +80,19 @@ def image(step: int, index: int, num_boxes: int) -> tuple[list[torch.Tensor], De
     return maps, target
 
 
-def local_batch(world, step: int, num_boxes: tuple[int, ...], double: bool = False):
+def local_batch(world, step: int, num_boxes: tuple[int, ...]):
     """This rank's contiguous share of a step's images; `num_boxes` of each image of the global batch."""
     size = GLOBAL_BATCH // world.world_size
     chosen = range(world.rank * size, (world.rank + 1) * size)
     images = [image(step, index, num_boxes[index]) for index in chosen]
     features = tuple(torch.stack([maps[level] for maps, _ in images]) for level in range(len(SPEC.channels)))
-    if double:
-        features = tuple(level.double() for level in features)
     keys = [SampleKey(11, step, index) for index in chosen]
     return features, Batch(torch.zeros(size, 3, SIDE, SIDE, dtype=torch.uint8), [t for _, t in images], keys)
 
 
-def take_steps(
-    world, kind: str, steps: list[tuple[int, ...]], config: MaskRCNNConfig = CONFIG, double: bool = False
-) -> dict:
+def take_steps(world, kind: str, steps: list[tuple[int, ...]], config: MaskRCNNConfig = CONFIG) -> dict:
     engine = build_engine(
-        make_head(config, double),
+        make_head(config),
         optimizer=OptimizerConfig(),
         engine=EngineConfig() if kind == "accelerate" else EngineConfig(deepspeed_config=kind),
         world=world,
@@ -106,7 +101,7 @@ def take_steps(
     engine.train()
     result = {"steps": []}
     for step, num_boxes in enumerate(steps):
-        features, batch = local_batch(world, step, num_boxes, double)
+        features, batch = local_batch(world, step, num_boxes)
         losses = engine(features, batch, world_mean_counts)
         engine.backward(sum(losses.values()))
         report = engine.step(1e-3)
@@ -118,7 +113,7 @@ def take_steps(
             result["exp_avg"] = engine.export_state().exp_avg
     engine.train(False)
     # Different numbers of detections on each rank, none on the last one: ZeRO 3 gathers parameters here.
-    features, batch = local_batch(world, 99, (2, 2, 2, 2), double)
+    features, batch = local_batch(world, 99, (2, 2, 2, 2))
     if world.rank == world.world_size - 1:
         last = engine.head.box if config is CONFIG else engine.head.boxes[-1]
         last.config = dataclasses.replace(last.config, score_threshold=0.999)
@@ -138,9 +133,7 @@ def main() -> None:
         )
         world.close()
         return
-    result = {kind: take_steps(world, kind, steps) for kind in KINDS}
-    result["float64"] = take_steps(world, "accelerate", [(3, 1, 2, 4)] * 20, double=True)
-    save_result(world, args["result"], result)
+    save_result(world, args["result"], {kind: take_steps(world, kind, steps) for kind in KINDS})
     world.close()
 
 

@@ -1,23 +1,29 @@
 """However a global batch is spread over processes, and whatever the backbone is split over: the same 20 steps, in float64.
 
-And the same losses as when they were committed. The engines whose masters are float32 (DeepSpeed) are compared in
-test_mask_rcnn.py (first step), test_engines.py (20 steps of a smooth head) and test_fine_tune.py.
+And the same losses as when they were committed. The yardstick is a plain PyTorch loop in one process; everything else goes
+through AccelerateEngine. The engines whose masters are float32 (DeepSpeed) are compared in test_mask_rcnn.py (first step),
+test_engines.py (20 steps of a smooth head) and test_fine_tune.py (both, with a backbone that learns).
 
-On a CPU every layout is deterministic, so the tolerance is of rounding alone: 1e-9 between layouts in float64. On CUDA some
-backward kernels (RoIAlign, bilinear interpolation, indexing) add in any order, in float32 or bfloat16: there the promise is
-a first-step loss within 1e-3 and nothing bitwise (tests/gpu).
+What is promised:
+
+- On a CPU every layout is deterministic and only rounding differs: 1e-9 between layouts in float64, over 20 steps; 1e-5 in
+  float32, for the first step's losses and gradients.
+- On CUDA some backward kernels (RoIAlign, bilinear interpolation, indexing) add in any order, so nothing is bitwise, not even the
+  same command twice. There the promise is the first step's loss: within 1e-3 of a CPU's in float32 and within 2e-2 in bfloat16
+  (test_gpu.py holds both, where there is a GPU). Later steps of detection amplify rounding and are not compared.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 LAYOUTS = {
-    1: {"alone": {}, "trained": {"frozen": False}},
+    1: {"plain": {"plain": True}, "alone": {}, "plain_trained": {"plain": True, "frozen": False}, "trained": {"frozen": False}},
     2: {"data2": {}, "tensor2": {"tensor": 2}, "trained2": {"frozen": False}},
     4: {"mesh2x2": {"tensor": 2}},
 }
@@ -28,20 +34,38 @@ GOLDEN_TOLERANCE = 1e-6
 """Another version of torch may add in another order, which 10 steps amplify; a change of the method is far above."""
 
 
+class Steps:
+    """Each layout's steps by its name; one launch per number of ranks, made when the first of its layouts is asked for."""
+
+    def __init__(self, run_ranks: Callable) -> None:
+        self.run_ranks = run_ranks
+        self.found: dict[str, list[dict[str, float]]] = {}
+
+    def __getitem__(self, layout: str) -> list[dict[str, float]]:
+        if layout not in self.found:
+            ((ranks, layouts),) = [(ranks, layouts) for ranks, layouts in LAYOUTS.items() if layout in layouts]
+            result = self.run_ranks("equality_worker.py", ranks, {"layouts": layouts})
+            self.found |= {name: result[name] for name in layouts}
+        return self.found[layout]
+
+
 @pytest.fixture(scope="module")
-def steps(run_ranks) -> dict[str, list[dict[str, float]]]:
-    found: dict[str, list[dict[str, float]]] = {}
-    for ranks, layouts in LAYOUTS.items():
-        result = run_ranks("equality_worker.py", ranks, {"layouts": layouts})
-        found |= {name: result[name] for name in layouts}
-    return found
+def steps(run_ranks: Callable) -> Steps:
+    return Steps(run_ranks)
 
 
 @pytest.mark.parametrize(
     ("layout", "reference"),
-    [("data2", "alone"), ("tensor2", "alone"), ("mesh2x2", "alone"), ("trained2", "trained")],
+    [
+        ("alone", "plain"),
+        ("data2", "plain"),
+        ("tensor2", "plain"),
+        pytest.param("mesh2x2", "plain", marks=pytest.mark.slow),
+        ("trained", "plain_trained"),
+        ("trained2", "plain_trained"),
+    ],
 )
-def test_twenty_steps_are_the_same(steps: dict, layout: str, reference: str) -> None:
+def test_twenty_steps_are_the_same(steps: Steps, layout: str, reference: str) -> None:
     assert len(steps[layout]) == len(steps[reference]) == 20
     for number, (found, expected) in enumerate(zip(steps[layout], steps[reference])):
         assert found.keys() == expected.keys() == LOSSES
@@ -52,12 +76,12 @@ def test_twenty_steps_are_the_same(steps: dict, layout: str, reference: str) -> 
 
 
 @pytest.mark.parametrize(("layout", "golden"), [("alone", "frozen"), ("trained", "trained")])
-def test_losses_are_those_that_were_committed(steps: dict, layout: str, golden: str) -> None:
+def test_losses_are_those_that_were_committed(steps: Steps, layout: str, golden: str) -> None:
     """Regenerate with the command that golden_losses.json names, and say in the commit why they have changed."""
     for number, (found, expected) in enumerate(zip(steps[layout][:GOLDEN_STEPS], GOLDEN[golden][:GOLDEN_STEPS])):
         assert found == pytest.approx(expected, rel=GOLDEN_TOLERANCE, abs=1e-9), f"step {number + 1}"
 
 
-def test_a_changed_method_is_seen(steps: dict) -> None:
+def test_a_changed_method_is_seen(steps: Steps) -> None:
     """Training the backbone as well changes losses from the second step on, far above both tolerances."""
     assert steps["trained"][1]["loss_classifier"] != pytest.approx(steps["alone"][1]["loss_classifier"], rel=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -13,8 +14,9 @@ import torch
 from common import arguments, save_result
 from torch import nn
 
+import permafrost.launcher.session as session
 import permafrost.launcher.train as loop
-from permafrost.data.config import JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.data.config import CocoDataConfig, JitterConfig, ShapesDataConfig, ShapesWorld
 from permafrost.data.types import DetectionResult
 from permafrost.heads.base import Head, world_mean_counts
 from permafrost.heads.config import (
@@ -104,6 +106,7 @@ def experiment(
     tensor: int = 1,
     root: str = "",
     backbone: dict | None = None,
+    coco: str = "",
     **fields,
 ) -> Experiment:
     configs = {"probe": ProbeConfig(bad=tuple(bad)), "detection": mask_rcnn()}
@@ -116,10 +119,15 @@ def experiment(
         "checkpoint_every": 3,
         "image_every": 0,
     }
+    data = ShapesDataConfig(root=root, image_size=64, world=world, jitter=JitterConfig(scale_range=(0.7, 1.3)))
+    if coco:
+        # As it is on disk: nothing is cropped away, images without objects are trained on.
+        as_is = JitterConfig(scale_range=(1.0, 1.0))
+        data = CocoDataConfig(root=coco, image_size=64, jitter=as_is, train_empty_images=True)
     return Experiment(
         name="ranks",
         backbone=BackboneConfig(name="swinv2_nano", weights="random", **(backbone or {})),
-        data=ShapesDataConfig(root=root, image_size=64, world=world, jitter=JitterConfig(scale_range=(0.7, 1.3))),
+        data=data,
         heads={name: head(configs[name]) for name in heads},
         loop=LoopConfig(**{**defaults, **fields}),
         engine=EngineConfig(**(engine or {})),
@@ -132,9 +140,13 @@ class Killed(BaseException):
     pass
 
 
-def run(kill_after: int | None = None, resume: str = "auto", **fields) -> dict:
-    """One run: its metrics, or the error it ended with on this rank."""
+def run(kill_after: int | None = None, resume: str = "auto", detections: str = "", **fields) -> dict:
+    """One run: its metrics, or the error it ended with on this rank. `detections` is a folder for those of its evaluations."""
     original, calls = loop.track_replaced, []
+    evaluate = session.evaluate_heads
+    if detections:
+        Path(detections).mkdir(parents=True, exist_ok=True)
+        session.evaluate_heads = functools.partial(evaluate, results_folder=Path(detections))
 
     def counted(*given):
         original(*given)
@@ -151,6 +163,7 @@ def run(kill_after: int | None = None, resume: str = "auto", **fields) -> dict:
         return {"killed": True}
     finally:
         loop.track_replaced = original
+        session.evaluate_heads = evaluate
 
 
 def main() -> None:

@@ -1,0 +1,166 @@
+"""What an engine costs: a step of the quickstart's head under DeepSpeedEngine and AccelerateEngine against a bare PyTorch loop.
+
+    python benchmarks/engine_overhead.py [--steps 40] [--recipe quickstart]
+
+One process, one head, the same features and targets for all: the bare loop is forward, backward, clipping by norm and torch's
+AdamW in two groups, and nothing else. Contestants take a step each in turn, in an order that rotates, so that whatever else
+the machine does hits all alike; the first steps are not counted. Losses must agree before a time is believed. Rows (median
+and quartiles in ms, ratio of the medians to the bare loop's, median of the per-round ratios) are appended to
+benchmarks/results/engine_overhead.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results" / "engine_overhead.csv"
+CONTESTANTS = ("bare", "accelerate", "zero1", "zero2", "zero3")
+WARM_UP = 4
+LEARNING_RATE = 1e-4
+SAME_LOSS = 1e-3
+
+
+def contestants(recipe: str) -> tuple[dict[str, Callable[[], float]], int]:
+    """What takes a step and returns its loss, by name; and the number of images of a step."""
+    from permafrost.heads.base import world_mean_counts
+    from permafrost.launcher.build import build_heads
+    from permafrost.launcher.cli import parse_experiment
+    from permafrost.launcher.engine import build_engine, parameter_groups
+    from permafrost.launcher.experiment import EngineConfig
+    from permafrost.launcher.mesh import init_world
+    from permafrost.launcher.plan_head import make_batch
+
+    experiment = parse_experiment(recipe, [])
+    ((name, config),) = experiment.heads.items()
+    world = init_world("auto")
+    images, side = experiment.loop.global_batch, experiment.data.image_size
+    classes = [str(index) for index in range(8)]
+    batch = make_batch(images, side, objects=8, num_classes=len(classes)).to(world.device)
+    batch.images.random_(0, 256)
+    backbone = experiment.backbone.build(world.device)
+    features = backbone(batch.images)
+
+    def new_head() -> torch.nn.Module:
+        return build_heads(experiment, backbone.spec, classes)[name]
+
+    def engine_step(kind: str) -> Callable[[], float]:
+        fields = {"kind": "accelerate"} if kind == "accelerate" else {"kind": "deepspeed", "zero_stage": int(kind[-1])}
+        engine = build_engine(
+            new_head(),
+            optimizer=config.optimizer,
+            engine=EngineConfig(precision="float32", **fields),
+            world=world,
+            global_batch=images,
+            environ={},
+        )
+        engine.train()
+
+        def step() -> float:
+            total = torch.stack(list(engine(features, batch, world_mean_counts).values())).sum()
+            engine.backward(total)
+            engine.step(LEARNING_RATE)
+            return total.item()
+
+        return step
+
+    bare = new_head().to(world.device).train()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": list(group.parameters.values()), "weight_decay": config.optimizer.weight_decay * group.decayed}
+            for group in parameter_groups(bare, config.optimizer)
+        ],
+        lr=LEARNING_RATE,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        fused=world.device.type == "cuda",
+        foreach=False,
+    )
+
+    def bare_step() -> float:
+        total = torch.stack(list(bare(features, batch, world_mean_counts).values())).sum()
+        optimizer.zero_grad()
+        total.backward()
+        if config.optimizer.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(bare.parameters(), config.optimizer.clip_norm, foreach=False)
+        optimizer.step()
+        return total.item()
+
+    # DeepSpeed sets a launcher's variables for a world of one; Accelerate's engine is built before.
+    steps = {"bare": bare_step, **{kind: engine_step(kind) for kind in CONTESTANTS[1:]}}
+    return steps, images
+
+
+def processor() -> str:
+    """The processor's or the GPU's own name."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--recipe", default="quickstart")
+    parser.add_argument("--note", default="", help="what else the machine did, for the row")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    steps, images = contestants(arguments.recipe)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for number in range(WARM_UP + arguments.steps):
+        losses = {}
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            start = time.perf_counter()
+            losses[name] = steps[name]()
+            if number >= WARM_UP:
+                times[name].append(1e3 * (time.perf_counter() - start))
+        if number < WARM_UP:
+            different = {name: loss for name, loss in losses.items() if abs(loss / losses["bare"] - 1) > SAME_LOSS}
+            assert not different, f"step {number + 1}: the bare loop's loss is {losses['bare']}, others': {different}"
+    bare = statistics.median(times["bare"])
+    rows = []
+    for name, own in times.items():
+        low, median, high = statistics.quantiles(own, n=4)
+        rows.append(
+            {
+                "date": datetime.date.today().isoformat(),
+                "processor": processor(),
+                "cores": len(os.sched_getaffinity(0)),
+                "torch": torch.__version__,
+                "recipe": arguments.recipe,
+                "images": images,
+                "engine": name,
+                "median_ms": round(median, 2),
+                "low_ms": round(low, 2),
+                "high_ms": round(high, 2),
+                "times_bare": round(median / bare, 4),
+                "median_of_ratios": round(statistics.median(a / b for a, b in zip(own, times["bare"])), 4),
+                "steps": len(own),
+                "load": round(os.getloadavg()[0], 1),
+                "note": arguments.note,
+            }
+        )
+        print(rows[-1], flush=True)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
