@@ -23,7 +23,12 @@ from pathlib import Path
 import pytest
 
 LAYOUTS = {
-    1: {"plain": {"plain": True}, "alone": {}, "plain_trained": {"plain": True, "frozen": False}, "trained": {"frozen": False}},
+    1: {
+        "plain": {"plain": True},
+        "alone": {},
+        "plain_trained": {"plain": True, "frozen": False},
+        "trained": {"frozen": False},
+    },
     2: {"data2": {}, "tensor2": {"tensor": 2}, "trained2": {"frozen": False}},
     4: {"mesh2x2": {"tensor": 2}},
 }

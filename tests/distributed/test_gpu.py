@@ -64,7 +64,9 @@ def train_on(
 ) -> Callable[..., Path]:
     """train_on(device, name, fields): a run folder, after torchrun on as many GPUs as divide the batch, or on one CPU rank."""
     offload = tmp_path / "offload.json"
-    offload.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": true}}}')
+    offload.write_text(
+        '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": true}}}'
+    )
 
     def train(device: str, name: str, fields: list[str]) -> Path:
         environ, num_ranks = clean_environment(), 1
@@ -126,5 +128,7 @@ def test_a_run_is_resumed(train_on: Callable[..., Path], case: str) -> None:
     assert [start["start_step"] for start in starts] == [0, MIDDLE]
     after = lines_of(run)
     assert [line["step"] for line in after] == list(range(1, NUM_STEPS + 1))
-    assert after[MIDDLE]["detection/loss"] == pytest.approx(before[MIDDLE]["detection/loss"], rel=TOLERANCES["bfloat16"])
+    assert after[MIDDLE]["detection/loss"] == pytest.approx(
+        before[MIDDLE]["detection/loss"], rel=TOLERANCES["bfloat16"]
+    )
     assert after[MIDDLE]["data/epoch"] == before[MIDDLE]["data/epoch"]
