@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from cases import Case, relative_error
+from deformable_cases import DeformableCase
 
 from permafrost.model.kernels.window_attention import window_attention
 from permafrost.model.kernels.window_attention.triton import window_attention_triton
@@ -42,7 +43,17 @@ def far_images(**fields) -> dict[str, float]:
     return {"error": relative_error(spread[1], case.expected()), "tolerance": case.tolerance()}
 
 
-JOBS = {one.__name__: one for one in (window_attention_case, far_images)}
+def deformable_case(**fields) -> dict[str, list[float]]:
+    """Errors of output and gradients against float64, of the kernel and of the reference in the same dtype."""
+    case = DeformableCase(**fields)
+    exact = case.gradients("reference", torch.float64)
+    return {
+        kernel: [relative_error(found, expected) for found, expected in zip(case.gradients(kernel), exact)]
+        for kernel in ("triton", "reference")
+    }
+
+
+JOBS = {one.__name__: one for one in (window_attention_case, far_images, deformable_case)}
 
 if __name__ == "__main__":
     for line in sys.stdin:
