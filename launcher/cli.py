@@ -22,6 +22,7 @@ COMMANDS = {
     "predict": ("RUN INPUT... --output DIR", "draw and list what a run finds in images"),
     "pretrain": ("RECIPE [--field value ...]", "train a backbone that others freeze"),
     "convert": ("IN OUT", "turn weights of any known format into sharded safetensors"),
+    "resize-videos": ("IN OUT [--short-side N]", "shrink a folder of videos once, before training on them"),
     "plan": ("RECIPE [--gpus N] [--gpu-memory GB]", "predict a recipe's memory, traffic and time"),
     "recipes": ("", "list the recipes that come with permafrost"),
     "check-data": ("RECIPE [--field value ...]", "look for faults in a recipe's data, draw training samples"),

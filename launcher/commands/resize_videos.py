@@ -1,0 +1,81 @@
+"""`permafrost resize-videos`: the offline step before training on videos."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from permafrost.launcher.commands.arguments import parse
+
+FAILURES = "failures.txt"
+SHOWN = 20
+PROGRESS_SECONDS = 10.0
+
+
+def run(argv: Sequence[str]) -> int:
+    """Resize; returns 0, with broken files listed."""
+    parser = argparse.ArgumentParser(
+        prog="permafrost resize-videos",
+        description="Write a copy of every video below IN with its shorter side at --short-side pixels to the same place below "
+        "OUT, as H.264 in MP4 without sound. Smaller videos are not enlarged. Run it again to go on after an interruption. "
+        f"Files that cannot be decoded are listed in OUT/{FAILURES}; copy annotation files yourself.",
+    )
+    parser.add_argument("input", metavar="IN", type=Path, help="a folder of videos; nothing in it is changed")
+    parser.add_argument("output", metavar="OUT", type=Path, help="another folder")
+    parser.add_argument("--short-side", type=_pixels, default=256, metavar="N", help="pixels (default: 256)")
+    parser.add_argument(
+        "--processes",
+        type=_count,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="videos at once (default: cores)",
+    )
+    parser.add_argument("--timeout", type=_count, default=600, metavar="S", help="seconds for one video (default: 600)")
+    options = parse(parser, argv)
+
+    from permafrost.data.video.resize import resize_folder
+
+    last = time.monotonic()
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_SECONDS:
+            last = time.monotonic()
+            print(f"{done} of {total} videos", flush=True)
+
+    result = resize_folder(
+        options.input,
+        options.output,
+        options.short_side,
+        num_processes=options.processes,
+        timeout=options.timeout,
+        on_progress=on_progress,
+    )
+    print(
+        f"{result.num_written} videos written, {result.num_present} were there already, {len(result.failures)} cannot be decoded"
+    )
+    if result.failures:
+        options.output.mkdir(parents=True, exist_ok=True)
+        listing = "".join(f"{path}: {reason}\n" for path, reason in result.failures)
+        (options.output / FAILURES).write_text(listing, encoding="utf-8")
+        for path, reason in result.failures[:SHOWN]:
+            print(f"  {path}: {reason}")
+        print(f"all of them: {options.output / FAILURES}")
+    return 0
+
+
+def _pixels(text: str) -> int:
+    """For argparse: an even number of pixels from 32."""
+    if not text.isdecimal() or int(text) < 32 or int(text) % 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a side: give an even number of pixels from 32")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    """For argparse: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
