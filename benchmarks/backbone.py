@@ -1,12 +1,14 @@
 """Time of the frozen SwinV2's forward: ours against timm and transformers, on the same weights, in the same process.
 
-    python benchmarks/backbone.py [--name swinv2_tiny] [--sides 256 512 1024] [--compile] [--repeats 7]
+    python benchmarks/backbone.py [--name swinv2_tiny] [--sides 256 512 1024] [--no-compile] [--repeats 7]
 
 The contestants run in turn, round after round, so that whatever else the machine does hits all of them; medians are compared. Each
 gives the four feature maps of one image, in float32 on a CPU and bfloat16 on a GPU. "products" is the floor: the matrix
 products (linear layers and attention) of our forward alone, replayed on tensors of the same shapes. The error of each is against our
-network in float64 (relative L2, the worst of the four maps). transformers has no bfloat16 or compiled contestant
-here. Rows are appended to benchmarks/results/backbone.csv.
+network in float64 (relative L2, the worst of the four maps). Ours and timm's also run compiled: ours as
+`backbone.compile` does it, timm's by torch.compile, both for one size at a time; "first_s" is what the first forward
+took, compiling included (less where torch's cache already has the program). Compiling takes minutes a size on a CPU.
+transformers has no compiled contestant here. Rows are appended to benchmarks/results/backbone.csv.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from permafrost.model import load_backbone
+from permafrost.model.compiled import CompiledNetwork
 from permafrost.model.spec import SWINV2_SIZES
 from permafrost.model.weights import read_weights
 
@@ -122,8 +125,8 @@ def contestants(
         "transformers": lambda x: theirs(x).feature_maps,
     }
     if compiled:
-        entries["permafrost compiled"] = torch.compile(ours)
-        entries["timm compiled"] = torch.compile(entries["timm"])
+        entries["permafrost compiled"] = CompiledNetwork(ours)
+        entries["timm compiled"] = torch.compile(entries["timm"], dynamic=False)
     image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     return entries, precise, image
 
@@ -141,7 +144,12 @@ def measure(name: str, side: int, device: torch.device, compiled: bool, repeats:
     entries, precise, image = contestants(name, side, device, compiled)
     expected = precise(image.double())
     image = image.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    errors = {key: relative_error(forward(image), expected) for key, forward in entries.items()}
+    errors, first = {}, {}
+    for key, forward in entries.items():
+        start = time.perf_counter()
+        maps = forward(image)
+        first[key] = round(time.perf_counter() - start, 1)
+        errors[key] = relative_error(maps, expected)
     products = Products()
     with products:
         entries["permafrost"](image)
@@ -175,6 +183,7 @@ def measure(name: str, side: int, device: torch.device, compiled: bool, repeats:
             "times_timm": round(medians["timm"] / median, 3),
             "error": f"{errors[key]:.2e}" if key in errors else "",
             "repeats": repeats,
+            "first_s": first.get(key, ""),
         }
         for key, median in medians.items()
     ]
@@ -188,7 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="swinv2_tiny", choices=("swinv2_tiny", "swinv2_small", "swinv2_base"))
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 512, 1024])
-    parser.add_argument("--compile", action="store_true", help="also the compiled ones: minutes on a CPU")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="the compiled ones too")
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -33,6 +33,20 @@ def from_timm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ("swinv2_tiny_window16_256", "swinv2_tiny", 16, (16, 16, 16, 8), 256),
         # Stage 4 of a model trained at 192 pixels had a window of 6: here the map has 8 and the coordinates stay.
         ("swinv2_base_window12to16_192to256", "swinv2_base", 16, (12, 12, 12, 6), 256),
+        ("swinv2_small_window8_256", "swinv2_small", 8, (8, 8, 8, 8), 256),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                ("swinv2_small_window16_256", "swinv2_small", 16, (16, 16, 16, 8), 256),
+                ("swinv2_base_window8_256", "swinv2_base", 8, (8, 8, 8, 8), 256),
+                ("swinv2_base_window16_256", "swinv2_base", 16, (16, 16, 16, 8), 256),
+                ("swinv2_base_window12_192", "swinv2_base", 12, (12, 12, 12, 6), 192),
+                ("swinv2_base_window12to24_192to384", "swinv2_base", 24, (12, 12, 12, 6), 384),
+                ("swinv2_large_window12_192", "swinv2_large", 12, (12, 12, 12, 6), 192),
+                ("swinv2_large_window12to16_192to256", "swinv2_large", 16, (12, 12, 12, 6), 256),
+                ("swinv2_large_window12to24_192to384", "swinv2_large", 24, (12, 12, 12, 6), 384),
+            )
+        ),
     ],
 )
 def test_equals_timm(randomise, relative_error, theirs, name, window, pretrained, side) -> None:
@@ -45,6 +59,12 @@ def test_equals_timm(randomise, relative_error, theirs, name, window, pretrained
         expected = reference.forward_intermediates(images, intermediates_only=True)
     errors = [relative_error(ours, other) for ours, other in zip(found, expected, strict=True)]
     assert max(errors) < 1e-5, errors
+
+
+def test_every_v2_of_timm_is_compared() -> None:
+    (parameters,) = [mark for mark in test_equals_timm.pytestmark if mark.name == "parametrize"]
+    compared = {getattr(row, "values", row)[0] for row in parameters.args[1]}
+    assert compared == {name for name in timm.list_models("swinv2_*") if not name.startswith("swinv2_cr_")}
 
 
 def test_equals_transformers(randomise, relative_error) -> None:
