@@ -83,7 +83,7 @@ def train_one_step(name: str, folder: Path, output: Path) -> None:
         "total_s": time.monotonic() - start,
     }
     for phase in ("build", "train"):
-        own[f"peak anonymous, {phase}"] = report[f"{phase}_peak_gib"] * GIB
+        own[f"peak anonymous above imports, {phase}"] = report[f"{phase}_peak_gib"] * GIB
     own["imports"] = base
     everyone = world.gather_objects(own)
     world.close()
