@@ -18,6 +18,7 @@ from typing import Any
 from permafrost.launcher import node_agent
 from permafrost.launcher.hostfile import Node
 
+THIS_MACHINE = "this machine"
 CONNECT_TIMEOUT = 15
 """Seconds for ssh to reach a node."""
 
@@ -71,7 +72,9 @@ class Agent:
         command = [python, "-u", "-c", _BOOTSTRAP, str(len(source))]
         if connect is not None:
             command = [*connect, f"exec {shlex.join(command)}"]
-        environment = {k: v for k, v in os.environ.items() if k != node_agent.LAUNCH_VARIABLE}
+        # A user who came by ssh has the address of another network in SSH_CONNECTION.
+        dropped = (node_agent.LAUNCH_VARIABLE, "SSH_CONNECTION")
+        environment = {k: v for k, v in os.environ.items() if k not in dropped}
         # Read only when the connection has ended: a file takes any amount meanwhile.
         errors = os.memfd_create("ssh")
         process = subprocess.Popen(
@@ -181,13 +184,14 @@ class Agents:
 
     @staticmethod
     def connect(nodes: Sequence[Node], config: Path | None) -> Agents:
-        """An agent on each node, through ssh."""
-        return Agents(Agent.start(node.name, ssh_command(node.name, config)) for node in nodes)
+        """An agent on each node, through ssh, and last one on this machine, for the programs that start the ranks."""
+        remote = [Agent.start(node.name, ssh_command(node.name, config)) for node in nodes]
+        return Agents([*remote, Agent.start(THIS_MACHINE, None)])
 
     @staticmethod
     def local() -> Agents:
         """The one agent of a launch on this machine alone."""
-        return Agents([Agent.start("this machine", None)])
+        return Agents([Agent.start(THIS_MACHINE, None)])
 
     def __enter__(self) -> Agents:
         return self

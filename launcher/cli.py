@@ -2,6 +2,7 @@
 
 Exit codes: 0 done; 1 the work itself failed (a head stopped by non-finite losses, a machine that `doctor` finds
     wanting); 2 a mistake in the command, recipe or input files, printed as `error: ...`; 130 interrupted.
+`launch` has some of its own, see the cluster module.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "train": ("RECIPE [--field value ...]", "train a recipe's heads on its frozen backbone"),
+    "launch": ("RECIPE [--hostfile FILE] [--field value ...]", "train on every GPU of one machine or many"),
     "evaluate": ("RUN", "score a run's heads on its validation split"),
     "predict": ("RUN INPUT... --output DIR", "draw and list what a run finds in images"),
     "pretrain": ("RECIPE [--field value ...]", "train a backbone that others freeze"),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from permafrost.launcher.errors import CheckpointError, LaunchError
+from permafrost.launcher.layout import micro_batch_size
 
 if TYPE_CHECKING:
     from permafrost.data.types import Batch
@@ -184,21 +185,6 @@ def build_engine(
     from permafrost.launcher.engines.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(head, optimizer=optimizer, engine=engine, world=world, micro_batch=size, environ=environ)
-
-
-def micro_batch_size(*, global_batch: int, world_size: int, accumulation: int) -> int:
-    """Images of one forward on one rank.
-
-    Raises:
-        LaunchError: the global batch does not divide.
-    """
-    size, rest = divmod(global_batch, world_size * accumulation)
-    if rest or not size:
-        raise LaunchError(
-            f"loop.global_batch {global_batch} does not divide over {world_size} process(es) x engine.accumulation "
-            f"{accumulation}: take a multiple of {world_size * accumulation}, or change either of the two"
-        )
-    return size
 
 
 def split_decay(head: nn.Module, no_decay: Sequence[str]) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

@@ -42,11 +42,12 @@ OWN = (
     "CUDA_VISIBLE_DEVICES",
     "PERMAFROST_LAUNCH_ID",
     "PERMAFROST_LAUNCH_NODE",
+    "PERMAFROST_LAUNCH_TAKEN",
 )
 """What a launcher sets for each rank, and nobody else may."""
 
 # Python itself needs them on the node before a rank can decode anything, so they alone meet its shell.
-BEFORE_PYTHON = ("PATH", "LD_LIBRARY_PATH")
+BEFORE_PYTHON = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 # Nothing in here means anything to a shell or to pdsh (which replaces %h, %n and %u).
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]*")
 
@@ -56,7 +57,7 @@ def forwarded(environ: Mapping[str, str], requests: Sequence[str]) -> dict[str, 
 
     Args:
         environ: the launcher's own.
-        requests: of --env, in order: NAME takes the launcher's value, NAME=VALUE gives one.
+        requests: of --export, in order: NAME takes the launcher's value, NAME=VALUE gives one.
 
     Raises:
         LaunchError: a request is no such thing, names a variable that is not set here, or one that launchers set.
@@ -70,16 +71,16 @@ def forwarded(environ: Mapping[str, str], requests: Sequence[str]) -> dict[str, 
 
 
 def requested(environ: Mapping[str, str], requests: Sequence[str]) -> dict[str, str]:
-    """What --env alone asks for; see `forwarded`."""
+    """What --export alone asks for; see `forwarded`."""
     found = {}
     for request in requests:
         name, equals, value = request.partition("=")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise LaunchError(f"--env {request!r}: {name!r} is not a variable's name: give NAME or NAME=VALUE")
+            raise LaunchError(f"--export {request!r}: {name!r} is not a variable's name: give NAME or NAME=VALUE")
         if name in OWN:
-            raise LaunchError(f"--env {name}: the launcher sets it for each rank, so it cannot be given")
+            raise LaunchError(f"--export {name}: the launcher sets it for each rank, so it cannot be given")
         if not equals and name not in environ:
-            raise LaunchError(f"--env {name}: it is not set here: export it, or give {name}=VALUE")
+            raise LaunchError(f"--export {name}: it is not set here: export it, or give {name}=VALUE")
         found[name] = value if equals else environ[name]
     return found
 

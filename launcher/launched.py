@@ -19,7 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from permafrost.launcher.errors import LaunchError
-from permafrost.launcher.node_agent import NODE_VARIABLE, process_state
+from permafrost.launcher.node_agent import LAUNCH_VARIABLE, NODE_VARIABLE, process_state
+
+TAKEN_VARIABLE = "PERMAFROST_LAUNCH_TAKEN"
 
 MAX_WORD = 100_000
 """Characters: Linux takes no argument above 128 KiB, and pdsh's command carries a little more than the word."""
@@ -80,9 +82,10 @@ def main(word: str) -> int:
     """Take on the environment, note the process, train, note the end. Returns the exit code."""
     assignment = decode(word)
     own = assignment.nodes[int(os.environ.get(NODE_VARIABLE, 0))]
-    wanted = {**os.environ, **assignment.environment, **own.environment}
     os.chdir(assignment.folder)
-    if wanted != dict(os.environ):
+    launch = os.environ.get(LAUNCH_VARIABLE, "")
+    if os.environ.get(TAKEN_VARIABLE) != launch:
+        wanted = {**os.environ, **assignment.environment, **own.environment, TAKEN_VARIABLE: launch}
         # Anew, since some variables (LD_LIBRARY_PATH, PYTHON*, OMP_*) are read when a program starts.
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
     # As with `python -m`, minus this module's own word.
@@ -120,4 +123,6 @@ def write_note(path: Path, code: int | None, error: str | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    from permafrost.launcher.leave import run_and_leave
+
+    run_and_leave(lambda: main(sys.argv[1]))

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from permafrost.launcher.errors import LaunchError
+from permafrost.launcher.layout import require_mesh
 
 if TYPE_CHECKING:
     from permafrost.model.fairscale_groups import TensorGroup
@@ -108,11 +109,7 @@ class World:
         Raises:
             LaunchError: naming the numbers that would fit.
         """
-        if self.world_size % tensor:
-            raise LaunchError(
-                f"mesh.tensor is {tensor} but there are {self.world_size} process(es), which do not divide into groups "
-                f"of {tensor}: start a multiple of {tensor}, or set mesh.tensor to 1"
-            )
+        require_mesh(world_size=self.world_size, tensor=tensor)
 
     def tensor_group(self, tensor: int) -> TensorGroup | None:
         """This process's tensor group, of consecutive ranks; None where nothing is to be split. Collective.

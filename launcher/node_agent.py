@@ -225,7 +225,7 @@ class Agent:
                 if network_is_there:
                     self._signal_ranks(signal.SIGTERM)
                     until = time.monotonic() + LAST_WORDS
-                    while self._ranks_alive() and time.monotonic() < until:
+                    while self._busy() and time.monotonic() < until:
                         time.sleep(0.2)
                 end_launch(self._watched["launch"], self._watched["node"])
             if self._folder is not None:
@@ -391,7 +391,11 @@ class Agent:
                 with contextlib.suppress(OSError):
                     os.kill(record["pid"], number)
 
-    def _ranks_alive(self) -> bool:
+    def _busy(self) -> bool:
+        """Whether what may end by itself has not: ranks here or, where none can be, the programs that started them."""
+        assert self._watched is not None
+        if not self._watched["has_ranks"]:
+            return bool(launch_processes(self._watched["launch"], self._watched["node"]))
         states = [(process_state(record["pid"]), record["started"]) for record in self._records()]
         return any(started == noted and state not in ("Z", "X") for (state, started), noted in states)
 

@@ -15,11 +15,12 @@ import torch
 
 from permafrost.data.config import ShapesDataConfig
 from permafrost.launcher.build import build_heads
-from permafrost.launcher.engine import choose_engine, micro_batch_size, parameter_groups, resolve_precision
+from permafrost.launcher.engine import choose_engine, parameter_groups, resolve_precision
 from permafrost.launcher.engines.deepspeed_json import merge_settings, read_settings
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import EngineConfig, Experiment
 from permafrost.launcher.fine_tune import FineTuned
+from permafrost.launcher.layout import micro_batch_size
 from permafrost.launcher.mesh import World
 from permafrost.launcher.plan_backbone import BackbonePlan, degrees_of, plan_backbone, spec_of, windows_of
 from permafrost.launcher.plan_engines import EngineMemory, EnginePlan, Stage

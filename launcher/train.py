@@ -22,9 +22,9 @@ from permafrost.heads.base import world_mean_counts
 from permafrost.launcher.build import build_parts, on_main
 from permafrost.launcher.checkpoint import load_newest
 from permafrost.launcher.counts import RecordedCounts
-from permafrost.launcher.engine import micro_batch_size
 from permafrost.launcher.errors import USER_ERRORS
 from permafrost.launcher.evaluate import Metrics, metrics_table
+from permafrost.launcher.layout import micro_batch_size
 from permafrost.launcher.mesh import init_world
 from permafrost.launcher.meters import memory_peaks
 from permafrost.launcher.monitor import Monitor

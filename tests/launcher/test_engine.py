@@ -14,13 +14,13 @@ from permafrost.launcher.engine import (
     HeadState,
     build_engine,
     choose_engine,
-    micro_batch_size,
     resolve_precision,
     split_decay,
 )
 from permafrost.launcher.engines.deepspeed_json import load_json, merge_settings, read_settings
 from permafrost.launcher.errors import CheckpointError, LaunchError
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
+from permafrost.launcher.layout import micro_batch_size
 from permafrost.launcher.mesh import World
 
 WORLD = World(0, 1, 0, torch.device("cpu"))

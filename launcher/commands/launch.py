@@ -1,0 +1,218 @@
+"""`permafrost launch`: a recipe on every GPU of this machine or, with a hostfile, of many."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from permafrost.launcher.cli import parse_experiment
+from permafrost.launcher.commands.arguments import add_device, add_resume, split_recipe
+from permafrost.launcher.errors import LaunchError
+
+EPILOG = """RECIPE and its fields are those of `permafrost train`; every rank gets them as they are given here.
+
+  permafrost launch coco:swinv2_base_fpn
+  permafrost launch coco:swinv2_base_fpn --hostfile hosts --dry-run
+  permafrost launch coco:swinv2_base_fpn --hostfile hosts --engine.kind deepspeed --export HF_TOKEN --max-restarts 3
+  permafrost launch coco:swinv2_base_fpn --slurm run.sbatch --num-nodes 4 --num-procs 8
+
+Without --hostfile: one process for each GPU that CUDA_VISIBLE_DEVICES leaves; 1 process where there is none, unless
+--num-procs says otherwise. With it: DeepSpeed's launcher starts `slots` processes on each node over pdsh and ssh, after
+each node was looked at: ssh, versions, source, GPUs or cores, ports, network, data, weights, room on its disks.
+
+When a rank dies, stops or is silent, or a node cannot be reached, or this program ends in whatever way, every process of
+the launch is ended on every node. Ctrl-C and SIGTERM are passed on to the ranks first.
+
+Exit codes: 0 every rank ended well and the run folder has its final.json; 1 training failed on a rank; 2 a mistake,
+nothing was trained; 3 a rank, a node or the network was lost; 128 + N stopped by signal N. Another code is the ranks' own."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Options of the command itself."""
+    parser = argparse.ArgumentParser(
+        prog="permafrost launch",
+        usage="permafrost launch RECIPE [--field.sub value ...] [--hostfile FILE] [options]",
+        description="Train a recipe on every GPU of this machine, or of the machines of a hostfile.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="one node a line, `node01 slots=8`; the first holds rank 0"
+    )
+    parser.add_argument(
+        "--num-procs", type=_count, metavar="N", help="processes on this machine (default: its GPUs, else 1)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="look at the nodes, say what would run, start nothing")
+    parser.add_argument(
+        "--export",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="hand this variable to every rank; may be repeated. NCCL_*, OMP_*, PERMAFROST_* and some others go unasked",
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=_number,
+        default=0,
+        metavar="N",
+        help="start again from the last checkpoint after a fault, up to N times (default 0)",
+    )
+    parser.add_argument(
+        "--patience",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long a node or rank may be silent, or stopped, before all are ended (default 60)",
+    )
+    parser.add_argument("--interface", metavar="NAME", help="network interface for messages between ranks")
+    parser.add_argument("--master-port", type=_port, default=0, metavar="PORT", help="where ranks meet (default: free)")
+    parser.add_argument("--ssh-config", type=Path, metavar="FILE", help="configuration for ssh instead of the user's")
+    parser.add_argument(
+        "--min-free",
+        type=_gibibytes,
+        default=1.0,
+        metavar="GIB",
+        help="room that the disks of run folder and cache must have (default 1)",
+    )
+    parser.add_argument(
+        "--slurm",
+        metavar="FILE",
+        help="write a batch script for sbatch instead (- is standard output); nothing is started",
+    )
+    parser.add_argument("--num-nodes", type=_count, metavar="N", help="nodes of the batch script (default 1)")
+    add_resume(parser)
+    add_device(parser)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Launch; returns the exit code, see `permafrost launch --help`.
+
+    Raises:
+        LaunchError: nothing was started.
+    """
+    options, recipe, fields = split_recipe(make_parser(), argv)
+    description = "Besides these fields: the options of `permafrost launch --help`."
+    experiment = parse_experiment(recipe, fields, description=description, command="launch")
+
+    from permafrost.launcher.cluster import Launch, run_launch
+    from permafrost.launcher.forwarding import forwarded
+    from permafrost.launcher.hostfile import read_hostfile
+
+    if options.hostfile is not None and options.num_procs is not None:
+        raise LaunchError(
+            "--num-procs is for one machine: with --hostfile, its slots say how many processes each node has"
+        )
+    if options.num_nodes is not None and options.slurm is None:
+        raise LaunchError("--num-nodes is for --slurm: without it, --hostfile names the nodes")
+    nodes = None if options.hostfile is None else read_hostfile(options.hostfile)
+    environment = forwarded(os.environ, options.export)
+    if options.slurm is not None:
+        return _write_script(options, experiment, recipe, fields)
+    if options.interface is not None and nodes is None:
+        raise LaunchError("--interface is for several nodes: without --hostfile, ranks meet inside this machine")
+    if options.ssh_config is not None and nodes is None:
+        raise LaunchError("--ssh-config is for several nodes: without --hostfile, ssh is not used")
+    launch = Launch(
+        recipe=recipe,
+        fields=fields,
+        resume=options.resume,
+        device=options.device,
+        nodes=nodes,
+        num_procs=options.num_procs,
+        environment=environment,
+        interface=options.interface,
+        master_port=options.master_port,
+        ssh_config=None if options.ssh_config is None else options.ssh_config.absolute(),
+        patience=options.patience,
+        max_restarts=options.max_restarts,
+        min_free=int(options.min_free * 2**30),
+        command=["permafrost", "launch", *argv],
+    )
+    if launch.ssh_config is not None and not launch.ssh_config.is_file():
+        raise LaunchError(f"--ssh-config {launch.ssh_config} is not a file")
+    return run_launch(launch, experiment, dry_run=options.dry_run)
+
+
+def _write_script(options: argparse.Namespace, experiment, recipe: str, fields: Sequence[str]) -> int:
+    from permafrost.launcher.forwarding import requested
+    from permafrost.launcher.layout import micro_batch_size, require_mesh
+    from permafrost.launcher.node_agent import num_gpus
+    from permafrost.launcher.run_folder import RunFolder
+    from permafrost.launcher.slurm import batch_script
+
+    if options.hostfile is not None:
+        raise LaunchError("--slurm and --hostfile exclude each other: Slurm chooses the nodes; give --num-nodes")
+    num_nodes = options.num_nodes or 1
+    num_procs = options.num_procs or num_gpus()
+    if not num_procs:
+        raise LaunchError("--slurm needs --num-procs N, the processes (GPUs) of each node: this machine shows no GPU")
+    world_size = num_nodes * num_procs
+    require_mesh(world_size=world_size, tensor=experiment.mesh.tensor)
+    micro_batch_size(
+        global_batch=experiment.loop.global_batch, world_size=world_size, accumulation=experiment.engine.accumulation
+    )
+    script = batch_script(
+        name=experiment.name,
+        arguments=[recipe, *fields, "--resume", options.resume, "--device", options.device],
+        exports=requested(os.environ, options.export),
+        output=os.path.abspath(RunFolder.of(experiment).path),
+        num_nodes=num_nodes,
+        num_procs=num_procs,
+        uses_gpus=options.device != "cpu",
+        max_restarts=options.max_restarts,
+    )
+    if options.slurm == "-":
+        sys.stdout.write(script)
+        return 0
+    try:
+        Path(options.slurm).write_text(script, errors="surrogateescape")
+    except OSError as error:
+        raise LaunchError(f"--slurm {options.slurm} cannot be written: {error.strerror or error}") from None
+    print(f"{options.slurm} is written; `sbatch {options.slurm}` submits it")
+    return 0
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number: give 0 or more")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if _number(text) < 1:
+        raise argparse.ArgumentTypeError("give 1 or more")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not 1 <= _number(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port: give 1 to 65535")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    value = _float(text)
+    # Reports come once a second.
+    if not 5 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: give 5 seconds or more")
+    return value
+
+
+def _gibibytes(text: str) -> float:
+    value = _float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: give 0 or more GiB")
+    return value
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
