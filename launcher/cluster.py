@@ -16,12 +16,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from permafrost.launcher.agents import THIS_MACHINE, Agents
 from permafrost.launcher.errors import LaunchError
 from permafrost.launcher.hostfile import Node
-from permafrost.launcher.launched import Assignment, NodeAssignment, encode
+from permafrost.launcher.launched import Assignment, encode
 from permafrost.launcher.layout import micro_batch_size, require_mesh
 from permafrost.launcher.preflight import ANSWER_TIMEOUT, Needs, Site, inspect, needs_of
 from permafrost.launcher.starters import (
@@ -143,16 +143,8 @@ def _start_once(launch: Launch, needs: Needs, signals: Signals, *, attempt: int,
         if dry_run:
             _say_commands(launch, needs, site, arguments)
             return Ending(DONE)
-        notes = _watch_everywhere(launch, needs, agents, number)
-        assignment = Assignment(
-            arguments=arguments,
-            command=launch.command,
-            folder=needs.folder,
-            # Of PYTHONPATH, DeepSpeed's launcher makes one of its own.
-            environment={"PYTHONPATH": "", **launch.environment},
-            nodes=[NodeAssignment(*pair) for pair in zip(notes, site.environments)],
-        )
-        word = encode(assignment)
+        word = _watch_everywhere(launch, needs, agents, number)
+        _assign(launch, needs, site, agents, arguments)
         starter: Starter
         if needs.is_remote:
             hostfile, environment = write_deepspeed_files(
@@ -171,8 +163,8 @@ def _start_once(launch: Launch, needs: Needs, signals: Signals, *, attempt: int,
         return Ending(ending.code, [*ending.reasons, *problems], ending.may_restart)
 
 
-def _watch_everywhere(launch: Launch, needs: Needs, agents: Agents, number: str) -> list[str]:
-    """Have every agent hold its node's end of the leash. Returns of each node the folder for its ranks' notes."""
+def _watch_everywhere(launch: Launch, needs: Needs, agents: Agents, number: str) -> str:
+    """Have every agent hold its node's end of the leash. Returns the word that tells ranks their node's folder."""
     beats = {
         str(rank): os.path.join(needs.output, "heartbeats", f"rank_{rank:05d}.json")
         for rank in range(sum(node.slots for node in needs.nodes))
@@ -182,11 +174,28 @@ def _watch_everywhere(launch: Launch, needs: Needs, agents: Agents, number: str)
     requests = {index: {**shared, "node": str(index), "has_ranks": True} for index in range(len(needs.nodes))}
     if needs.is_remote:
         requests[len(needs.nodes)] = {**shared, "node": FRONT, "has_ranks": False}
+    answers = _answers(agents, requests)
+    return encode([answers[index]["folder"] for index in range(len(needs.nodes))])
+
+
+def _assign(launch: Launch, needs: Needs, site: Site, agents: Agents, arguments: Sequence[str]) -> None:
+    """Tell every node's agent what its ranks are to do."""
+    requests = {}
+    for index, own in enumerate(site.environments):
+        # Of PYTHONPATH, DeepSpeed's launcher makes one of its own.
+        environment = {"PYTHONPATH": "", **launch.environment, **own}
+        assignment = Assignment(arguments, launch.command, needs.folder, environment)
+        requests[index] = {"do": "assign", "assignment": assignment.to_json()}
+    _answers(agents, requests)
+
+
+def _answers(agents: Agents, requests: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Of agents of which each must have one."""
     answers = agents.ask_all(requests, ANSWER_TIMEOUT)
     silent = [f"{agents[index].name}: {answer}" for index, answer in answers.items() if isinstance(answer, str)]
     if silent:
         raise LaunchError("nothing was started: " + "; ".join(silent))
-    return [answers[index]["folder"] for index in range(len(needs.nodes))]
+    return {index: answer for index, answer in answers.items() if not isinstance(answer, str)}
 
 
 def _this_machine(launch: Launch) -> Node:
@@ -203,8 +212,8 @@ def _this_machine(launch: Launch) -> Node:
 
 def _say_commands(launch: Launch, needs: Needs, site: Site, arguments: Sequence[str]) -> None:
     _say(f"would run on every rank, in {needs.folder}: permafrost train {shlex.join(arguments)}")
-    for name, value in sorted(launch.environment.items()):
-        _say(f"with {name}={shlex.quote(value)}")
+    # Their values may be secrets.
+    _say(f"with {', '.join(sorted(launch.environment))} as they are here or --export gives them")
     for node, own in zip(needs.nodes, site.environments):
         _say(f"on {node.name} with " + " ".join(f"{name}={shlex.quote(value)}" for name, value in own.items()))
     if needs.is_remote:

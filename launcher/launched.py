@@ -1,8 +1,9 @@
 """What a launcher starts once per rank: `python -m permafrost.launcher.launched WORD`.
 
-The word is the whole assignment (arguments, environment, folder) as base64 of JSON: letters, digits, `-`, `_` and `=`
-alone, so no shell, and no program that passes it on to one, can change a byte. It is decoded here, the environment is
-taken on, and `permafrost train` runs. How the rank ended is noted in a folder of the node that the launcher watches.
+The word names, for each node, a folder there, as base64: letters, digits, `-`, `_` and `=` alone, so no shell, and no
+program that passes it on to one, can change a byte. In the node's folder the launcher has left the assignment: arguments,
+environment and current folder, in a file that only the user can read, as variables may be secrets. The environment is
+taken on and `permafrost train` runs; how the rank ended is noted in the same folder, which the launcher watches.
 
 The standard library alone, until the rank's own work begins.
 """
@@ -17,80 +18,57 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from permafrost.launcher.errors import LaunchError
-from permafrost.launcher.node_agent import LAUNCH_VARIABLE, NODE_VARIABLE, process_state
+from permafrost.launcher.node_agent import ASSIGNMENT, LAUNCH_VARIABLE, NODE_VARIABLE, process_state
 
 TAKEN_VARIABLE = "PERMAFROST_LAUNCH_TAKEN"
-
-MAX_WORD = 100_000
-"""Characters: Linux takes no argument above 128 KiB, and pdsh's command carries a little more than the word."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What every rank of a launch is told.
+    """What the ranks of a node are told.
 
     Attributes:
         arguments: of `permafrost train`.
         command: how the user called the launcher, for the run folder.
         folder: current folder of every rank.
-        environment: variables that are set on every node.
-        nodes: of each node, by number: variables of its own and the folder for its ranks' notes.
+        environment: variables besides those that the launchers between set.
     """
 
     arguments: Sequence[str]
     command: Sequence[str]
     folder: str
     environment: Mapping[str, str]
-    nodes: Sequence[NodeAssignment]
+
+    def to_json(self) -> dict[str, Any]:
+        """For the node's agent. ASCII escapes keep what is no valid Unicode (an argument of arbitrary bytes) as it is."""
+        return asdict(self)
 
 
-@dataclass(frozen=True)
-class NodeAssignment:
-    """What the ranks of one node are told; see Assignment."""
-
-    notes: str
-    environment: Mapping[str, str]
+def encode(folders: Sequence[str]) -> str:
+    """One word for a command line, of a folder on each node."""
+    return base64.urlsafe_b64encode(zlib.compress(json.dumps(list(folders)).encode(), 9)).decode()
 
 
-def encode(assignment: Assignment) -> str:
-    """One word for a command line.
-
-    Raises:
-        LaunchError: it is too long for one.
-    """
-    # ASCII escapes keep what is no valid Unicode (an argument of arbitrary bytes) as it is.
-    text = json.dumps(asdict(assignment), ensure_ascii=True)
-    word = base64.urlsafe_b64encode(zlib.compress(text.encode(), 9)).decode()
-    if len(word) > MAX_WORD:
-        raise LaunchError(
-            f"arguments and environment take {len(word)} characters, compressed; at most {MAX_WORD} can be passed to "
-            "other nodes: put fields into a recipe of your own, or forward fewer variables"
-        )
-    return word
-
-
-def decode(word: str) -> Assignment:
-    """The assignment that `encode` made a word of."""
-    content = json.loads(zlib.decompress(base64.urlsafe_b64decode(word)))
-    nodes = [NodeAssignment(**node) for node in content.pop("nodes")]
-    return Assignment(**content, nodes=nodes)
+def decode(word: str) -> list[str]:
+    """The folders that `encode` made a word of."""
+    return json.loads(zlib.decompress(base64.urlsafe_b64decode(word)))
 
 
 def main(word: str) -> int:
     """Take on the environment, note the process, train, note the end. Returns the exit code."""
-    assignment = decode(word)
-    own = assignment.nodes[int(os.environ.get(NODE_VARIABLE, 0))]
+    own = Path(decode(word)[int(os.environ[NODE_VARIABLE])])
+    assignment = Assignment(**json.loads((own / ASSIGNMENT).read_text()))
     os.chdir(assignment.folder)
-    launch = os.environ.get(LAUNCH_VARIABLE, "")
+    launch = os.environ[LAUNCH_VARIABLE]
     if os.environ.get(TAKEN_VARIABLE) != launch:
-        wanted = {**os.environ, **assignment.environment, **own.environment, TAKEN_VARIABLE: launch}
         # Anew, since some variables (LD_LIBRARY_PATH, PYTHON*, OMP_*) are read when a program starts.
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
+        environment = {**os.environ, **assignment.environment, TAKEN_VARIABLE: launch}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     # As with `python -m`, minus this module's own word.
     sys.argv = list(assignment.command)
-    note = Path(own.notes) / f"rank_{int(os.environ['RANK']):05d}.json"
+    note = own / f"rank_{int(os.environ['RANK']):05d}.json"
     write_note(note, None, None)
     try:
         from permafrost.launcher import cli

@@ -33,6 +33,8 @@ MARK = "permafrost-agent:"
 """Begins every line for the launcher: a shell's start-up files may print lines of their own."""
 LAUNCH_VARIABLE = "PERMAFROST_LAUNCH_ID"
 NODE_VARIABLE = "PERMAFROST_LAUNCH_NODE"
+ASSIGNMENT = "assignment.json"
+"""What the ranks of this node are told, in the folder of their notes."""
 REPORT_EVERY = 1.0
 """Seconds between two reports while a launch is watched."""
 LAST_WORDS = 20.0
@@ -323,6 +325,15 @@ class Agent:
         self._patience, self._heard = request["patience"], time.monotonic()
         return {"folder": self._folder}
 
+    def do_assign(self, request: dict) -> dict:
+        """Leave the assignment for this node's ranks, for nobody else to read: variables may be secrets."""
+        assert self._folder is not None
+        path = os.path.join(self._folder, ASSIGNMENT)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(request["assignment"], file)
+        return {}
+
     def do_signal(self, request: dict) -> None:
         """Send a signal to the ranks, and to nothing that launched them."""
         self._signal_ranks(request["signal"])
@@ -362,7 +373,7 @@ class Agent:
     def _records(self) -> list[dict]:
         records = []
         for name in os.listdir(self._folder) if self._folder and os.path.isdir(self._folder) else []:
-            if name.endswith(".json"):
+            if name.startswith("rank_") and name.endswith(".json"):
                 with contextlib.suppress(OSError, ValueError), open(f"{self._folder}/{name}") as file:
                     records.append(json.load(file))
         return records
