@@ -93,7 +93,7 @@ def needs_of(experiment: Experiment, recipe: str) -> dict[str, Any]:
     paths: list[str] = []
     fills_cache = isinstance(experiment.data, ShapesDataConfig) and not experiment.data.root
     if not isinstance(experiment.data, ShapesDataConfig):
-        paths += [str(path) for pair in experiment.data.paths().values() for path in pair]
+        paths += [str(path) for pair in experiment.data.paths.values() for path in pair]
     weights = experiment.backbone.weights
     if os.path.exists(os.path.expanduser(weights)) or "/" in weights:
         paths.append(weights)
