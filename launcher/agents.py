@@ -143,6 +143,11 @@ class Agent:
         text = os.pread(self.errors, 4000, max(0, size - 4000)).decode(errors="replace").strip()
         return text.splitlines()[-1] if text else f"it ended with code {self.process.wait()}"
 
+    def abandon(self) -> None:
+        """Give up a connection that does not answer: at its other end the silence is heard, too."""
+        self.process.kill()
+        self.ended = True
+
     def close(self, *, limit: float = 5.0) -> None:
         """Let the agent go, and wait for it, but not for ever."""
         with contextlib.suppress(OSError):

@@ -99,10 +99,11 @@ class Supervisor:
                 return self._stop()
             if self._all_done(ranks):
                 return self._judge(self._settle(DRAIN))
-            lost = self._lost_nodes() + self._lost_ranks(ranks)
-            if lost:
+            # Without a node the others can only wait; without a rank they may say what they met with.
+            lost = self._lost_nodes()
+            if not lost and (lost := self._lost_ranks(ranks)):
                 self._settle()
-                # Others may have said meanwhile why they could not go on: the first fault stays the reason.
+            if lost:
                 return Ending(LOST, lost, may_restart=not self._has_final())
             if any(record["code"] for record in ranks.values()):
                 ranks = self._settle()
@@ -115,6 +116,9 @@ class Supervisor:
     def end(self) -> list[str]:
         """End every process of the launch on every node that answers. Returns what could not be ended, in words."""
         self._starter.end()
+        for agent in self._agents:
+            if time.monotonic() - agent.heard > self._patience:
+                agent.abandon()
         requests = {index: {"do": "kill"} for index, agent in enumerate(self._agents) if not agent.ended}
         answers = self._agents.ask_all(requests, KILL_LIMIT)
         problems = []

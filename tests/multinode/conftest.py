@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -259,16 +260,18 @@ class Cluster:
         return [int(line) for line in result.stdout.split()]
 
     def strays(self) -> dict[int, str]:
-        """Every process on login machine and nodes that is no sshd at rest: {number on this machine: command line}."""
-        at_rest = {process.pid for process in self._sshd.values()}
-        at_rest |= {int(pid) for process in self._sshd.values() for pid in children(process.pid)}
+        """Every process on login machine and nodes: {number on this machine: command line}.
+
+        sshd's own are the machine's: a session whose other end is gone lasts until TCP says so, with nothing in it.
+        """
         found = {}
         for name in ("login", *self.names):
             for pid in self.pids(name):
                 with contextlib.suppress(OSError):
                     status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-                    if pid not in at_rest and status not in ("Z", "X"):
-                        found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
+                    command = cmdline(pid).replace(b"\0", b" ").decode(errors="replace")
+                    if status not in ("Z", "X") and not re.match(r"sshd: |\S*/sshd |unshare .*sshd", command):
+                        found[pid] = command[:300]
         return found
 
     def assert_nothing_left(self, within: float) -> None:
