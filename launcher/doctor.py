@@ -257,7 +257,7 @@ def check_backends(probed: dict[str, Any]) -> list[Check]:
 def check_remote_shells() -> list[Check]:
     """ssh and pdsh, with which the deepspeed launcher starts other nodes."""
     ssh, pdsh = shutil.which("ssh"), shutil.which("pdsh")
-    needed = "needed for `deepspeed --hostfile` over several nodes"
+    needed = "needed for `permafrost launch --hostfile` and `deepspeed --hostfile`"
     return [
         Check("ssh", "ok", ssh)
         if ssh

@@ -122,10 +122,7 @@ def gather_facts(
             f"({tensor}) processes on each node, or choose a smaller one"
         )
     if world.device.type == "cuda" and world.world_size == 1 and torch.cuda.device_count() > 1:
-        notes.append(
-            f"1 of {torch.cuda.device_count()} GPUs is used; `torchrun --nproc-per-node {torch.cuda.device_count()} -m "
-            "permafrost.launcher.train RECIPE ...` uses all"
-        )
+        notes.append(f"1 of {torch.cuda.device_count()} GPUs is used; `permafrost launch RECIPE ...` uses all")
     return {
         "recipe": experiment.name,
         "start_step": start,

@@ -104,6 +104,8 @@ def run(argv: Sequence[str]) -> int:
     from permafrost.launcher.forwarding import forwarded
     from permafrost.launcher.hostfile import read_hostfile
 
+    if options.slurm is not None and options.hostfile is not None:
+        raise LaunchError("--slurm and --hostfile exclude each other: Slurm chooses the nodes; give --num-nodes")
     if options.hostfile is not None and options.num_procs is not None:
         raise LaunchError(
             "--num-procs is for one machine: with --hostfile, its slots say how many processes each node has"
@@ -146,8 +148,6 @@ def _write_script(options: argparse.Namespace, experiment, recipe: str, fields: 
     from permafrost.launcher.run_folder import RunFolder
     from permafrost.launcher.slurm import batch_script
 
-    if options.hostfile is not None:
-        raise LaunchError("--slurm and --hostfile exclude each other: Slurm chooses the nodes; give --num-nodes")
     num_nodes = options.num_nodes or 1
     num_procs = options.num_procs or num_gpus()
     if not num_procs:
