@@ -111,14 +111,17 @@ def seed_of(seed: int, purpose: str) -> int:
 
 
 def on_main(world: World, make: Callable[[], T]) -> T:
-    """What `make` returns on the main rank, on every rank; a user's mistake there is raised everywhere. Collective."""
+    """What `make` returns on the main rank, on every rank; a user's mistake there is raised everywhere. Collective.
+
+    It may take longer than the process group's timeout, see World.broadcast_object.
+    """
     outcome: tuple[str, Any] | None = None
     if world.is_main:
         try:
             outcome = ("value", make())
         except USER_ERRORS as error:
             outcome = ("error", error)
-    kind, content = world.broadcast_object(outcome)
+    kind, content = world.broadcast_object(outcome, patient=True)
     if kind == "error":
         raise content
     return content

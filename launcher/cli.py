@@ -77,7 +77,7 @@ def _run(argv: list[str]) -> int:
         print(f"error: there is no command {command!r}: {guess} Commands: {known}", file=sys.stderr)
         return USAGE_ERROR
 
-    from permafrost.launcher.errors import USER_ERRORS, TrainingStopped
+    from permafrost.launcher.errors import USER_ERRORS, RankLost, TrainingStopped
 
     try:
         module = importlib.import_module(f"permafrost.launcher.commands.{command.replace('-', '_')}")
@@ -88,6 +88,11 @@ def _run(argv: list[str]) -> int:
     except TrainingStopped as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
+    except RankLost as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # What would be tidied up from here on may wait for the lost rank.
+        os._exit(FAILED)
 
 
 def help_text() -> str:

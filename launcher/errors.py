@@ -30,6 +30,13 @@ class TrainingStopped(RuntimeError):
     """
 
 
+class RankLost(RuntimeError):
+    """Another rank died, stopped or hung, so this one cannot go on. Says which one, and what it was doing.
+
+    Not among USER_ERRORS: the command line prints it without a traceback, as the cause is elsewhere, and exits with 1.
+    """
+
+
 USER_ERRORS = (
     BackboneError,
     WeightsError,

@@ -147,6 +147,9 @@ class LoopConfig:
     num_workers: int = 4
     worker_timeout: float = 300.0
     """Seconds after which a silent data worker is an error; 0 waits for ever."""
+    process_group_timeout: float = 1800.0
+    """Seconds that a rank waits for another one before it gives up and the run ends. What one rank does while the others
+    wait for it (an evaluation's last part, a checkpoint) may take longer."""
     log_every: int = 50
     checkpoint_every: int = 5_000
     evaluate_every: int | None = None
@@ -171,6 +174,8 @@ class LoopConfig:
         for name in ("seed", "num_workers", "worker_timeout", "image_every"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"loop.{name} is {getattr(self, name)}: it cannot be negative")
+        if self.process_group_timeout <= 0:
+            raise RecipeError(f"loop.process_group_timeout is {self.process_group_timeout}: it must be above 0 seconds")
         if self.evaluate_every is not None and self.evaluate_every < 1:
             raise RecipeError(
                 f"loop.evaluate_every is {self.evaluate_every}: it must be at least 1, or None for the end only"

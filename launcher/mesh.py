@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 
+FOR_EVER = timedelta(days=365)
+"""The time limit of waits that something else ends."""
+
 
 @dataclass
 class World:
@@ -40,6 +43,7 @@ class World:
         local_rank: 0-based number of this process on its node.
         device: where this process computes.
         source: where the numbers came from, for the start-up lines.
+        watched: whether the ranks see each other's heartbeats; set on all of them at the same place, or on none.
     """
 
     rank: int
@@ -47,7 +51,9 @@ class World:
     local_rank: int
     device: torch.device
     source: str = "no launcher"
+    watched: bool = False
     _control_group: dist.ProcessGroup | None = field(default=None, repr=False)
+    _patient_group: dist.ProcessGroup | None = field(default=None, repr=False)
     _owns_process_group: bool = field(default=True, repr=False)
 
     @property
@@ -90,12 +96,19 @@ class World:
         dist.gather_object(value, gathered, dst=0, group=self._control_group)
         return gathered
 
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's picklable object, on every rank. Collective."""
+    def broadcast_object(self, value: Any, *, patient: bool = False) -> Any:
+        """Rank 0's picklable object, on every rank. Collective.
+
+        Args:
+            value: what rank 0 has to say; passed over elsewhere.
+            patient: rank 0 worked on it alone, for however long: where the ranks see each other's heartbeats, they end the
+                wait, not the process group's timeout.
+        """
         if self.world_size == 1:
             return value
         box = [value if self.is_main else None]
-        dist.broadcast_object_list(box, src=0, group=self._control_group)
+        group = self._patient_group if patient and self.watched else self._control_group
+        dist.broadcast_object_list(box, src=0, group=group)
         return box[0]
 
     def barrier(self) -> None:
@@ -148,10 +161,9 @@ class World:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
-        # Older torch has the same function under a private name.
-        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
         for group in list(dist.distributed_c10d._world.pg_map):
-            set_timeout(timedelta(seconds=timeout), group)
+            if group is not self._patient_group:
+                _set_timeout(group, timedelta(seconds=timeout))
 
     def close(self) -> None:
         """Take down the process group, if this world (or an engine on it) brought it up. Safe to call twice.
@@ -173,7 +185,11 @@ class World:
                 comm.destroy_process_group()
             else:
                 dist.destroy_process_group()
-        self._control_group = None
+        self._control_group = self._patient_group = None
+
+    def abandon(self) -> None:
+        """Leave the process group as it is: the other ranks are lost, and taking it down might wait for them."""
+        self._owns_process_group = False
 
 
 def init_world(device: str = "auto", backend: str | None = None, *, timeout: float = 1800.0) -> World:
@@ -206,11 +222,23 @@ def init_world(device: str = "auto", backend: str | None = None, *, timeout: flo
         # knows.
         backend = backend or ("nccl" if chosen.type == "cuda" else "gloo")
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=limit)
-    control_group = None
-    if world_size > 1 and dist.get_backend() == "nccl":
-        # Objects and a few floats go from memory to memory: the device is not synchronised for them.
-        control_group = dist.new_group(backend="gloo", timeout=limit)
-    return World(rank, world_size, local_rank, chosen, source, control_group, _owns_process_group=not joined)
+    control_group = patient_group = None
+    if world_size > 1:
+        patient_group = dist.new_group(backend="gloo", timeout=limit)
+        _set_timeout(patient_group, FOR_EVER)
+        if dist.get_backend() == "nccl":
+            # Objects and a few floats go from memory to memory: the device is not synchronised for them.
+            control_group = dist.new_group(backend="gloo", timeout=limit)
+    return World(
+        rank,
+        world_size,
+        local_rank,
+        chosen,
+        source,
+        _control_group=control_group,
+        _patient_group=patient_group,
+        _owns_process_group=not joined,
+    )
 
 
 def read_ranks(environ: MutableMapping[str, str]) -> tuple[int, int, int, str]:
@@ -330,6 +358,12 @@ def first_slurm_host(nodelist: str) -> str:
             f"SLURM_STEP_NODELIST is {nodelist!r}: expected a list of hosts such as gpu[03-05]; set MASTER_ADDR by hand"
         )
     return "".join(part or "" for part in match.groups())
+
+
+def _set_timeout(group: dist.ProcessGroup, limit: timedelta) -> None:
+    # Older torch has the same function under a private name.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    set_timeout(limit, group)
 
 
 def _complete_from_slurm(environ: MutableMapping[str, str]) -> None:

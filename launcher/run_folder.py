@@ -2,6 +2,7 @@
 
 - recipe.json: the resolved Experiment
 - provenance.jsonl: one line per start: versions, git commit, command, world, batch, learning rates, where it resumed
+- heartbeats/: one small file per rank, see the heartbeat module
 - metrics.jsonl, tensorboard/: one line, or point, per logged step
 - evaluations.jsonl: one line per evaluation; final.json: the last one, once the run has ended
 - checkpoints/step_00000100/; latest and best say which is the newest, and which the best of each head
@@ -14,6 +15,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,6 +50,7 @@ FREE_FIELDS = (
     "loop.keep_checkpoints",
     "loop.num_workers",
     "loop.worker_timeout",
+    "loop.process_group_timeout",
     "loop.evaluation_batch",
     # How the same global batch is spread over processes, and which engine steps it, changes rounding only: a run can
     # move to another machine. Precision is not among them.
@@ -77,6 +80,7 @@ class RunFolder:
         self.final = self.path / "final.json"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self.heartbeats = self.path / "heartbeats"
         self.latest = self.path / "latest"
         self.best = self.path / "best"
         self._lock: int | None = None
@@ -164,6 +168,7 @@ class RunFolder:
         self.recipe.unlink(missing_ok=True)
         # What is empty now was made by `prepare`; what is not stays.
         with contextlib.suppress(OSError):
+            shutil.rmtree(self.heartbeats, ignore_errors=True)
             self.checkpoints.rmdir()
             (self.path / ".lock").unlink(missing_ok=True)
             self.path.rmdir()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from permafrost.data.metrics.coco import STATISTICS
 from permafrost.launcher.build import TrainingParts, on_main
 from permafrost.launcher.checkpoint import Checkpoint, TrainingState, is_finite, save_checkpoint
-from permafrost.launcher.engine import Engine, build_engine
+from permafrost.launcher.engine import Engine, HeadState, build_engine
 from permafrost.launcher.errors import CheckpointError, RecipeError, TrainingStopped
 from permafrost.launcher.evaluate import Metrics, evaluate_heads, metrics_table
 from permafrost.launcher.meters import Stopwatch, Window
@@ -22,6 +22,7 @@ from permafrost.launcher.run_folder import write_atomically
 if TYPE_CHECKING:
     from permafrost.data.coco import ReplacementTracker
     from permafrost.launcher.experiment import Experiment, HeadExperiment
+    from permafrost.launcher.heartbeat import Heartbeat
     from permafrost.launcher.mesh import World
     from permafrost.launcher.monitor import Monitor
     from permafrost.launcher.run_folder import RunFolder
@@ -71,6 +72,7 @@ class Session:
     parts: TrainingParts
     tracker: ReplacementTracker
     stopwatch: Stopwatch
+    heartbeat: Heartbeat
     trainees: dict[str, Trainee] = field(default_factory=dict)
     stopped: dict[str, int] = field(default_factory=dict)
     best: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -98,6 +100,7 @@ def open_session(
     monitor: Monitor,
     parts: TrainingParts,
     checkpoint: Checkpoint | None,
+    heartbeat: Heartbeat,
 ) -> Session:
     """Give every head its engine and, where there is a checkpoint, its state. Collective.
 
@@ -110,7 +113,9 @@ def open_session(
         checkpoint.require_backbone(name=experiment.backbone.name, fingerprint=parts.backbone.fingerprint)
         checkpoint.require_data(parts.train_set.fingerprint)
         checkpoint.require_fit(parts.heads)
-    session = Session(experiment, world, run, monitor, parts, parts.train_set.tracker(), Stopwatch(world.device))
+    session = Session(
+        experiment, world, run, monitor, parts, parts.train_set.tracker(), Stopwatch(world.device), heartbeat
+    )
     global_batch = experiment.loop.global_batch
     stopped = checkpoint.state.stopped if checkpoint else {}
     for name, config in experiment.heads.items():
@@ -160,15 +165,18 @@ def save(session: Session, step: int, epoch: float) -> None:
 
     Collective. A full disk is a warning: training goes on, the last good one stays.
     """
-    loop, backbone = session.experiment.loop, session.parts.backbone
     states = {name: engine.export_state() for name, engine in session.engines.items()}
     for name in [name for name, state in states.items() if not is_finite(state)]:
         # Every rank holds the full state, so all of them decide alike.
         del states[name]
         session.monitor.warn(f"head {name}: its weights or moments are no longer finite")
         stop_head(session, session.trainees[name], step)
-    if not states or not session.world.is_main:
-        return
+    if states:
+        on_main(session.world, lambda: _write_checkpoint(session, states, step, epoch))
+
+
+def _write_checkpoint(session: Session, states: dict[str, HeadState], step: int, epoch: float) -> None:
+    loop, backbone = session.experiment.loop, session.parts.backbone
     counters = {name: {"skipped": t.skipped, "in_a_row": t.in_a_row} for name, t in session.trainees.items()}
     state = TrainingState(
         step=step,

@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from permafrost.launcher.mesh import init_world
 from permafrost.launcher.meters import memory_peaks
 from permafrost.launcher.monitor import Monitor
 from permafrost.launcher.pictures import Pictures
+from permafrost.launcher.ranks import among_ranks
 from permafrost.launcher.run_folder import RunFolder
 from permafrost.launcher.session import Session, Trainee, conclude, evaluate, finish, open_session, save, stop_head
 from permafrost.launcher.startup import announce, count_parameters
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from permafrost.data.types import Batch
     from permafrost.launcher.engine import Engine
     from permafrost.launcher.experiment import Experiment, LoopConfig
+    from permafrost.launcher.heartbeat import Heartbeat
     from permafrost.launcher.mesh import World
 
 PATIENCE = 3
@@ -56,12 +58,13 @@ def train(experiment: Experiment, *, resume: str = "auto", device: str = "auto")
         The final evaluation: of each head, the evaluator's values.
 
     Raises:
+        RankLost: another rank died, stopped or hung.
         TrainingStopped: at the end, when a head's losses were not finite; the others have trained on.
         ValueError: one of launcher.errors.USER_ERRORS, for what a user can mend.
     """
-    world = init_world(device)
-    run = RunFolder.of(experiment)
     loop, accumulation = experiment.loop, experiment.engine.accumulation
+    world = init_world(device, timeout=loop.process_group_timeout)
+    run = RunFolder.of(experiment)
     try:
         world.require_mesh(experiment.mesh.tensor)
         micro_batch_size(global_batch=loop.global_batch, world_size=world.world_size, accumulation=accumulation)
@@ -70,18 +73,8 @@ def train(experiment: Experiment, *, resume: str = "auto", device: str = "auto")
             if world.is_main:
                 print(f"{run} has ended after {final['step']} steps\n{metrics_table(final['metrics'])}")
             return conclude(run, final)
-        parts = build_parts(experiment, world)
-        num_parameters = count_parameters(parts)
-        checkpoint, problems = on_main(world, lambda: load_newest(run))
-        start = checkpoint.state.step if checkpoint else 0
-        with Monitor(
-            run, num_steps=loop.num_steps, is_main=world.is_main, start_step=start, log_every=loop.log_every
-        ) as monitor:
-            session = open_session(experiment, world, run, monitor, parts, checkpoint)
-            announce(session, num_parameters, checkpoint, problems)
-            del checkpoint
-            done = train_steps(session, start)
-            final = finish(session, done)
+        with among_ranks(world, run.heartbeats, loop.process_group_timeout) as heartbeat:
+            final = start_and_train(experiment, world, run, heartbeat)
         return conclude(run, final)
     except USER_ERRORS:
         if world.is_main:
@@ -92,9 +85,30 @@ def train(experiment: Experiment, *, resume: str = "auto", device: str = "auto")
         world.close()
 
 
+def start_and_train(experiment: Experiment, world: World, run: RunFolder, heartbeat: Heartbeat) -> dict[str, Any]:
+    """Build everything, go on where the newest checkpoint stands, train to the end. Returns what final.json says."""
+    loop = experiment.loop
+    parts = build_parts(experiment, world)
+    world.limit_collectives(loop.process_group_timeout)
+    num_parameters = count_parameters(parts)
+    checkpoint, problems = on_main(world, lambda: load_newest(run))
+    start = checkpoint.state.step if checkpoint else 0
+    with Monitor(
+        run, num_steps=loop.num_steps, is_main=world.is_main, start_step=start, log_every=loop.log_every
+    ) as monitor:
+        session = open_session(experiment, world, run, monitor, parts, checkpoint, heartbeat)
+        # Engines have made groups of their own.
+        world.limit_collectives(loop.process_group_timeout)
+        announce(session, num_parameters, checkpoint, problems)
+        del checkpoint
+        done = train_steps(session, start)
+        return finish(session, done)
+
+
 def train_steps(session: Session, start: int) -> int:
     """The loop, from step `start` to the last, or until no head is left. Returns the steps done."""
     experiment, world, parts, stopwatch = session.experiment, session.world, session.parts, session.stopwatch
+    enter = session.heartbeat.enter
     loop, accumulation = experiment.loop, experiment.engine.accumulation
     stream = GlobalStream(len(parts.train_set), loop.seed)
     loader = train_loader(
@@ -113,18 +127,23 @@ def train_steps(session: Session, start: int) -> int:
     batches, pictures = iter(loader), Pictures(parts.val_set, world.device)
     if start and evaluation_due(loop, start) and not on_main(world, lambda: session.run.has_evaluation(start)):
         # The run ended between the checkpoint and its evaluation.
+        enter("evaluate", start)
         evaluate(session, start)
     stopwatch.take(loop.global_batch)
     for step in range(start, loop.num_steps):
+        enter("data", step + 1)
         with stopwatch.host("data_wait"):
             micro_batches = [next(batches).to(world.device) for _ in range(accumulation)]
+        enter("backbone")
         with stopwatch.device("backbone"), torch.no_grad():
             features = [offload.forward(parts.backbone, batch.images) for batch in micro_batches]
+        enter("heads")
         with stopwatch.device("heads"):
             losses = {
                 name: head_losses(engine, features, micro_batches, world, offload)
                 for name, engine in session.engines.items()
             }
+            enter("step")
             means = mean_over_ranks(losses, world)
             for trainee in list(session.trainees.values()):
                 step_head(session, trainee, step, means[trainee.name], micro_batches)
@@ -137,10 +156,12 @@ def train_steps(session: Session, start: int) -> int:
             log(session, done, stream, offload)
         with stopwatch.paused():
             if done % loop.checkpoint_every == 0 or evaluation_due(loop, done):
+                enter("checkpoint")
                 save(session, done, stream.epoch(done, loop.global_batch))
             if not session.trainees:
                 return done
             if evaluation_due(loop, done):
+                enter("evaluate")
                 evaluate(session, done)
             if loop.image_every and done % loop.image_every == 0:
                 for name, sheet in pictures.draw(session.engines, parts.backbone).items():

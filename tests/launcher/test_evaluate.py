@@ -43,7 +43,7 @@ class ThreadWorld:
         self._shared["barrier"].wait()
         return gathered if self.is_main else None
 
-    def broadcast_object(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any, *, patient: bool = False) -> Any:
         if self.is_main:
             self._shared["value"] = value
         self._shared["barrier"].wait()

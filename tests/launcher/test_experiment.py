@@ -92,6 +92,7 @@ def test_the_rate_belongs_to_a_batch(scaling: str, expected: float) -> None:
         (lambda: LoopConfig(num_steps=0), r"loop\.num_steps is 0"),
         (lambda: LoopConfig(seed=-1), r"loop\.seed is -1"),
         (lambda: LoopConfig(evaluate_every=0), r"loop\.evaluate_every is 0.*None"),
+        (lambda: LoopConfig(process_group_timeout=0), r"loop\.process_group_timeout is 0: .*above 0 seconds"),
         (lambda: LoopConfig(num_workers=-1), r"loop\.num_workers is -1"),
         (lambda: EngineConfig(accumulation=0), r"engine\.accumulation is 0"),
         (lambda: MeshConfig(tensor=0), r"mesh\.tensor is 0"),

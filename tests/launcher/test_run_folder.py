@@ -158,6 +158,7 @@ def test_auto_goes_on_only_with_the_same_recipe(
         {"keep_checkpoints": 7},
         {"num_workers": 7},
         {"worker_timeout": 7.0},
+        {"process_group_timeout": 7.0},
         {"evaluation_batch": 7},
     ],
 )

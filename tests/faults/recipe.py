@@ -1,0 +1,162 @@
+"""Recipes of the fault tests, and the faults: the variable FAULT says which one happens, on which rank and when.
+
+    {"do": "kill", "rank": 1, "at": "step", "number": 5}
+
+Faults are put into the running program at named places, since a signal from outside comes at a time of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from permafrost.data.config import JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.data.types import DetectionResult
+from permafrost.heads.base import Head, world_mean_counts
+from permafrost.heads.config import BoxHeadConfig, FPNConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
+from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
+from permafrost.model.config import BackboneConfig
+
+NUM_TRAIN = 12
+
+
+@dataclasses.dataclass
+class ProbeConfig(MaskRCNNConfig):
+    """A small smooth head: rounding is not amplified, so that runs on other layouts can be compared."""
+
+    def build(self, *, spec: Any, classes: Any) -> ProbeHead:
+        return ProbeHead(spec.channels[-1])
+
+
+class ProbeHead(Head):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 8, 1)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, features, batch, counts=world_mean_counts):
+        output = self.out(torch.tanh(self.conv(features[-1].float())).mean((2, 3)))[:, 0]
+        if not self.training:
+            none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
+            empty = {**none, "masks": torch.zeros(0, 4, 4)}
+            return [
+                DetectionResult(t.image_id, **empty, size=t.size, original_size=t.original_size) for t in batch.targets
+            ]
+        wanted = torch.tensor([float(len(target.boxes)) for target in batch.targets])
+        return {"loss_probe": (wanted * (output - wanted) ** 2).sum() / counts("objects", wanted.sum())}
+
+
+def tiny() -> Experiment:
+    """Mask R-CNN of 35 thousand parameters on a random nano SwinV2, images of 64 pixels."""
+    head = MaskRCNNConfig(
+        neck=FPNConfig(channels=16),
+        rpn=RPNConfig(
+            num_samples=32, num_pre_nms_train=60, num_pre_nms_test=30, num_proposals_train=30, num_proposals_test=15
+        ),
+        pooling=PoolingConfig(sampling_ratio=1, canonical_size=64),
+        box=BoxHeadConfig(num_samples=32, fc_channels=16, num_detections=8, score_threshold=0.02),
+        mask=MaskHeadConfig(num_convs=1, channels=8, resolution=7),
+    )
+    return Experiment(
+        name="tiny",
+        backbone=BackboneConfig(name="swinv2_nano", weights="random"),
+        data=ShapesDataConfig(
+            image_size=64,
+            world=ShapesWorld(num_train=NUM_TRAIN, num_val=5, image_side=64, objects=(1, 4)),
+            jitter=JitterConfig(scale_range=(0.7, 1.3)),
+        ),
+        heads={
+            "detection": HeadExperiment(
+                model=head,
+                optimizer=OptimizerConfig(learning_rate=2e-3, reference_batch=4, clip_norm=10.0),
+                schedule=ScheduleConfig(warmup_steps=2),
+            )
+        },
+        loop=LoopConfig(
+            num_steps=8,
+            global_batch=4,
+            num_workers=0,
+            log_every=1,
+            checkpoint_every=2,
+            image_every=0,
+            keep_checkpoints=20,
+            process_group_timeout=60.0,
+        ),
+    )
+
+
+def smooth() -> Experiment:
+    """The smooth head alone."""
+    experiment = tiny()
+    head = HeadExperiment(
+        model=ProbeConfig(),
+        optimizer=OptimizerConfig(learning_rate=2e-3, reference_batch=4),
+        schedule=ScheduleConfig(kind="constant", warmup_steps=0),
+    )
+    return dataclasses.replace(experiment, name="smooth", heads={"probe": head})
+
+
+def endless() -> Experiment:
+    """So many steps that something has to end it."""
+    experiment = smooth()
+    experiment.loop = dataclasses.replace(experiment.loop, num_steps=1_000_000, checkpoint_every=100_000, log_every=10)
+    return experiment
+
+
+def deed(fault: dict[str, Any]) -> Callable[[], None]:
+    """What happens when the moment has come."""
+
+    def act() -> None:
+        if fault["do"] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault["do"] == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif fault["do"] == "raise":
+            raise KeyError("the odd one")
+        elif fault["do"] == "sleep":
+            time.sleep(fault["seconds"])
+        else:
+            raise AssertionError(fault)
+
+    return act
+
+
+def before(owner: Any, name: str, act: Callable[[], None], number: int) -> None:
+    """Have `act` called before the number-th call (from 1) of a function."""
+    original, calls = getattr(owner, name), []
+
+    def wrapped(*arguments: Any, **fields: Any) -> Any:
+        calls.append(None)
+        if len(calls) == number:
+            act()
+        return original(*arguments, **fields)
+
+    setattr(owner, name, wrapped)
+
+
+def prepare(fault: dict[str, Any]) -> None:
+    """Put a fault into this process."""
+    if fault.get("rank", 0) != int(os.environ.get("RANK", 0)):
+        return
+    import permafrost.launcher.evaluate as evaluation
+    import permafrost.launcher.train as loop
+
+    places = {
+        # The heads' step of the number-th step, before anything is reduced.
+        "step": (loop, "head_losses"),
+        # The main rank has every rank's results and scores them, which the others wait for.
+        "score": (evaluation, "_score"),
+    }
+    before(*places[fault["at"]], deed(fault), fault.get("number", 1))
+
+
+if os.environ.get("FAULT"):
+    prepare(json.loads(os.environ["FAULT"]))
