@@ -1,7 +1,8 @@
 """The `permafrost` command. Imports what a command needs when it runs, so that --help answers at once.
 
 Exit codes: 0 done; 1 the work itself failed (a head stopped by non-finite losses, a machine that `doctor` finds
-    wanting); 2 a mistake in the command, recipe or input files, printed as `error: ...`; 130 interrupted.
+    wanting, another rank that was lost); 2 a mistake in the command, recipe or input files, printed as `error: ...`; 75 a
+    training that SIGTERM or SIGUSR1 ended, saved, to be continued by the same command; 130 interrupted.
 `launch` has some of its own, see the cluster module.
 """
 
@@ -33,6 +34,7 @@ COMMANDS = {
 
 FAILED = 1
 USAGE_ERROR = 2
+SAVED = 75
 INTERRUPTED = 130
 
 
@@ -77,7 +79,7 @@ def _run(argv: list[str]) -> int:
         print(f"error: there is no command {command!r}: {guess} Commands: {known}", file=sys.stderr)
         return USAGE_ERROR
 
-    from permafrost.launcher.errors import USER_ERRORS, RankLost, TrainingStopped
+    from permafrost.launcher.errors import USER_ERRORS, Interrupted, RankLost, TrainingStopped
 
     try:
         module = importlib.import_module(f"permafrost.launcher.commands.{command.replace('-', '_')}")
@@ -88,6 +90,9 @@ def _run(argv: list[str]) -> int:
     except TrainingStopped as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return SAVED
     except RankLost as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()

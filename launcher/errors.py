@@ -30,6 +30,13 @@ class TrainingStopped(RuntimeError):
     """
 
 
+class Interrupted(RuntimeError):
+    """A signal asked the run to end, and it has been saved. The same command goes on from there.
+
+    Not among USER_ERRORS: the command line prints it without a traceback and exits with a code of its own.
+    """
+
+
 class RankLost(RuntimeError):
     """Another rank died, stopped or hung, so this one cannot go on. Says which one, and what it was doing.
 

@@ -57,7 +57,8 @@ def evaluate_heads(
     *,
     results_folder: Path | None = None,
     say: Callable[[str], None] | None = None,
-) -> Metrics:
+    is_interrupted: Callable[[], bool] | None = None,
+) -> Metrics | None:
     """Score several heads on a validation set. Collective; every rank gets the same metrics.
 
     Args:
@@ -69,9 +70,13 @@ def evaluate_heads(
         results_folder: where the main rank writes results_<head>.json, the detections in COCO's format; None writes
             none.
         say: prints a line; called now and then while a long evaluation runs.
+        is_interrupted: whether this rank has been asked to end; None never asks.
+
+    Returns:
+        of each head, the evaluator's values; None if any rank was asked to end.
     """
     evaluators = {name: dataset.evaluator() for name in engines}
-    reported = time.monotonic()
+    reported, interrupted = time.monotonic(), False
     for engine in engines.values():
         engine.train(False)
     with torch.no_grad():
@@ -84,6 +89,10 @@ def evaluate_heads(
             timeout=loop.worker_timeout,
         )
         for done, batch in enumerate(loader, start=1):
+            # Every rank has as many batches.
+            interrupted = is_interrupted is not None and world.any_true(is_interrupted())
+            if interrupted:
+                break
             batch = batch.to(world.device)
             features = backbone(batch.images)
             for name, engine in engines.items():
@@ -96,6 +105,8 @@ def evaluate_heads(
                 say(f"evaluation: {done} of {len(loader)} batches")
     for engine in engines.values():
         engine.train(True)
+    if interrupted:
+        return None
     metrics: Metrics = {}
     for name, evaluator in evaluators.items():
         states = world.gather_objects(evaluator.state())

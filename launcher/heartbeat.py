@@ -26,8 +26,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 PHASES = ("start", "data", "backbone", "heads", "step", "checkpoint", "evaluate", "done", "lost", "failed")
-"""In the order of a step. The last three are ends: done; lost, by the fault of another rank; failed, by an error of its
-own."""
+"""In the order of a step. The last three are ends: done, to the last step or saved on a signal; lost, by the fault of
+another rank; failed, by an error of its own."""
 
 ENDS = ("done", "lost", "failed")
 

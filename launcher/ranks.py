@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from permafrost.launcher.cli import FAILED
-from permafrost.launcher.errors import RankLost
+from permafrost.launcher.errors import Interrupted, RankLost
 from permafrost.launcher.heartbeat import ENDS, Culprit, Heartbeat, Watch, find_culprits, kill_culprits, read_beats
 
 if TYPE_CHECKING:
@@ -57,6 +57,9 @@ def among_ranks(world: World, folder: Path, timeout: float) -> Iterator[Heartbea
         world.watched = True
     try:
         yield heartbeat
+    except Interrupted as error:
+        heartbeat.close("done", str(error))
+        raise
     except BaseException as error:
         if world.world_size == 1 or not (isinstance(error, RuntimeError) and OF_COMMUNICATION.search(str(error))):
             heartbeat.close("failed", f"{type(error).__name__}: {error}".partition("\n")[0])

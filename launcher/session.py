@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from permafrost.data.metrics.coco import STATISTICS
 from permafrost.launcher.build import TrainingParts, on_main
 from permafrost.launcher.checkpoint import Checkpoint, TrainingState, is_finite, save_checkpoint
 from permafrost.launcher.engine import Engine, HeadState, build_engine
-from permafrost.launcher.errors import CheckpointError, RecipeError, TrainingStopped
+from permafrost.launcher.errors import CheckpointError, Interrupted, RecipeError, TrainingStopped
 from permafrost.launcher.evaluate import Metrics, evaluate_heads, metrics_table
 from permafrost.launcher.meters import Stopwatch, Window
 from permafrost.launcher.run_folder import write_atomically
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from permafrost.data.coco import ReplacementTracker
     from permafrost.launcher.experiment import Experiment, HeadExperiment
     from permafrost.launcher.heartbeat import Heartbeat
+    from permafrost.launcher.interruption import Interruption
     from permafrost.launcher.mesh import World
     from permafrost.launcher.monitor import Monitor
     from permafrost.launcher.run_folder import RunFolder
@@ -73,6 +74,7 @@ class Session:
     tracker: ReplacementTracker
     stopwatch: Stopwatch
     heartbeat: Heartbeat
+    interruption: Interruption
     trainees: dict[str, Trainee] = field(default_factory=dict)
     stopped: dict[str, int] = field(default_factory=dict)
     best: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -101,6 +103,7 @@ def open_session(
     parts: TrainingParts,
     checkpoint: Checkpoint | None,
     heartbeat: Heartbeat,
+    interruption: Interruption,
 ) -> Session:
     """Give every head its engine and, where there is a checkpoint, its state. Collective.
 
@@ -114,7 +117,15 @@ def open_session(
         checkpoint.require_data(parts.train_set.fingerprint)
         checkpoint.require_fit(parts.heads)
     session = Session(
-        experiment, world, run, monitor, parts, parts.train_set.tracker(), Stopwatch(world.device), heartbeat
+        experiment,
+        world,
+        run,
+        monitor,
+        parts,
+        parts.train_set.tracker(),
+        Stopwatch(world.device),
+        heartbeat,
+        interruption,
     )
     global_batch = experiment.loop.global_batch
     stopped = checkpoint.state.stopped if checkpoint else {}
@@ -200,15 +211,23 @@ def _write_checkpoint(session: Session, states: dict[str, HeadState], step: int,
 
 
 def evaluate(session: Session, step: int) -> None:
-    """Score the heads that still train and note which is at its best. Collective."""
-    session.metrics = evaluate_heads(
+    """Score the heads that still train and note which is at its best. Collective.
+
+    Raises:
+        Interrupted: a signal has come; this step is saved already.
+    """
+    metrics = evaluate_heads(
         session.engines,
         session.parts.backbone,
         session.parts.val_set,
         session.world,
         session.experiment.loop,
         say=session.monitor.say,
+        is_interrupted=lambda: session.interruption.received is not None,
     )
+    if metrics is None:
+        end_interrupted(session, step)
+    session.metrics = metrics
     if not session.world.is_main:
         return
     update_best(session, step, session.metrics)
@@ -248,6 +267,21 @@ def stop_head(session: Session, trainee: Trainee, step: int) -> None:
         session.attempt(path.name, lambda: write_atomically(path, json.dumps(content, indent=2) + "\n"))
     session.stopped[trainee.name] = step
     del session.trainees[trainee.name]
+
+
+def end_interrupted(session: Session, step: int) -> NoReturn:
+    """Leave the run as a signal has asked, its last step saved. Collective.
+
+    Raises:
+        Interrupted: saying where it goes on.
+        CheckpointError: the checkpoint could not be written.
+    """
+    names = session.world.broadcast_object(session.world.gather_objects(session.interruption.received))
+    who = ", ".join(f"{name} to rank {rank}" for rank, name in enumerate(names) if name is not None)
+    error = session.world.broadcast_object(session.save_error)
+    if error is not None:
+        raise CheckpointError(f"ended by a signal ({who}), but {error}")
+    raise Interrupted(f"saved after step {step} and ended by {who}: the same command goes on from there")
 
 
 def finish(session: Session, step: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ is `permafrost train RECIPE ...` for launchers that start modules: torchrun, dee
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from permafrost.data.loader import train_loader
+from permafrost.data.loader import WorkerError, train_loader
 from permafrost.data.sampler import GlobalStream
 from permafrost.heads.base import world_mean_counts
 from permafrost.launcher.build import build_parts, on_main
@@ -24,6 +25,7 @@ from permafrost.launcher.checkpoint import load_newest
 from permafrost.launcher.counts import RecordedCounts
 from permafrost.launcher.errors import USER_ERRORS
 from permafrost.launcher.evaluate import Metrics, metrics_table
+from permafrost.launcher.interruption import Interruption
 from permafrost.launcher.layout import micro_batch_size
 from permafrost.launcher.mesh import init_world
 from permafrost.launcher.meters import memory_peaks
@@ -31,7 +33,17 @@ from permafrost.launcher.monitor import Monitor
 from permafrost.launcher.pictures import Pictures
 from permafrost.launcher.ranks import among_ranks
 from permafrost.launcher.run_folder import RunFolder
-from permafrost.launcher.session import Session, Trainee, conclude, evaluate, finish, open_session, save, stop_head
+from permafrost.launcher.session import (
+    Session,
+    Trainee,
+    conclude,
+    end_interrupted,
+    evaluate,
+    finish,
+    open_session,
+    save,
+    stop_head,
+)
 from permafrost.launcher.startup import announce, count_parameters
 from permafrost.model.offload import ActivationOffload, KeptFeatures
 
@@ -58,6 +70,7 @@ def train(experiment: Experiment, *, resume: str = "auto", device: str = "auto")
         The final evaluation: of each head, the evaluator's values.
 
     Raises:
+        Interrupted: by SIGTERM or SIGUSR1, after saving.
         RankLost: another rank died, stopped or hung.
         TrainingStopped: at the end, when a head's losses were not finite; the others have trained on.
         ValueError: one of launcher.errors.USER_ERRORS, for what a user can mend.
@@ -73,8 +86,11 @@ def train(experiment: Experiment, *, resume: str = "auto", device: str = "auto")
             if world.is_main:
                 print(f"{run} has ended after {final['step']} steps\n{metrics_table(final['metrics'])}")
             return conclude(run, final)
-        with among_ranks(world, run.heartbeats, loop.process_group_timeout) as heartbeat:
-            final = start_and_train(experiment, world, run, heartbeat)
+        with (
+            Interruption().catch() as interruption,
+            among_ranks(world, run.heartbeats, loop.process_group_timeout) as heartbeat,
+        ):
+            final = start_and_train(experiment, world, run, heartbeat, interruption)
         return conclude(run, final)
     except USER_ERRORS:
         if world.is_main:
@@ -85,7 +101,9 @@ def train(experiment: Experiment, *, resume: str = "auto", device: str = "auto")
         world.close()
 
 
-def start_and_train(experiment: Experiment, world: World, run: RunFolder, heartbeat: Heartbeat) -> dict[str, Any]:
+def start_and_train(
+    experiment: Experiment, world: World, run: RunFolder, heartbeat: Heartbeat, interruption: Interruption
+) -> dict[str, Any]:
     """Build everything, go on where the newest checkpoint stands, train to the end. Returns what final.json says."""
     loop = experiment.loop
     parts = build_parts(experiment, world)
@@ -96,7 +114,7 @@ def start_and_train(experiment: Experiment, world: World, run: RunFolder, heartb
     with Monitor(
         run, num_steps=loop.num_steps, is_main=world.is_main, start_step=start, log_every=loop.log_every
     ) as monitor:
-        session = open_session(experiment, world, run, monitor, parts, checkpoint, heartbeat)
+        session = open_session(experiment, world, run, monitor, parts, checkpoint, heartbeat, interruption)
         # Engines have made groups of their own.
         world.limit_collectives(loop.process_group_timeout)
         announce(session, num_parameters, checkpoint, problems)
@@ -111,20 +129,20 @@ def train_steps(session: Session, start: int) -> int:
     enter = session.heartbeat.enter
     loop, accumulation = experiment.loop, experiment.engine.accumulation
     stream = GlobalStream(len(parts.train_set), loop.seed)
-    loader = train_loader(
+    make_loader = functools.partial(
+        train_loader,
         parts.train_set,
         stream,
         global_batch=loop.global_batch,
         rank=world.rank,
         world_size=world.world_size,
         accumulation=accumulation,
-        start_step=start,
         num_steps=loop.num_steps,
-        num_workers=loop.num_workers,
         timeout=loop.worker_timeout,
     )
     offload = ActivationOffload(experiment.engine.offload, world.device)
-    batches, pictures = iter(loader), Pictures(parts.val_set, world.device)
+    batches = iter(make_loader(start_step=start, num_workers=loop.num_workers))
+    pictures = Pictures(parts.val_set, world.device)
     if start and evaluation_due(loop, start) and not on_main(world, lambda: session.run.has_evaluation(start)):
         # The run ended between the checkpoint and its evaluation.
         enter("evaluate", start)
@@ -133,7 +151,14 @@ def train_steps(session: Session, start: int) -> int:
     for step in range(start, loop.num_steps):
         enter("data", step + 1)
         with stopwatch.host("data_wait"):
-            micro_batches = [next(batches).to(world.device) for _ in range(accumulation)]
+            try:
+                micro_batches = [next(batches).to(world.device) for _ in range(accumulation)]
+            except WorkerError:
+                if not session.interruption.wait(1.0):
+                    raise
+                # The signal went to all processes of the job. The other ranks wait for this step: it is loaded here.
+                batches = iter(make_loader(start_step=step, num_workers=0))
+                micro_batches = [next(batches).to(world.device) for _ in range(accumulation)]
         enter("backbone")
         with stopwatch.device("backbone"), torch.no_grad():
             features = [offload.forward(parts.backbone, batch.images) for batch in micro_batches]
@@ -144,7 +169,7 @@ def train_steps(session: Session, start: int) -> int:
                 for name, engine in session.engines.items()
             }
             enter("step")
-            means = mean_over_ranks(losses, world)
+            means, interrupted = mean_over_ranks(losses, world, session.interruption)
             for trainee in list(session.trainees.values()):
                 step_head(session, trainee, step, means[trainee.name], micro_batches)
         del features, losses
@@ -155,11 +180,13 @@ def train_steps(session: Session, start: int) -> int:
         if done % loop.log_every == 0 or done == loop.num_steps:
             log(session, done, stream, offload)
         with stopwatch.paused():
-            if done % loop.checkpoint_every == 0 or evaluation_due(loop, done):
+            if interrupted or done % loop.checkpoint_every == 0 or evaluation_due(loop, done):
                 enter("checkpoint")
                 save(session, done, stream.epoch(done, loop.global_batch))
             if not session.trainees:
                 return done
+            if interrupted:
+                end_interrupted(session, done)
             if evaluation_due(loop, done):
                 enter("evaluate")
                 evaluate(session, done)
@@ -212,12 +239,19 @@ def buffers_restored(module: nn.Module) -> Iterator[None]:
             buffer.copy_(kept[name])
 
 
-def mean_over_ranks(losses: dict[str, dict[str, Tensor]], world: World) -> dict[str, dict[str, float]]:
-    """The losses of all heads as numbers that every rank agrees on: one wait for the device, one reduction."""
+def mean_over_ranks(
+    losses: dict[str, dict[str, Tensor]], world: World, interruption: Interruption
+) -> tuple[dict[str, dict[str, float]], bool]:
+    """The losses of all heads as numbers that every rank agrees on, and whether any rank is asked to end.
+
+    One wait for the device, one reduction.
+    """
     flat = {f"{head}/{name}": loss for head, own in losses.items() for name, loss in own.items()}
     values = torch.stack([loss.float() for loss in flat.values()]).tolist()
-    means = world.all_reduce_mean(dict(zip(flat, values)))
-    return {head: {name: means[f"{head}/{name}"] for name in own} for head, own in losses.items()}
+    asked = {"interrupted": float(interruption.received is not None)}
+    means = world.all_reduce_mean(dict(zip(flat, values)) | asked)
+    by_head = {head: {name: means[f"{head}/{name}"] for name in own} for head, own in losses.items()}
+    return by_head, means["interrupted"] > 0
 
 
 def step_head(

@@ -16,7 +16,11 @@ Its fields are options: `permafrost train RECIPE --help` shows each with its typ
 
 The same command again continues the run where its last checkpoint left it.
 Several processes: torchrun, deepspeed --module, accelerate launch -m or srun with `permafrost.launcher.train RECIPE
-    ...`."""
+    ...`.
+
+SIGTERM or SIGUSR1 to any rank: all of them save after the step they are in and exit with 75, which asks to be run again;
+a second signal ends at once. Exit codes: 0 trained to the end (final.json is in the run folder then, and only then), 1 failed or
+stopped, 2 a mistake in command, recipe or files, 75 saved on a signal, 130 Ctrl-C."""
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -119,6 +119,9 @@ def deed(fault: dict[str, Any]) -> Callable[[], None]:
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault["do"] == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        elif fault["do"] == "signal":
+            os.kill(os.getpid(), getattr(signal, fault["name"]))
+            time.sleep(0.2)  # until the thread that notes it has done so
         elif fault["do"] == "raise":
             raise KeyError("the odd one")
         elif fault["do"] == "sleep":
@@ -146,7 +149,9 @@ def prepare(fault: dict[str, Any]) -> None:
     """Put a fault into this process."""
     if fault.get("rank", 0) != int(os.environ.get("RANK", 0)):
         return
+    import permafrost.launcher.checkpoint as checkpoint
     import permafrost.launcher.evaluate as evaluation
+    import permafrost.launcher.session as session
     import permafrost.launcher.train as loop
 
     places = {
@@ -154,6 +159,13 @@ def prepare(fault: dict[str, Any]) -> None:
         "step": (loop, "head_losses"),
         # The main rank has every rank's results and scores them, which the others wait for.
         "score": (evaluation, "_score"),
+        "evaluate": (session, "evaluate_heads"),
+        # Points of a save: nothing written, the tensors' files written, the folder complete under its other name, the
+        # folder in its place but `latest` at the one before.
+        "save_begins": (checkpoint, "_write_folder"),
+        "save_tensors": (checkpoint, "_digest"),
+        "save_complete": (checkpoint.os, "rename"),
+        "save_renamed": (checkpoint, "sync_folder"),
     }
     before(*places[fault["at"]], deed(fault), fault.get("number", 1))
 
