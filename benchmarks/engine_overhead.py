@@ -3,10 +3,11 @@
     python benchmarks/engine_overhead.py [--steps 40] [--recipe quickstart]
 
 One process, one head, the same features and targets for all: the bare loop is forward, backward, clipping by norm and torch's
-AdamW in two groups, and nothing else. Contestants take a step each in turn, in an order that rotates, so that whatever else
-the machine does hits all alike; the first steps are not counted. Losses must agree before a time is believed. Rows (median
-and quartiles in ms, ratio of the medians to the bare loop's, median of the per-round ratios) are appended to
-benchmarks/results/engine_overhead.csv.
+AdamW in two groups, and nothing else. Contestants take a step each in turn, every round in another order, so that whatever
+else the machine does hits all alike; the first rounds are not counted. Losses must agree before a time is believed. Rows are
+appended to benchmarks/results/engine_overhead.csv: median and quartiles in ms, and against the bare loop's step of the same
+round the median ratio and the median of the extra milliseconds; and the process's CPU time, which other work on the machine
+disturbs less. About three minutes on one quiet core.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import csv
 import datetime
 import os
 import platform
+import random
 import re
 import statistics
 import time
@@ -118,18 +120,22 @@ def main() -> None:
     torch.set_num_threads(1)
     steps, images = contestants(arguments.recipe)
     times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
+    cpu_times: dict[str, list[float]] = {name: [] for name in steps}
+    orders = random.Random(0)
     for number in range(WARM_UP + arguments.steps):
         losses = {}
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            start = time.perf_counter()
+        for name in orders.sample(list(steps), len(steps)):
+            start, cpu_start = time.perf_counter(), time.process_time()
             losses[name] = steps[name]()
             if number >= WARM_UP:
                 times[name].append(1e3 * (time.perf_counter() - start))
+                cpu_times[name].append(1e3 * (time.process_time() - cpu_start))
         if number < WARM_UP:
             different = {name: loss for name, loss in losses.items() if abs(loss / losses["bare"] - 1) > SAME_LOSS}
-            assert not different, f"step {number + 1}: the bare loop's loss is {losses['bare']}, others': {different}"
-    bare = statistics.median(times["bare"])
+            assert not different, (
+                f"step {number + 1}: the bare loop's loss is {losses['bare']}, others' are {different}"
+            )
+    bare, cpu_bare = (statistics.median(found["bare"]) for found in (times, cpu_times))
     rows = []
     for name, own in times.items():
         low, median, high = statistics.quantiles(own, n=4)
@@ -147,6 +153,9 @@ def main() -> None:
                 "high_ms": round(high, 2),
                 "times_bare": round(median / bare, 4),
                 "median_of_ratios": round(statistics.median(a / b for a, b in zip(own, times["bare"])), 4),
+                "extra_ms": round(statistics.median(a - b for a, b in zip(own, times["bare"])), 2),
+                "cpu_ms": round(statistics.median(cpu_times[name]), 2),
+                "cpu_times_bare": round(statistics.median(cpu_times[name]) / cpu_bare, 4),
                 "steps": len(own),
                 "load": round(os.getloadavg()[0], 1),
                 "note": arguments.note,
