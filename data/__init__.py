@@ -25,6 +25,8 @@ _EXPORTS = {
     "ReplacementTracker": "coco",
     "Sample": "types",
     "SampleKey": "types",
+    "SegmentationResult": "types",
+    "SegmentationTarget": "types",
     "ShapesDataConfig": "config",
     "ShapesWorld": "config",
     "VideoEvaluator": "metrics.video",

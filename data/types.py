@@ -72,7 +72,7 @@ class Sample:
 
     Attributes:
         image: (3, H, W) uint8; a clip is (T, 3, H, W).
-        target: what is known about it; DetectionTarget for detection, ClipTarget for videos.
+        target: what is known about it; DetectionTarget for detection, SegmentationTarget for segmentation, ClipTarget for videos.
         key: where it stands in the stream.
         replaced: files that could not be read and in whose place this image stands: (path, reason).
     """
@@ -160,13 +160,68 @@ class ClipResult:
 
 
 @dataclass
+class SegmentationTarget:
+    """What is known about the pixels of one image.
+
+    Attributes:
+        image_id: the image's position in its data set.
+        labels: (N,) int64, the classes that occur in `semantic`, rising.
+        semantic: (H, W) uint8 class of every pixel of the input in 0..K-1; 255 is ignored, padding included.
+        size: (height, width) of the image inside the padded input; what lies beyond is padding.
+        original_size: (height, width) of the image on disk.
+    """
+
+    image_id: int
+    labels: Tensor
+    semantic: Tensor
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+
+    def to(self, device: torch.device | str) -> SegmentationTarget:
+        """The same target with its tensors on `device`."""
+        labels, semantic = (x.to(device, non_blocking=True) for x in (self.labels, self.semantic))
+        return replace(self, labels=labels, semantic=semantic)
+
+    def pin_memory(self) -> SegmentationTarget:
+        """The same target with its tensors in page-locked memory."""
+        return replace(self, labels=self.labels.pin_memory(), semantic=self.semantic.pin_memory())
+
+
+@dataclass
+class SegmentationResult:
+    """What a segmentation head says about one image: segments, of which every pixel and class takes its share.
+
+    The scores of all classes at all pixels would be hundreds of times larger.
+
+    Attributes:
+        image_id: see SegmentationTarget.
+        class_scores: (Q, K) float32 probabilities; what they lack to 1 is that of no segment.
+        mask_logits: (Q, h, w) float32 over the whole padded input.
+        canvas: (height, width) of the padded input.
+        size: (height, width) of the image inside it.
+        original_size: (height, width) of the image on disk.
+    """
+
+    image_id: int
+    class_scores: Tensor
+    mask_logits: Tensor
+    canvas: tuple[int, int]
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+
+    def cpu(self) -> SegmentationResult:
+        """The same result with its tensors in host memory."""
+        return replace(self, class_scores=self.class_scores.cpu(), mask_logits=self.mask_logits.cpu())
+
+
+@dataclass
 class Batch:
     """One rank's share of a step.
 
     Attributes:
         images: (B, 3, H, W) uint8, padded bottom and right to one size (with `transforms.PAD_COLOR`); clips are
             (B, T, 3, H, W).
-        targets: one per image or clip; DetectionTarget for detection, ClipTarget for videos.
+        targets: one per image or clip; DetectionTarget for detection, SegmentationTarget for segmentation, ClipTarget for videos.
         keys: one per image.
         replaced: files that could not be read and were replaced by a neighbour: (path, reason).
         is_padding: True for a batch that only keeps ranks in step during evaluation; its results are dropped.

@@ -19,6 +19,7 @@ _EXPORTS = {
     "HeadError": "permafrost.heads.errors",
     "LinearVideoConfig": "permafrost.heads.video.config",
     "LossCounts": "permafrost.heads.base",
+    "Mask2FormerConfig": "permafrost.heads.segmentation.config",
     "MaskHeadConfig": "permafrost.heads.config",
     "MaskRCNN": "permafrost.heads.detection.mask_rcnn",
     "MaskRCNNConfig": "permafrost.heads.config",

@@ -1,0 +1,1 @@
+"""Semantic segmentation: Mask2Former on a backbone's maps."""
