@@ -41,9 +41,11 @@ PACKAGES: tuple[tuple[str, str, str, bool], ...] = (
     ("tyro", "tyro", "options for every field of a recipe", True),
     ("rich", "rich", "the progress line", True),
     ("matplotlib", "matplotlib", "plots", False),
+    ("scipy", "scipy.optimize", "segmentation: matching queries to segments", False),
     ("deepspeed", "deepspeed", "ZeRO and training on many nodes", False),
     ("timm", "timm", "backbones called timm/...", False),
     ("fairscale", "fairscale.nn.model_parallel", "splitting a backbone over GPUs", False),
+    ("av", "av", "video: the built-in world, resizing, and decoding where decord is absent", False),
     ("decord", "decord", "video", False),
 )
 PYTHON = (3, 11)
