@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -234,9 +235,10 @@ def test_module_entry_point_and_interrupt_of_a_real_run(here: Path) -> None:
     """`python -m permafrost.launcher.train`, as deepspeed's launcher calls it, interrupted while data workers run."""
     command = [sys.executable, "-m", "permafrost.launcher.train", "--local_rank=0", RECIPE, "--device", "cpu"]
     command += ["--loop.num-steps", "100000", "--loop.num-workers", "1", "--output", "run"]
-    process = subprocess.Popen(
-        command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    # A shell that started this suite in its background has told it, and what it starts, to ignore SIGINT.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=here, **pipes, start_new_session=True, preexec_fn=heed)
     try:
         for line in process.stdout:
             if line.startswith("step "):
@@ -246,7 +248,8 @@ def test_module_entry_point_and_interrupt_of_a_real_run(here: Path) -> None:
         _, err = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
     assert process.returncode == 130, err
     assert err.strip().splitlines()[-1] == "interrupted"
     assert "Traceback" not in err
