@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 import traceback
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Protocol
 
 import torch
@@ -102,6 +104,16 @@ def _init_worker(worker: int) -> None:
     # One thread each: workers are the parallelism. An interrupt is the main process's to handle; it ends the workers.
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _report_unless_deserted
+
+
+def _report_unless_deserted(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """What a worker's threads say of an error: nothing where the main process hung up while it was given a batch.
+
+    Interrupted there, it closes the connection, and says itself that it was.
+    """
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, where)
 
 
 class BatchLoader:
