@@ -36,12 +36,14 @@ class Finding:
         what: What was found and what was expected.
         fatal: Whether training and evaluation refuse to start.
         annotation: Position in `annotations` when leaving out that one entry would cure it, else None.
+        kind: What findings of its kind have in common, for counts; empty is the place in the JSON, or the folder.
     """
 
     path: str
     what: str
     fatal: bool = True
     annotation: int | None = None
+    kind: str = ""
 
     def __str__(self) -> str:
         return f"{self.path}: {self.what}"

@@ -63,10 +63,13 @@ def check_coco(
 def count_kinds(findings: Sequence[Finding]) -> list[str]:
     """How many findings there are of each kind, the most frequent first: "3 errors at FILE: annotations[].bbox"."""
     kinds = Counter(
-        (("error" if finding.fatal else "warning") + "{}", re.sub(r"\[\d+\]", "[]", _kind(finding.path)))
+        (
+            ("error" if finding.fatal else "warning") + "{}",
+            f": {finding.kind}" if finding.kind else " at " + re.sub(r"\[\d+\]", "[]", _kind(finding.path)),
+        )
         for finding in findings
     )
-    return [f"{n} {severity.format('s' if n > 1 else '')} at {where}" for (severity, where), n in kinds.most_common()]
+    return [f"{n} {severity.format('s' if n > 1 else '')}{where}" for (severity, where), n in kinds.most_common()]
 
 
 def _kind(path: str) -> str:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from permafrost.data.errors import DataError
 from permafrost.data.sampler import GlobalStream, check_division
 from permafrost.data.transforms import NO_CLASS, PAD_COLOR, pad_to
-from permafrost.data.types import Batch, DetectionTarget, Sample, SampleKey
+from permafrost.data.types import Batch, DetectionTarget, Sample, SampleKey, SegmentationTarget
 
 _PADDING_EPOCH = -1
 
@@ -97,6 +97,8 @@ def _padded(sample: Sample, canvas: tuple[int, int]) -> Sample:
     if isinstance(target, DetectionTarget):
         semantic = None if target.semantic is None else pad_to(target.semantic, canvas, NO_CLASS)
         target = replace(target, masks=pad_to(target.masks, canvas, False), semantic=semantic)
+    elif isinstance(target, SegmentationTarget):
+        target = replace(target, semantic=pad_to(target.semantic, canvas, NO_CLASS))
     return replace(sample, image=pad_to(sample.image, canvas, PAD_COLOR), target=target)
 
 
@@ -317,19 +319,36 @@ def val_loader(
     world_size: int = 1,
     num_workers: int = 0,
     timeout: float = 300.0,
+    groups: Sequence[int] | None = None,
 ) -> BatchLoader:
-    """This rank's evaluation batches, every image once over all ranks, equally many batches on each.
+    """This rank's evaluation batches, every sample once over all ranks, equally many batches on each.
 
     Batches are dealt out in turn; a rank that runs short repeats the first batch with `is_padding` set, so that
     collective operations stay in step; its results are to be dropped. Samples have seed 0 and, unless padding, epoch
     0. It can be iterated again and again.
+
+    Args:
+        dataset: Samples by key.
+        batch_size: Samples in a batch, at most.
+        rank: This rank.
+        world_size: Number of ranks.
+        num_workers: Worker processes.
+        timeout: Seconds without a batch that are an error.
+        groups: How many samples in a row belong together (the views of an image): they stay on one rank and in order. Where a
+            group has several, a batch holds samples of one only. None: each by itself.
     """
-    indices = range(len(dataset))
-    chunks = [
-        [SampleKey(0, 0, index) for index in indices[start : start + batch_size]]
-        for start in range(0, len(dataset), batch_size)
-    ]
-    rounds = -(-len(chunks) // world_size)
-    padding = [SampleKey(0, _PADDING_EPOCH, key.index) for key in chunks[0]] if chunks else []
-    chunks += [padding] * (rounds * world_size - len(chunks))
-    return BatchLoader(dataset, chunks[rank::world_size], num_workers, timeout)
+    indices = [SampleKey(0, 0, index) for index in range(len(dataset))]
+    if groups is None or max(groups, default=1) == 1:
+        pieces = [[indices[start : start + batch_size]] for start in range(0, len(dataset), batch_size)]
+    else:
+        pieces, start = [], 0
+        for size in groups:
+            own = indices[start : start + size]
+            pieces.append([own[first : first + batch_size] for first in range(0, size, batch_size)])
+            start += size
+    mine = [batch for piece in pieces[rank::world_size] for batch in piece]
+    longest = max((sum(map(len, pieces[other::world_size])) for other in range(world_size)), default=0)
+    if pieces:
+        padding = [SampleKey(0, _PADDING_EPOCH, key.index) for key in pieces[0][0]]
+        mine += [padding] * (longest - len(mine))
+    return BatchLoader(dataset, mine, num_workers, timeout)

@@ -104,9 +104,9 @@ class JitterTransform:
         size = (min(scaled[0], square), min(scaled[1], square))
         # The draws are below 1, so every offset from 0 to the overhang is equally likely.
         top, left = int(top_draw * (scaled[0] - size[0] + 1)), int(left_draw * (scaled[1] - size[1] + 1))
-        scene = _crop(_resize(scene, scaled), top, left, size)
+        scene = crop(resize(scene, scaled), top, left, size)
         if flip_draw < jitter.flip:
-            scene = _flip(scene)
+            scene = flip(scene)
         if jitter.color > 0:
             # A new scene: without a resize or crop this one is still the caller's.
             scene = replace(scene, image=_jitter_color(scene.image, jitter.color, color_draws))
@@ -128,12 +128,12 @@ class MultiScaleTransform:
         scales = self.scales
         side_draw, flip_draw, *color_draws = torch.rand(5, generator=generator).tolist()
         side = scales.short_sides[int(side_draw * len(scales.short_sides))]
-        scene = _resize(scene, _short_side_size(*scene.image.shape[-2:], side, scales.max_side))
+        scene = resize(scene, short_side_size(*scene.image.shape[-2:], side, scales.max_side))
         if flip_draw < scales.flip:
-            scene = _flip(scene)
+            scene = flip(scene)
         if scales.color > 0:
             scene = replace(scene, image=_jitter_color(scene.image, scales.color, color_draws))
-        return _pad(scene, _whole(scene.image.shape[-2:]), scales.min_box_side)
+        return _pad(scene, padded_size(scene.image.shape[-2:]), scales.min_box_side)
 
 
 class FitTransform:
@@ -155,18 +155,18 @@ class FitTransform:
             size = _fitted_size(height, width, self.image_size)
             canvas = (self.image_size, self.image_size)
         else:
-            size = _short_side_size(height, width, self.evaluation.short_side, self.evaluation.max_side)
-            canvas = _whole(size)
-        return _pad(_resize(scene, size), canvas, min_box_side=0.0)
+            size = short_side_size(height, width, self.evaluation.short_side, self.evaluation.max_side)
+            canvas = padded_size(size)
+        return _pad(resize(scene, size), canvas, min_box_side=0.0)
 
 
-def _short_side_size(height: int, width: int, short: float, longest: float) -> tuple[int, int]:
+def short_side_size(height: int, width: int, short: float, longest: float) -> tuple[int, int]:
     """Size whose shorter side is `short` pixels, or whose longer one is `longest` where that is smaller."""
     ratio = min(short / min(height, width), longest / max(height, width))
     return max(1, round(height * ratio)), max(1, round(width * ratio))
 
 
-def _whole(size: tuple[int, int]) -> tuple[int, int]:
+def padded_size(size: tuple[int, int]) -> tuple[int, int]:
     """The next whole multiples of DIVISOR."""
     height, width = (-(-side // DIVISOR) * DIVISOR for side in size)
     return height, width
@@ -178,7 +178,8 @@ def _fitted_size(height: int, width: int, side: float) -> tuple[int, int]:
     return max(1, round(height * ratio)), max(1, round(width * ratio))
 
 
-def _resize(scene: Scene, size: tuple[int, int]) -> Scene:
+def resize(scene: Scene, size: tuple[int, int]) -> Scene:
+    """The scene at another (height, width); masks and maps take the nearest pixel."""
     if tuple(scene.image.shape[-2:]) == size:
         return scene
     image = functional.resize(scene.image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
@@ -191,7 +192,8 @@ def _resize(scene: Scene, size: tuple[int, int]) -> Scene:
     return Scene(image, masks, functional.resize(_as_boxes(scene), list(size)).as_subclass(Tensor), semantic)
 
 
-def _crop(scene: Scene, top: int, left: int, size: tuple[int, int]) -> Scene:
+def crop(scene: Scene, top: int, left: int, size: tuple[int, int]) -> Scene:
+    """The window of (height, width) `size` whose corner is at (top, left)."""
     if tuple(scene.image.shape[-2:]) == size:
         return scene
     image = functional.crop(scene.image, top, left, *size)
@@ -200,7 +202,8 @@ def _crop(scene: Scene, top: int, left: int, size: tuple[int, int]) -> Scene:
     return Scene(image, masks, functional.crop(_as_boxes(scene), top, left, *size).as_subclass(Tensor), semantic)
 
 
-def _flip(scene: Scene) -> Scene:
+def flip(scene: Scene) -> Scene:
+    """The scene mirrored, left to right."""
     boxes = functional.horizontal_flip(_as_boxes(scene)).as_subclass(Tensor)
     semantic = None if scene.semantic is None else functional.horizontal_flip(scene.semantic)
     return Scene(functional.horizontal_flip(scene.image), functional.horizontal_flip(scene.masks), boxes, semantic)

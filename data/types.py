@@ -159,6 +159,25 @@ class ClipResult:
         return replace(self, scores=self.scores.cpu())
 
 
+@dataclass(frozen=True)
+class SegmentationView:
+    """One of the ways in which an image is looked at in evaluation: a window of the resized image, mirrored or not.
+
+    Attributes:
+        number: of this view, from 0.
+        count: views of the image.
+        scaled: (height, width) of the whole image, resized.
+        place: (top, left) of the window in it.
+        is_flipped: whether the window's content is mirrored, left to right.
+    """
+
+    number: int
+    count: int
+    scaled: tuple[int, int]
+    place: tuple[int, int] = (0, 0)
+    is_flipped: bool = False
+
+
 @dataclass
 class SegmentationTarget:
     """What is known about the pixels of one image.
@@ -169,6 +188,7 @@ class SegmentationTarget:
         semantic: (H, W) uint8 class of every pixel of the input in 0..K-1; 255 is ignored, padding included.
         size: (height, width) of the image inside the padded input; what lies beyond is padding.
         original_size: (height, width) of the image on disk.
+        view: which part of the image this is, in evaluation; None is all of it, or a training sample.
     """
 
     image_id: int
@@ -176,6 +196,7 @@ class SegmentationTarget:
     semantic: Tensor
     size: tuple[int, int]
     original_size: tuple[int, int]
+    view: SegmentationView | None = None
 
     def to(self, device: torch.device | str) -> SegmentationTarget:
         """The same target with its tensors on `device`."""
@@ -200,6 +221,7 @@ class SegmentationResult:
         canvas: (height, width) of the padded input.
         size: (height, width) of the image inside it.
         original_size: (height, width) of the image on disk.
+        view: see SegmentationTarget.
     """
 
     image_id: int
@@ -208,6 +230,7 @@ class SegmentationResult:
     canvas: tuple[int, int]
     size: tuple[int, int]
     original_size: tuple[int, int]
+    view: SegmentationView | None = None
 
     def cpu(self) -> SegmentationResult:
         """The same result with its tensors in host memory."""

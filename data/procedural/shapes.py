@@ -129,18 +129,18 @@ def render_scene(world: ShapesWorld, split: str, index: int) -> tuple[np.ndarray
     side = world.image_side
     canvas = _background(rng, world)
     for _ in range(rng.integers(0, world.clutter + 1)):
-        _draw_stroke(rng, canvas)
+        draw_stroke(rng, canvas)
     objects: list[SceneObject] = []
     if rng.random() < world.crowd_share:
-        objects.append(_draw_crowd(rng, world, canvas))
+        objects.append(draw_crowd(rng, world, canvas))
     for _ in range(rng.integers(world.objects[0], world.objects[1] + 1)):
-        _place_object(rng, world, canvas, objects)
+        place_object(rng, world, canvas, objects)
     if world.noise > 0:
         canvas += rng.standard_normal((side, side, 3), dtype=np.float32) * np.float32(world.noise)
     return to_uint8(canvas), objects
 
 
-def _colours(rng: np.random.Generator, count: int) -> np.ndarray:
+def random_colours(rng: np.random.Generator, count: int) -> np.ndarray:
     """Random RGB colours (count, 3), saturated or dull, bright or dark."""
     draws = rng.random((count, 3, 1), dtype=np.float32)
     hue, saturation, value = draws[:, 0], 0.1 + 0.9 * draws[:, 1], 0.15 + 0.85 * draws[:, 2]
@@ -153,7 +153,7 @@ def _background(rng: np.random.Generator, world: ShapesWorld) -> np.ndarray:
     side = world.image_side
 
     def layer() -> np.ndarray:
-        low, high = _colours(rng, 2)
+        low, high = random_colours(rng, 2)
         high = low + (high - low) * np.float32(world.background_contrast)
         kind = TEXTURES[rng.integers(len(TEXTURES))]
         return colourise(texture_field(rng, kind, side, side, rng.uniform(0.05, 0.3) * side), low, high)
@@ -165,19 +165,22 @@ def _background(rng: np.random.Generator, world: ShapesWorld) -> np.ndarray:
     return canvas
 
 
-def _draw_stroke(rng: np.random.Generator, canvas: np.ndarray) -> None:
-    """Draw one distracting open polyline of 2 to 4 points that belongs to no class."""
+def draw_stroke(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    """Draw one distracting open polyline of 2 to 4 points that belongs to no class; returns its (side, side) bool pixels."""
     side = len(canvas)
     start = rng.uniform(0, side, 2)
     steps = rng.normal(0, 0.12 * side, (rng.integers(1, 4), 2))
     path = np.concatenate([start[None], start + np.cumsum(steps, axis=0)])
     thickness = rng.uniform(0.006, 0.02) * side
     window = _window([path], side, margin=thickness + 1)
+    covered = np.zeros((side, side), dtype=bool)
     if window is None:
-        return
+        return covered
     top, left, bottom, right = window
     mask = strokes_mask([path - (left, top)], bottom - top, right - left, thickness, supersample=2)
-    _blend(canvas, window, _colours(rng, 1)[0], mask)
+    _blend(canvas, window, random_colours(rng, 1)[0], mask)
+    covered[top:bottom, left:right] = mask >= 0.5
+    return covered
 
 
 def _window(rings: list[np.ndarray], side: int, margin: float = 1.0) -> tuple[int, int, int, int] | None:
@@ -214,7 +217,7 @@ def _full_area(rings: list[np.ndarray]) -> float:
 
 def _fill(rng: np.random.Generator, world: ShapesWorld, under: np.ndarray, height: int, width: int, size: float):
     """A colour, or a texture of two, that keeps at least the world's contrast to the mean colour `under` (3,)."""
-    candidates = _colours(rng, 12)
+    candidates = random_colours(rng, 12)
     distances = np.abs(candidates - under).max(axis=1)
     # The first that is far enough, or the farthest of all.
     colour = candidates[int(np.argmax(np.minimum(distances, world.contrast)))]
@@ -228,7 +231,7 @@ def _fill(rng: np.random.Generator, world: ShapesWorld, under: np.ndarray, heigh
     return colourise(texture_field(rng, kind, height, width, size * rng.uniform(0.15, 0.5)), colour, second)
 
 
-def _place_object(rng: np.random.Generator, world: ShapesWorld, canvas: np.ndarray, objects: list[SceneObject]) -> None:
+def place_object(rng: np.random.Generator, world: ShapesWorld, canvas: np.ndarray, objects: list[SceneObject]) -> None:
     """Draw one object where every region keeps its visible share; give up after a few tries."""
     side = world.image_side
     label = int(rng.integers(len(CLASSES)))
@@ -261,7 +264,7 @@ def _place_object(rng: np.random.Generator, world: ShapesWorld, canvas: np.ndarr
         return
 
 
-def _draw_crowd(rng: np.random.Generator, world: ShapesWorld, canvas: np.ndarray) -> SceneObject:
+def draw_crowd(rng: np.random.Generator, world: ShapesWorld, canvas: np.ndarray) -> SceneObject:
     """Draw a tight cluster of tiny shapes of one class; the region is the union of what they cover."""
     side = world.image_side
     label = int(rng.integers(len(CLASSES)))

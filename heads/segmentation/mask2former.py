@@ -73,6 +73,6 @@ class Mask2Former(Head):
         canvas = (batch.images.shape[-2], batch.images.shape[-1])
         scores = last.classes.softmax(dim=-1)[..., :-1].float()
         return [
-            SegmentationResult(target.image_id, own, masks, canvas, target.size, target.original_size)
+            SegmentationResult(target.image_id, own, masks, canvas, target.size, target.original_size, target.view)
             for target, own, masks in zip(batch.targets, scores, last.masks.float())
         ]

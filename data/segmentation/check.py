@@ -1,0 +1,75 @@
+"""Everything that is wrong with a segmentation data set, found before a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from permafrost.data.ade20k import find_pairs, locate
+from permafrost.data.annotations import Finding
+from permafrost.data.errors import DataError
+from permafrost.data.images import ImageError, read_image
+from permafrost.data.segmentation.classes import read_classes
+from permafrost.data.segmentation.config import ADE20KDataConfig
+from permafrost.data.segmentation.labels import LabelError, read_labels
+
+UNREADABLE_PHOTO = "unreadable photos"
+
+
+def check_ade20k(
+    config: ADE20KDataConfig, decode_images: bool = True, on_progress: Callable[[int, int], None] | None = None
+) -> list[Finding]:
+    """Check both splits of a configuration: folders, pairs, and every photo with its labels.
+
+    Args:
+        config: What a run would use.
+        decode_images: Decode every file; otherwise only missing ones are found.
+        on_progress: Called with the images done and all images, now and then.
+
+    Returns:
+        Findings, each with its kind. Training and evaluation refuse to start with pairs that are incomplete; a pair that cannot be
+        used is replaced while training, so it is fatal only in the validation split.
+    """
+    try:
+        config = config.located()
+        num_classes = len(read_classes(Path(config.root).expanduser() / config.class_info))
+    except DataError as error:
+        return [Finding(config.root, str(error))]
+    findings: list[Finding] = []
+    for split in ("train", "val"):
+        try:
+            pairs, missing = find_pairs(*locate(config, split))
+        except DataError as error:
+            findings.append(Finding(str(config.paths(split)[0]), str(error)))
+            continue
+        findings.extend(missing)
+        if decode_images:
+            findings.extend(_check_pairs(pairs, num_classes, split == "val", on_progress))
+    return findings
+
+
+def _check_pairs(
+    pairs: list[tuple[Path, Path]], num_classes: int, needs_all: bool, on_progress: Callable[[int, int], None] | None
+) -> list[Finding]:
+    def problems(pair: tuple[Path, Path]) -> list[Finding]:
+        photo, labels = pair
+        try:
+            image = read_image(photo)
+        except ImageError as error:
+            return [Finding(str(photo), str(error), fatal=needs_all, kind=UNREADABLE_PHOTO)]
+        try:
+            notes = read_labels(labels, (image.shape[-2], image.shape[-1]), num_classes).notes
+        except LabelError as error:
+            return [Finding(str(labels), str(error), fatal=needs_all, kind=error.kind)]
+        return [Finding(str(labels), text, fatal=False, kind=kind) for kind, text in notes]
+
+    found: list[Finding] = []
+    # Decoding releases the interpreter's lock, so threads are enough.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for done, findings in enumerate(pool.map(problems, pairs), start=1):
+            found.extend(findings)
+            if on_progress is not None and (done % 100 == 0 or done == len(pairs)):
+                on_progress(done, len(pairs))
+    return found

@@ -1,0 +1,178 @@
+"""Configurations of segmentation data sets: values only, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from permafrost.data.config import ShapesWorld
+from permafrost.data.errors import DataError
+
+if TYPE_CHECKING:
+    from permafrost.data.ade20k import SceneParsing
+
+
+@dataclass
+class SegmentationJitterConfig:
+    """Training's augmentation, as the public Mask2Former recipe on ADE20K has it: a random shorter side, a square crop, SSD's
+    colour jitter, a flip."""
+
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    """The shorter side is resized to this range times data.image_size."""
+    num_scales: int = 16
+    """Steps of that range, each as likely; 1 draws from the whole range."""
+    max_side: int = 2560
+    """The longer side is never above this, pixels; the shorter one then is smaller than drawn."""
+    single_category_limit: float = 1.0
+    """Largest share of a crop's labelled pixels that one class may take: up to ten crops are drawn until one keeps it. 1 takes
+    the first crop, as the public recipe with Swin does; its ResNet recipes and DeepLab's use 0.75."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    color_probability: float = 0.5
+    """Of each of the four changes of colour below (Liu et al., SSD, 2016); 0 changes none."""
+    brightness: float = 32.0
+    """Largest shift, of 255."""
+    contrast: float = 0.5
+    """Factors lie within 1 - this and 1 + this."""
+    saturation: float = 0.5
+    """Factors lie within 1 - this and 1 + this."""
+    hue: float = 0.1
+    """Largest shift, in turns of the circle of colours."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale_range[0] <= self.scale_range[1]:
+            raise DataError(f"data.jitter.scale_range is {self.scale_range}: give two rising factors above 0")
+        for name in ("num_scales", "max_side"):
+            if getattr(self, name) < 1:
+                raise DataError(f"data.jitter.{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 < self.single_category_limit <= 1:
+            raise DataError(
+                f"data.jitter.single_category_limit is {self.single_category_limit}: give a share above 0, 1 for no limit"
+            )
+        for name in ("flip", "color_probability", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise DataError(f"data.jitter.{name} is {getattr(self, name)}: it must lie between 0 and 1")
+        if not 0 <= self.brightness <= 255 or not 0 <= self.hue <= 0.5:
+            raise DataError(
+                f"data.jitter: brightness {self.brightness} must lie in 0..255 and hue {self.hue} in 0..0.5"
+            )
+
+
+@dataclass
+class SegmentationEvaluationConfig:
+    """How images are looked at in evaluation and prediction: whole or in windows, at one scale or several, flipped too or not."""
+
+    mode: Literal["whole", "slide"] = "whole"
+    """The whole image at once, or in overlapping squares of data.image_size whose scores are averaged."""
+    short_side: int | None = None
+    """What the shorter side is resized to, pixels; None is data.image_size."""
+    max_side: int = 2560
+    """The longer side is never above this, at scale 1."""
+    scales: tuple[float, ...] = (1.0,)
+    """Factors of the shorter side; the scores of all are averaged. The public multi-scale test has 0.5 to 1.75 in steps of a
+    quarter, with flips."""
+    flip: bool = False
+    """Average over the mirrored image, too."""
+    stride: float = 2 / 3
+    """Step of the windows as a share of their side."""
+
+    def __post_init__(self) -> None:
+        if not self.scales or min(self.scales) <= 0 or len(set(self.scales)) < len(self.scales):
+            raise DataError(f"data.evaluation.scales is {self.scales}: give different factors above 0")
+        if not 0 < self.stride <= 1:
+            raise DataError(f"data.evaluation.stride is {self.stride}: give a share of the window above 0, at most 1")
+        if self.short_side is not None and not 1 <= self.short_side <= self.max_side:
+            raise DataError(
+                f"data.evaluation.short_side is {self.short_side}: give 1 to max_side ({self.max_side}) pixels"
+            )
+
+
+@dataclass
+class ADE20KDataConfig:
+    """Any data set in the layout of ADE20K's SceneParsing release: photos, and PNGs of labels beside them, 0 = ignore."""
+
+    root: str = "data/ADEChallengeData2016"
+    train_images: str = "images/training"
+    train_annotations: str = "annotations/training"
+    val_images: str = "images/validation"
+    val_annotations: str = "annotations/validation"
+    test_images: str = "release_test/testing"
+    """Photos without labels, for submission files; under root, or anywhere."""
+    class_info: str = "objectInfo150.txt"
+    """Table of the classes under root, a line for each label from 1; where ADE20K's is missing, its 150 names are known."""
+    image_size: int = 640
+    """Side of the square crops that training sees, pixels; evaluation's shorter side too, unless it says otherwise."""
+    jitter: SegmentationJitterConfig = field(default_factory=SegmentationJitterConfig)
+    evaluation: SegmentationEvaluationConfig = field(default_factory=SegmentationEvaluationConfig)
+    max_val_images: int | None = None
+    """Evaluate on n images only, spread evenly over the names; None takes all."""
+    corrupt_share: float = 0.001
+    """Largest share of unusable training pairs (at least 10 are tolerated) before the run stops."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 32:
+            raise DataError(f"data.image_size is {self.image_size}: give at least 32 pixels")
+        if self.max_val_images is not None and self.max_val_images < 1:
+            raise DataError(f"data.max_val_images is {self.max_val_images}: give at least 1, or None for all")
+        if not 0 <= self.corrupt_share <= 1:
+            raise DataError(f"data.corrupt_share is {self.corrupt_share}: give a share between 0 and 1")
+
+    def paths(self, split: str) -> tuple[Path, Path]:
+        """Folders of photos and of label PNGs of "train" or "val"."""
+        root = Path(self.root).expanduser()
+        return root / getattr(self, f"{split}_images"), root / getattr(self, f"{split}_annotations")
+
+    def located(self) -> ADE20KDataConfig:
+        """The same configuration with files behind it: a built-in world writes them first."""
+        return self
+
+    def build_train(self) -> SceneParsing:
+        """The training set with augmentation."""
+        from permafrost.data.ade20k import SceneParsing
+
+        return SceneParsing.from_config(self.located(), train=True)
+
+    def build_val(self) -> SceneParsing:
+        """The validation set: one sample for each view of each image."""
+        from permafrost.data.ade20k import SceneParsing
+
+        return SceneParsing.from_config(self.located(), train=False)
+
+    def build_test(self) -> SceneParsing:
+        """The photos of `test_images`, without labels, seen as in validation."""
+        from permafrost.data.ade20k import SceneParsing
+
+        return SceneParsing.without_labels(self.located())
+
+
+@dataclass
+class SceneryWorld(ShapesWorld):
+    """The built-in world `scenery`: the objects of `shapes` on backgrounds of several stuff-like regions. Other values are another
+    world, in another cache folder."""
+
+    regions: tuple[int, int] = (1, 3)
+    """Fewest and most regions of a background; each has a texture of its own, which is its class."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.regions[0] <= self.regions[1] <= 4:
+            raise DataError(f"data.world.regions is {self.regions}: give fewest and most, within 1 to 4")
+
+
+@dataclass
+class SceneryDataConfig(ADE20KDataConfig):
+    """The built-in world `scenery`: rendered once into a cache folder, then read like any data set in ADE20K's layout."""
+
+    root: str = ""
+    """Folder of the files; empty is a folder under $PERMAFROST_CACHE or ~/.cache/permafrost."""
+    test_images: str = "images/validation"
+    class_info: str = "objectInfo.txt"
+    image_size: int = 160
+    world: SceneryWorld = field(default_factory=SceneryWorld)
+
+    def located(self) -> ADE20KDataConfig:
+        """The same configuration with the world's files written and `root` naming their folder."""
+        from permafrost.data.procedural.scenery_files import ensure_scenery
+
+        return replace(self, root=str(ensure_scenery(self.world, Path(self.root) if self.root else None)))

@@ -1,0 +1,111 @@
+"""From a photo with labels to what the network sees, in training; see `views` for evaluation.
+
+All randomness is drawn from the generator that is passed in, always the same number of draws, so a sample is a pure function of
+its key. Resizing, cropping and padding are those of `data.transforms`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from permafrost.data.segmentation.config import SegmentationJitterConfig
+from permafrost.data.transforms import NO_CLASS, PAD_COLOR, Scene, crop, flip, pad_to, resize, short_side_size
+
+MAX_CROPS = 10
+"""Crops that are tried before the last one is taken, whatever it holds."""
+_NUM_COLOR_DRAWS = 9
+
+
+def make_scene(image: Tensor, labels: Tensor) -> Scene:
+    """A scene without objects: (3, H, W) uint8 and (H, W) uint8."""
+    return Scene(image, image.new_zeros((0, *image.shape[-2:])), torch.zeros((0, 4)), labels)
+
+
+class SegmentationJitter:
+    """Random scale, square crop, colours and flip.
+
+    Args:
+        image_size: Side S of the square, pixels.
+        jitter: Ranges and probabilities.
+    """
+
+    def __init__(self, image_size: int, jitter: SegmentationJitterConfig) -> None:
+        self.image_size = image_size
+        self.jitter = jitter
+
+    def __call__(
+        self, image: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Transform a photo by random choices drawn from `generator`.
+
+        Args:
+            image: (3, H, W) uint8.
+            labels: (H, W) uint8.
+            generator: gives all randomness.
+
+        Returns:
+            (3, S, S) uint8, (S, S) uint8, and the (height, width) of what is not padding.
+        """
+        jitter, square = self.jitter, self.image_size
+        scale_draw, flip_draw, *draws = torch.rand(2 + 2 * MAX_CROPS + _NUM_COLOR_DRAWS, generator=generator).tolist()
+        color_draws, places = draws[:_NUM_COLOR_DRAWS], draws[_NUM_COLOR_DRAWS:]
+        low, high = jitter.scale_range
+        if jitter.num_scales > 1:
+            scale_draw = int(scale_draw * jitter.num_scales) / (jitter.num_scales - 1)
+        side = square * (low + (high - low) * scale_draw)
+        scene = resize(make_scene(image, labels), short_side_size(*image.shape[-2:], side, jitter.max_side))
+        scene = self._crop(scene, places)
+        if jitter.color_probability:
+            scene = replace(scene, image=self._change_colors(scene.image, color_draws))
+        if flip_draw < jitter.flip:
+            scene = flip(scene)
+        height, width = scene.image.shape[-2:]
+        canvas = (square, square)
+        return pad_to(scene.image, canvas, PAD_COLOR), pad_to(scene.semantic, canvas, NO_CLASS), (height, width)
+
+    def _crop(self, scene: Scene, places: list[float]) -> Scene:
+        """The first of the windows in which no class takes more than its share; the last one if none is."""
+        height, width = scene.image.shape[-2:]
+        size = (min(height, self.image_size), min(width, self.image_size))
+        if size == (height, width):
+            return scene
+        for top_draw, left_draw in zip(places[0::2], places[1::2]):
+            top, left = int(top_draw * (height - size[0] + 1)), int(left_draw * (width - size[1] + 1))
+            window = scene.semantic[top : top + size[0], left : left + size[1]]
+            if self.jitter.single_category_limit >= 1 or self._is_mixed(window):
+                break
+        return crop(scene, top, left, size)
+
+    def _is_mixed(self, labels: Tensor) -> bool:
+        counts = torch.bincount(labels.flatten(), minlength=NO_CLASS + 1)[:NO_CLASS]
+        return bool((counts > 0).sum() > 1) and float(counts.max() / counts.sum()) < self.jitter.single_category_limit
+
+    def _change_colors(self, image: Tensor, draws: list[float]) -> Tensor:
+        """Brightness; then contrast, saturation and hue, with contrast first or last."""
+        jitter = self.jitter
+        order_draw, *rest = draws
+        is_on = [draw < jitter.color_probability for draw in rest[0::2]]
+        # From -1 to 1.
+        brightness, contrast, saturation, hue = (2 * draw - 1 for draw in rest[1::2])
+        if is_on[0] and jitter.brightness:
+            image = _linear(image, 1.0, brightness * jitter.brightness)
+        steps = []
+        if is_on[1] and jitter.contrast:
+            steps.append(lambda x: _linear(x, 1 + contrast * jitter.contrast, 0.0))
+        late = []
+        if is_on[2] and jitter.saturation:
+            late.append(lambda x: functional.adjust_saturation(x, 1 + saturation * jitter.saturation))
+        if is_on[3] and jitter.hue:
+            late.append(lambda x: functional.adjust_hue(x, hue * jitter.hue))
+        for change in steps + late if order_draw < 0.5 else late + steps:
+            image = change(image)
+        return image
+
+
+def _linear(image: Tensor, factor: float, shift: float) -> Tensor:
+    """factor * image + shift, within 0..255."""
+    return (image.float() * factor + shift).round().clamp(0, 255).to(torch.uint8)
