@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
+    "ADE20KDataConfig": "segmentation.config",
     "Batch": "types",
     "ClipConfig": "video.config",
     "ClipResult": "types",
@@ -25,12 +26,20 @@ _EXPORTS = {
     "ReplacementTracker": "coco",
     "Sample": "types",
     "SampleKey": "types",
+    "SceneParsing": "ade20k",
+    "SceneryDataConfig": "segmentation.config",
+    "SceneryWorld": "segmentation.config",
+    "SegmentationEvaluationConfig": "segmentation.config",
+    "SegmentationEvaluator": "metrics.segmentation",
+    "SegmentationJitterConfig": "segmentation.config",
     "SegmentationResult": "types",
     "SegmentationTarget": "types",
+    "SegmentationView": "types",
     "ShapesDataConfig": "config",
     "ShapesWorld": "config",
     "VideoEvaluator": "metrics.video",
     "WorkerError": "loader",
+    "check_ade20k": "segmentation.check",
     "check_coco": "check",
     "inference_sample": "coco",
     "train_loader": "loader",

@@ -65,7 +65,12 @@ class SceneParsing(Dataset):
     """
 
     def __init__(
-        self, config: ADE20KDataConfig, pairs: Sequence[tuple[Path, Path | None]], classes: Sequence[str], *, train: bool
+        self,
+        config: ADE20KDataConfig,
+        pairs: Sequence[tuple[Path, Path | None]],
+        classes: Sequence[str],
+        *,
+        train: bool,
     ) -> None:
         if not pairs:
             raise DataError(f"{config.root}: not one {'training' if train else 'validation'} image")
@@ -276,7 +281,9 @@ def find_pairs(photos: Path, annotations: Path) -> tuple[list[tuple[Path, Path]]
     """Photos with the labels of their name, sorted; and what has no counterpart."""
     images, labels = _listed(photos, PHOTO_SUFFIXES), _listed(annotations, frozenset((".png",)))
     findings = [
-        Finding(str(photos / images[stem]), f"there is no {annotations / stem}.png with its labels", kind=MISSING_LABELS)
+        Finding(
+            str(photos / images[stem]), f"there is no {annotations / stem}.png with its labels", kind=MISSING_LABELS
+        )
         for stem in images.keys() - labels.keys()
     ]
     findings += [

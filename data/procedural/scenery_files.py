@@ -70,7 +70,9 @@ def write_scenery(world: SceneryWorld, folder: Path, num_processes: int | None =
     job = {"world": asdict(world), "folder": str(folder)}
     found = run_parts("scenery", __spec__.name, job, parts, lambda: _render_part(world, folder, 0, parts))
     pixels = np.sum(found, axis=0)
-    rows = [f"{label}\t{share:.4f}\t{name}\n" for label, (share, name) in enumerate(zip(pixels / pixels.sum(), CLASSES), 1)]
+    rows = [
+        f"{label}\t{share:.4f}\t{name}\n" for label, (share, name) in enumerate(zip(pixels / pixels.sum(), CLASSES), 1)
+    ]
     (folder / "objectInfo.txt").write_text("Idx\tRatio\tName\n" + "".join(rows), encoding="utf-8")
     (folder / MANIFEST).write_text(_manifest(world), encoding="utf-8")
 
