@@ -52,6 +52,8 @@ FIELDS = (
 
 SIDE, NUM_STEPS, BATCH = 128, 240, 8
 NUM_TRAIN, NUM_VAL = 4000, 250
+TRIAL_STEPS, TRIAL_TRAIN, TRIAL_VAL = 2, 100, 10
+"""Of --trial, which shows that the script works and nothing else."""
 CALIBRATION_SEED = 1000
 WANTED_AP = (0.4, 0.7)
 RATES = (0.1, 0.3, 1.0)
@@ -125,8 +127,11 @@ def cells(tables: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     return listed
 
 
-def build(cell: Cell, world: str, rate: float, num_steps: int = NUM_STEPS) -> Experiment:
+def build(cell: Cell, world: str, rate: float, *, trial: bool = False) -> Experiment:
     """The experiment of a cell."""
+    num_steps, num_train, num_val = NUM_STEPS, NUM_TRAIN, NUM_VAL
+    if trial:
+        num_steps, num_train, num_val = TRIAL_STEPS, TRIAL_TRAIN, TRIAL_VAL
     experiment = HEADS["bifpn" if cell.head in LAYERS else cell.head]()
     head = experiment.heads["detection"]
     neck: NeckConfig = head.model.neck
@@ -140,7 +145,7 @@ def build(cell: Cell, world: str, rate: float, num_steps: int = NUM_STEPS) -> Ex
         experiment.backbone = dataclasses.replace(experiment.backbone, frozen=False, learning_rate_factor=rate)
     experiment.data.image_size = SIDE
     experiment.data.jitter = JitterConfig(scale_range=(0.7, 1.4), flip=0.5)
-    experiment.data.world = ShapesWorld(num_train=NUM_TRAIN, num_val=NUM_VAL, image_side=SIDE, **LADDER[world])
+    experiment.data.world = ShapesWorld(num_train=num_train, num_val=num_val, image_side=SIDE, **LADDER[world])
     experiment.data.train_share = cell.share
     experiment.data.train_share_seed = cell.seed
     experiment.loop = LoopConfig(
@@ -158,7 +163,7 @@ def build(cell: Cell, world: str, rate: float, num_steps: int = NUM_STEPS) -> Ex
     return experiment
 
 
-def run_cell(cell: Cell, world: str, rate: float, work: Path, num_steps: int = NUM_STEPS) -> dict[str, object]:
+def run_cell(cell: Cell, world: str, rate: float, work: Path, *, trial: bool = False) -> dict[str, object]:
     """Trains and scores one cell in a process of its own.
 
     Returns:
@@ -166,7 +171,7 @@ def run_cell(cell: Cell, world: str, rate: float, work: Path, num_steps: int = N
     """
     # A calibration with another rate or world is another run.
     folder = work / f"{cell.name}_{world}_{rate:g}"
-    values = json.dumps([dataclasses.asdict(cell), world, rate, num_steps, str(folder)])
+    values = json.dumps([dataclasses.asdict(cell), world, rate, trial, str(folder)])
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, __file__, "--child", values],
@@ -189,7 +194,7 @@ def run_cell(cell: Cell, world: str, rate: float, work: Path, num_steps: int = N
         **dataclasses.asdict(cell),
         "world": world,
         "rate": rate if cell.setting == "full" else "",
-        "num_steps": num_steps,
+        "num_steps": TRIAL_STEPS if trial else NUM_STEPS,
         **measured,
     }
 
@@ -202,15 +207,13 @@ def train_cell(values: str) -> None:
 
     from permafrost.launcher.train import train
 
-    described, world, rate, num_steps, folder = json.loads(values)
-    experiment = build(Cell(**described), world, rate, num_steps)
+    described, world, rate, trial, folder = json.loads(values)
+    experiment = build(Cell(**described), world, rate, trial=trial)
     experiment.output = folder
     torch.set_num_threads(1)
     start = time.monotonic()
     found = train(experiment, device="cpu")["detection"]
     used = resource.getrusage(resource.RUSAGE_SELF)
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    assert lines
     print(
         json.dumps(
             {
@@ -244,7 +247,7 @@ def processor() -> str:
 
 def read(path: Path) -> list[dict[str, str]]:
     """The rows there are."""
-    return list(csv.DictReader(path.open())) if path.exists() else []
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
 def append(path: Path, row: dict[str, object]) -> None:
@@ -266,7 +269,7 @@ def cell_of(row: dict[str, str]) -> Cell:
     return Cell(row["table"], row["head"], row["setting"], float(row["share"]), int(row["seed"]))
 
 
-def calibrate(path: Path, work: Path, num_steps: int, jobs: int) -> tuple[str, float] | None:
+def calibrate(path: Path, work: Path, jobs: int, *, trial: bool = False) -> tuple[str, float] | None:
     """The world and the fine-tuned backbone's rate, by the rule above; runs what of it is missing.
 
     Raises:
@@ -277,7 +280,7 @@ def calibrate(path: Path, work: Path, num_steps: int, jobs: int) -> tuple[str, f
         known = {float(row["rate"]): row for row in read(path) if row["table"] == cell.table and row["world"] == world}
         missing = [rate for rate in RATES if rate not in known]
         with ThreadPoolExecutor(max(1, jobs)) as pool:
-            for row in pool.map(lambda rate: run_cell(cell, world, rate, work, num_steps), missing):  # noqa: B023 - done here
+            for row in pool.map(lambda rate: run_cell(cell, world, rate, work, trial=trial), missing):  # noqa: B023 - done here
                 append(path, row)
                 known[float(row["rate"])] = row
         best = max(RATES, key=lambda rate: float(known[rate]["box_ap"]))
@@ -349,9 +352,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", choices=("2", "6"), default=["2", "6"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one core each")
-    parser.add_argument(
-        "--steps", type=int, default=NUM_STEPS, help="for a trial of the script; results go elsewhere then"
-    )
+    parser.add_argument("--trial", action="store_true", help="two steps on a few pictures: shows that the script works")
     parser.add_argument("--calibrate", action="store_true", help="stop once world and rate are known")
     parser.add_argument("--summarise", action="store_true")
     parser.add_argument("--list", action="store_true")
@@ -365,8 +366,8 @@ def main() -> None:
     if options.summarise:
         print(summarise(options.results))
         return
-    if options.steps != NUM_STEPS and options.results == RESULTS:
-        parser.error("--steps makes other cells than the committed ones: give --results FILE")
+    if options.trial and options.results == RESULTS:
+        parser.error("--trial is no result: give --results FILE")
     done = {cell_of(row) for row in read(options.results)}
     wanted = cells(options.tables, options.seeds)
     if options.list:
@@ -374,12 +375,12 @@ def main() -> None:
             print(f"{cell.name:40} {'done' if cell in done else 'missing'}")
         print(eta(options.results, [cell for cell in wanted if cell not in done], options.jobs))
         return
-    world, rate = calibrate(options.results, options.work, options.steps, options.jobs)
+    world, rate = calibrate(options.results, options.work, options.jobs, trial=options.trial)
     if options.calibrate:
         return
     missing = [cell for cell in wanted if cell not in done]
     with ThreadPoolExecutor(max(1, options.jobs)) as pool:
-        started = [pool.submit(run_cell, cell, world, rate, options.work, options.steps) for cell in missing]
+        started = [pool.submit(run_cell, cell, world, rate, options.work, trial=options.trial) for cell in missing]
         for number, future in enumerate(started, start=1):
             append(options.results, future.result())
             print(eta(options.results, missing[number:], options.jobs), flush=True)

@@ -97,6 +97,9 @@ class HeadExperiment:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     metric: str = "bbox/AP"
     """The evaluator's value that decides which checkpoint is `best`."""
+    init: str | None = None
+    """Where its first weights come from: another run's folder, or the file of a released Mask R-CNN or Cascade of the Swin
+    papers. What does not fit is initialised anew, and listed. None: all of it is."""
 
 
 @dataclass

@@ -25,6 +25,7 @@ from permafrost.launcher.checkpoint import load_newest
 from permafrost.launcher.counts import RecordedCounts
 from permafrost.launcher.errors import USER_ERRORS
 from permafrost.launcher.evaluate import Metrics, metrics_table
+from permafrost.launcher.init_head import announce_starts, start_heads
 from permafrost.launcher.interruption import Interruption
 from permafrost.launcher.layout import micro_batch_size
 from permafrost.launcher.mesh import init_world
@@ -111,6 +112,7 @@ def start_and_train(
     num_parameters = count_parameters(parts)
     checkpoint, problems = on_main(world, lambda: load_newest(run))
     start = checkpoint.state.step if checkpoint else 0
+    starts = start_heads(experiment, parts, world) if checkpoint is None else {}
     with Monitor(
         run, num_steps=loop.num_steps, is_main=world.is_main, start_step=start, log_every=loop.log_every
     ) as monitor:
@@ -118,6 +120,7 @@ def start_and_train(
         # Engines have made groups of their own.
         world.limit_collectives(loop.process_group_timeout)
         announce(session, num_parameters, checkpoint, problems)
+        announce_starts(session, starts)
         del checkpoint
         done = train_steps(session, start)
         return finish(session, done)

@@ -27,7 +27,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Options of the command itself."""
     parser = argparse.ArgumentParser(
         prog="permafrost train",
-        usage="permafrost train RECIPE [--field.sub value ...] [--output DIR] [--resume ...] [--device ...]",
+        usage="permafrost train RECIPE [--field.sub value ...] [--output DIR] [--init-head RUN] [--resume ...]\n"
+        "                        [--device ...]",
         description="Train the heads of a recipe on its frozen backbone.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -36,6 +37,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_resume(parser)
     add_device(parser)
+    help_text = (
+        "start every head from that run's (or from a released detector's file), and list what had to be initialised anew; of one "
+        "head only: --heads.NAME.init RUN"
+    )
+    parser.add_argument("--init-head", metavar="RUN", help=help_text)
     return parser
 
 
@@ -46,8 +52,11 @@ def run(argv: Sequence[str]) -> int:
         TrainingStopped: non-finite losses stopped a head; the program exits with 1.
     """
     options, recipe, fields = split_recipe(make_parser(), argv)
-    description = "Besides these fields: --resume, --device (see `permafrost train --help`)."
+    description = "Besides these fields: --init-head, --resume, --device (see `permafrost train --help`)."
     experiment = parse_experiment(recipe, fields, description=description)
+    if options.init_head is not None:
+        for head in experiment.heads.values():
+            head.init = options.init_head
 
     from permafrost.launcher.train import train
 
