@@ -32,8 +32,8 @@ GIB = 2**30
 
 def write(name: str, folder: Path) -> None:
     """Draws the weights and writes them, about two shards in memory at a time."""
-    from permafrost.model.frozen import resident_dtype
     from permafrost.model.header import encode_header
+    from permafrost.model.load_swin import resident_dtype
     from permafrost.model.shards import save_sharded
     from permafrost.model.swin import SwinV2
     from permafrost.model.tensor_map import Entry, Tensors

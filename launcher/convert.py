@@ -10,8 +10,8 @@ import torch
 from permafrost.model.architecture import Architecture, infer_architecture
 from permafrost.model.errors import WeightsError
 from permafrost.model.formats import grouped
-from permafrost.model.frozen import resident_dtype
 from permafrost.model.header import encode_header
+from permafrost.model.load_swin import resident_dtype
 from permafrost.model.spec import per_stage
 from permafrost.model.weights import Checkpoint, is_backbone, read_weights, save_sharded
 from permafrost.model.windows import Windows

@@ -15,8 +15,9 @@ from permafrost.model import swin, swin_parts, swin_v1
 from permafrost.model.config import BackboneConfig
 from permafrost.model.errors import WeightsError
 from permafrost.model.fairscale_groups import TensorGroup
-from permafrost.model.frozen import IMAGENET_MEAN, IMAGENET_STD, FrozenBackbone, Network, resident_dtype
+from permafrost.model.frozen import FrozenBackbone, Network
 from permafrost.model.known_weights import find_public
+from permafrost.model.load_swin import IMAGENET_MEAN, IMAGENET_STD, resident_dtype
 from permafrost.model.spec import SWIN_V1_SIZES, SWINV2_SIZES, TIMM_PREFIX, FeatureSpec
 from permafrost.model.tensor_degree import possible_degrees
 from permafrost.model.tensor_parallel import SplitBackbone, SplitSwinV2

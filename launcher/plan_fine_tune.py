@@ -21,7 +21,7 @@ from permafrost.launcher.plan_backbone import build_network, clear_tables
 from permafrost.launcher.plan_head import HeadPlan
 from permafrost.launcher.plan_trace import FusedAttention, Trace
 from permafrost.model.config import BackboneConfig
-from permafrost.model.frozen import IMAGENET_MEAN, IMAGENET_STD
+from permafrost.model.load_swin import IMAGENET_MEAN, IMAGENET_STD
 from permafrost.model.spec import TIMM_PREFIX
 from permafrost.model.trainable import TrainableBackbone
 

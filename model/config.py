@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from permafrost.model.errors import BackboneError
 from permafrost.model.known_weights import find_public
-from permafrost.model.spec import check_fields, check_name, per_stage
+from permafrost.model.spec import check_fields, check_name, given, per_stage
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 OffloadMode = Literal["off", "features", "all"]
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+ATTENTION = ("auto", "triton", "cuda", "sdpa", "reference")
 
 
 @dataclass
@@ -51,6 +52,10 @@ class BackboneConfig:
     """Layers of a timm/ model whose maps are given out, rising, from the end if negative: stages of a hierarchical model,
     blocks of a plain one; taps of one stride become one map, joined along the channels. None: the last of each stride
     from 4 up, so every stage, or the last block."""
+    attention: Literal["auto", "triton", "cuda", "sdpa", "reference"] = "auto"
+    """What a Swin attends with: kernels that gather shifted windows from the map (triton, cuda: a GPU, float32 or 16 bits, frozen),
+    PyTorch's scaled_dot_product_attention on copied windows (sdpa), or the plain float32 formula (reference). A kernel that
+    does not run here is an error. auto: what has been verified on this GPU and dtype, else sdpa; it says which, and why."""
     compile: bool = False
     """Runs the frozen forward through torch.compile: a program for each size of images, made when it first comes, which takes
     up to minutes on a CPU. Needs a C++ compiler there, Triton on a GPU, and mesh.tensor 1."""
@@ -84,6 +89,8 @@ class BackboneConfig:
                 setattr(self, field, value if isinstance(value, int) else values)
         if self.dtype not in DTYPES:
             raise BackboneError(f"backbone.dtype is {self.dtype!r}: give one of {', '.join(DTYPES)}")
+        if self.attention not in ATTENTION:
+            raise BackboneError(f"backbone.attention is {self.attention!r}: give one of {', '.join(ATTENTION)}")
         if self.extra_norm_interval is not None and self.extra_norm_interval < 0:
             raise BackboneError(
                 f"backbone.extra_norm_interval is {self.extra_norm_interval}: give at least 1, 0 for none, "
@@ -96,7 +103,8 @@ class BackboneConfig:
             self.taps = tuple(self.taps)
         self._check_training()
         of_some = ("window_size", "pretrained_window_size", "extra_norm_interval", "taps")
-        check_fields(self.name, **{f"backbone.{field}": getattr(self, field) for field in of_some})
+        values = {f"backbone.{field}": getattr(self, field) for field in of_some}
+        check_fields(self.name, **values, **{"backbone.attention": given(self.attention)})
 
     def _check_training(self) -> None:
         if not self.learning_rate_factor > 0 or self.learning_rate_factor == float("inf"):
@@ -152,6 +160,7 @@ class BackboneConfig:
             "weights_key": self.weights_key,
             "extra_norm_interval": self.extra_norm_interval,
             "taps": self.taps,
+            "attention": self.attention,
         }
         if self.frozen:
             from permafrost.model.frozen import load_backbone

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -16,20 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from permafrost.model.compiled import MAX_COMPILED_SIZES, CompiledNetwork
-from permafrost.model.errors import BackboneError, WeightsError
-from permafrost.model.formats import grouped
+from permafrost.model.errors import BackboneError
+from permafrost.model.load_swin import load_swin
 from permafrost.model.precision import check_dtype, full_precision
-from permafrost.model.spec import SWIN_V1_SIZES, TIMM_PREFIX, FeatureSpec, check_fields, check_name
-from permafrost.model.swin import SwinV2
-from permafrost.model.swin_v1 import SwinV1
-from permafrost.model.tensor_map import materialise
-from permafrost.model.weights import FLOATING_DTYPES, Checkpoint, check_fit, draw_weights, read_weights
-from permafrost.model.windows import Windows, choose_windows
+from permafrost.model.spec import TIMM_PREFIX, FeatureSpec, check_fields, check_name, given
+from permafrost.model.weights import FLOATING_DTYPES
 
-# Per-channel mean and standard deviation (RGB, pixels in [0, 1]) of ImageNet, which every released Swin was trained
-# with; files of our own may state others.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 # Floats clearly outside [0, 1] are pixels in 0..255 or already normalised; resampling may overshoot a little.
 PIXEL_RANGE = (-0.5, 1.5)
 _CHECKSUM_CHUNK = 1 << 22
@@ -266,6 +257,7 @@ def load_backbone(
     weights_key: str | None = None,
     extra_norm_interval: int | None = None,
     taps: Sequence[int] | None = None,
+    attention: str = "auto",
 ) -> FrozenBackbone:
     """Loads a frozen base network.
 
@@ -287,11 +279,13 @@ def load_backbone(
         extra_norm_interval: Blocks between extra norms on the main branch of a SwinV2; None: as the file or the table
             says.
         taps: Layers of a timm model that are given out; see BackboneConfig.
+        attention: What a Swin attends with: "auto", "triton", "cuda", "sdpa" or "reference"; see BackboneConfig.
 
     Raises:
         BackboneError: If name, dtype, device, windows or taps make no sense, or the network cannot be split over the
             group.
         WeightsError: If the weights cannot be read or belong to another network, on any member of the group.
+        KernelError: If `attention` names a kernel that cannot run here.
     """
     kind = FrozenBackbone
     if tensor_group is not None:
@@ -309,6 +303,7 @@ def load_backbone(
         weights_key=weights_key,
         extra_norm_interval=extra_norm_interval,
         taps=taps,
+        attention=attention,
     )
     return kind(network, **source)
 
@@ -326,8 +321,13 @@ def load_network(
     weights_key: str | None = None,
     extra_norm_interval: int | None = None,
     taps: Sequence[int] | None = None,
+    attention: str = "auto",
+    learns: bool = False,
 ) -> tuple[Network, dict[str, Any]]:
-    """A network with its weights, and what Backbone takes besides it; arguments as for `load_backbone`."""
+    """A network with its weights, and what Backbone takes besides it.
+
+    Arguments as for `load_backbone`, and `learns`: whether it will be trained.
+    """
     check_name(name)
     if tensor_group is not None:
         from permafrost.model.tensor_parallel import check_group, load_together
@@ -343,16 +343,17 @@ def load_network(
         "pretrained_window_size": pretrained_window_size,
         "extra_norm_interval": extra_norm_interval,
     }
-    check_fields(name, **swin, taps=taps)
+    check_fields(name, **swin, taps=taps, attention=given(attention))
+    swin |= {"attention": attention, "learns": learns}
     if name.startswith(TIMM_PREFIX):
         # Imported where it is needed: a Swin does without timm.
         from permafrost.model.timm_backbone import load_timm
 
         network, source = load_timm(name, taps=taps, **common)
     elif tensor_group is None:
-        network, source = _load_swin(name, tensor_group=None, **swin, **common)
+        network, source = load_swin(name, tensor_group=None, **swin, **common)
     else:
-        load = partial(_load_swin, name, tensor_group=tensor_group, **swin, **common)
+        load = partial(load_swin, name, tensor_group=tensor_group, **swin, **common)
         network, source = load_together(tensor_group, load)
     return network, {
         "mean": source["mean"],
@@ -366,98 +367,6 @@ def load_network(
             **source["choices"],
         },
     }
-
-
-def _load_swin(
-    name: str,
-    *,
-    weights: str | os.PathLike[str],
-    window_size: int | Sequence[int] | None,
-    pretrained_window_size: int | Sequence[int] | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    tensor_group: Any,
-    prefix: str | None,
-    weights_key: str | None,
-    extra_norm_interval: int | None,
-) -> tuple[Network, dict[str, Any]]:
-    """A Swin with its weights, or this process's part of one.
-
-    Returns:
-        The network, and where it comes from: `weights`, `mean`, `std`, `fingerprint` (of a part `shards`, which knows
-        it), and `choices` for `describe`.
-    """
-    seed = re.fullmatch(r"random(?::(\d+))?", str(weights))
-    # One member of a group reads all of a file; the others only what they hold.
-    is_reader = tensor_group is None or tensor_group.rank == 0
-    checkpoint = None
-    if not seed:
-        checkpoint = read_weights(weights, prefix=prefix, weights_key=weights_key, check_values=is_reader)
-    if checkpoint is None:
-        windows = Windows(window_size, pretrained_window_size)
-    else:
-        if extra_norm_interval is None:
-            extra_norm_interval = checkpoint.metadata.get("extra_norm_interval")
-        windows = choose_windows(
-            checkpoint.windows,
-            window_size=window_size,
-            pretrained_window_size=pretrained_window_size,
-            source=checkpoint.source,
-            position_tables=name in SWIN_V1_SIZES,
-        )
-    arguments = {"window_size": windows.window_size, "pretrained_window_size": windows.pretrained_window_size}
-    with torch.device("meta"):
-        network = (
-            SwinV1(name, **arguments)
-            if name in SWIN_V1_SIZES
-            else SwinV2(name, **arguments, extra_norm_interval=extra_norm_interval)
-        )
-    if checkpoint is None:
-        number = int(seed[1] or 0)
-        checkpoint = Checkpoint(f"random (seed {number})", {}, Windows(None, None), rule="drawn at random")
-        drawn = draw_weights(network, seed=number)
-    else:
-        check_fit(network, name, checkpoint)
-        drawn = None
-    tensors = checkpoint.backbone_tensors()
-
-    def keep(key: str, tensor: Tensor) -> Tensor:
-        return tensor.to(device, resident_dtype(key, dtype), copy=True)
-
-    shards = None
-    if tensor_group is not None:
-        from permafrost.model.tensor_parallel import ShardReader, SplitSwinV2
-
-        shards = ShardReader(tensor_group)
-        stream = drawn or ((key, tensors[key]) for key in sorted(tensors))
-        resident = {key: keep(key, shards.take(key, tensor)) for key, tensor in stream}
-    elif drawn is not None:
-        resident, digest = materialise(drawn, keep)
-    else:
-        resident, digest = checkpoint.load_backbone(keep)
-    if dtype == torch.float16:
-        overflowing = [key for key, tensor in resident.items() if not torch.isfinite(tensor).all()]
-        if overflowing:
-            raise WeightsError(f"{checkpoint.source}: {overflowing[0]} overflows in float16; use bfloat16 or float32.")
-    module: Network = network if shards is None else SplitSwinV2(network, tensor_group)
-    network.load_state_dict(resident, assign=True)
-    return module, {
-        "weights": checkpoint.source,
-        "mean": checkpoint.metadata.get("mean", IMAGENET_MEAN),
-        "std": checkpoint.metadata.get("std", IMAGENET_STD),
-        **({"fingerprint": digest} if shards is None else {"shards": shards}),
-        "choices": {
-            "trained_window_size": checkpoint.windows.window_size,
-            "names": checkpoint.rule,
-            "left_out": grouped([*(checkpoint.tensors.keys() - tensors.keys()), *checkpoint.dropped]),
-        },
-    }
-
-
-def resident_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
-    """Keeps what the folded constants come from in float32: they are computed once, so precision costs nothing."""
-    precise = ".cpb_mlp." in key or key.endswith((".logit_scale", ".relative_position_bias_table"))
-    return torch.promote_types(dtype, torch.float32) if precise else dtype
 
 
 def _usable_device(device: torch.device | str) -> torch.device:

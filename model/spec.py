@@ -170,13 +170,18 @@ def check_name(name: str) -> None:
     raise BackboneError(f"There is no backbone called {name!r}; the names are {known}.{hint}")
 
 
+def given(choice: str) -> str | None:
+    """A choice of the recipe, or None where it leaves it open."""
+    return None if choice == "auto" else choice
+
+
 def check_fields(name: str, **fields: object) -> None:
     """Checks that only fields are given which mean something for this base network.
 
     Args:
         name: Its name.
-        fields: window_size, pretrained_window_size, extra_norm_interval, taps, called as the error is to call them; None
-            is not given.
+        fields: window_size, pretrained_window_size, extra_norm_interval, taps, attention, called as the error is to call
+            them; None is not given.
 
     Raises:
         BackboneError: If one belongs to another kind of network, naming it.

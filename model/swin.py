@@ -52,6 +52,8 @@ class WindowAttention(ShiftedWindowAttention):
         pretrained_window: Window whose largest offset scales the coordinates of the position bias.
     """
 
+    cosine = True
+
     def __init__(self, dim: int, num_heads: int, pretrained_window: int) -> None:
         super().__init__(num_heads)
         self.pretrained_window = pretrained_window
@@ -212,9 +214,10 @@ class SwinV2(Swin):
 
     def describe(self) -> dict[str, Any]:
         """The windows and what is folded, for the start-up lines and the run folder."""
+        described = super().describe()
         folded = "; position bias, logit scale and q, v biases folded" if self.is_folded else ""
-        return super().describe() | {
-            "attention": f"torch scaled_dot_product_attention{folded}",
+        return described | {
+            "attention": described["attention"] + folded,
             "extra_norm_interval": self.extra_norm_interval,
         }
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from permafrost.model.drop_path import Generators, draw_kept, run_again_in_backward
 from permafrost.model.errors import BackboneError
+from permafrost.model.kernels.selection import Choice, choose_kernel
+from permafrost.model.kernels.window_attention import window_attention
 from permafrost.model.kernels.window_attention.reference import SHIFT_PENALTY
 from permafrost.model.precision import full_precision
 from permafrost.model.spec import PATCH_SIZE, FeatureSpec, SwinSize, per_stage
@@ -77,10 +79,14 @@ class ShiftedWindowAttention(nn.Module):
 
     qkv: nn.Linear
     proj: nn.Linear
+    cosine: bool
+    """Whether queries and keys are scaled to length 1."""
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        # None: PyTorch's own operators, by `attend`. Else what window_attention is to use.
+        self.kernel: str | None = None
         # None: the constants are recomputed in each forward, with gradients. A dict: folded, see Swin.fold.
         self.folded: dict[int, tuple[Tensor, Tensor | float, Tensor]] | None = None
 
@@ -112,6 +118,10 @@ class ShiftedWindowAttention(nn.Module):
             return self.folded[window]
         with full_precision(self.qkv.weight.device):
             constants = self.compute_constants(window)
+            if self.kernel is not None and not isinstance(constants[1], Tensor):
+                # What kernels take is made once, too.
+                bias, scale, table = constants
+                constants = bias, torch.full((self.num_heads,), scale, dtype=table.dtype, device=table.device), table
         if self.folded is not None:
             self.folded[window] = constants
         return constants
@@ -130,6 +140,11 @@ class ShiftedWindowAttention(nn.Module):
         Returns:
             (B, H, W, C).
         """
+        if self.kernel is not None:
+            constants = self.constants(window)
+            qkv = F.linear(x, self.qkv.weight, constants[0])
+            keywords = {"window": window, "shift": shift, "cosine": self.cosine, "kernel": self.kernel}
+            return self.proj(window_attention(qkv, *constants, **keywords))
         height, width = x.shape[1:3]
         pad_bottom, pad_right = -height % window, -width % window
         if pad_bottom or pad_right:
@@ -157,6 +172,19 @@ class ShiftedWindowAttention(nn.Module):
                 rows.append(torch.cat(parts, dim=2))
             x = torch.roll(torch.cat(rows, dim=1), (shift, shift), dims=(1, 2))
         return self.proj(x[:, :height, :width])
+
+    def attempt(self, kernel: str, window: int, dtype: torch.dtype) -> None:
+        """Attends to a window of zeros with a kernel of window_attention.
+
+        Raises:
+            Exception: Of any kind, if it cannot.
+        """
+        device = self.qkv.weight.device
+        channels = self.qkv.out_features
+        qkv, bias = (torch.zeros(*shape, channels, dtype=dtype, device=device) for shape in ((1, window, window), ()))
+        table = torch.zeros(self.num_heads, (2 * window - 1) ** 2, device=device)
+        scale = torch.ones(self.num_heads, device=device)
+        window_attention(qkv, bias, scale, table, window=window, cosine=self.cosine, kernel=kernel)
 
     def _attend_windows(self, qkv: Tensor, window: int, scale: Tensor | float, bias: Tensor) -> Tensor:
         """Attends within windows that share one bias: qkv (B, H, W, 3 * C) in whole windows, bias (A, L, L)."""
@@ -299,6 +327,7 @@ class Swin(nn.Module):
         self.pretrained_window_size = pretrained_window_size
         self.drop_path_rate = drop_path_rate
         self.is_folded = False
+        self.attention = Choice("sdpa", "the default")
         self.patch_embed = PatchEmbed(size.embed_dim)
         self.layers = nn.ModuleList(layers)
 
@@ -308,8 +337,46 @@ class Swin(nn.Module):
         return self.size.spec
 
     def describe(self) -> dict[str, Any]:
-        """The windows, for the start-up lines and the run folder."""
-        return {"window_size": self.window_size, "pretrained_window_size": self.pretrained_window_size}
+        """The windows, and what attends, for the start-up lines and the run folder."""
+        return {
+            "window_size": self.window_size,
+            "pretrained_window_size": self.pretrained_window_size,
+            "attention": str(self.attention),
+        }
+
+    def choose_attention(self, asked: str, *, dtype: torch.dtype, learns: bool) -> None:
+        """Chooses what attends, for all blocks alike; see permafrost.model.kernels.selection.
+
+        Args:
+            asked: "auto", "triton", "cuda", "sdpa" or "reference".
+            dtype: What the network computes in.
+            learns: Whether it is trained.
+
+        Raises:
+            KernelError: If a kernel that is asked for cannot run here.
+        """
+        blocks = [(module, stage) for stage in self.layers for module in stage.modules()]
+        attentions = [(one, stage.window_size) for one, stage in blocks if isinstance(one, ShiftedWindowAttention)]
+        # One of each kind: blocks of a stage are alike.
+        kinds = {(one.num_heads, one.qkv.out_features, window): one for one, window in attentions}
+
+        def attempt(kernel: str) -> None:
+            for (*_, window), one in kinds.items():
+                one.attempt(kernel, window, dtype)
+
+        self.attention = choose_kernel(
+            asked,
+            field="backbone.attention",
+            op="window_attention",
+            plain="sdpa",
+            dtype=dtype,
+            device=attentions[0][0].qkv.weight.device,
+            learns=learns,
+            attempt=attempt,
+        )
+        kernel = None if self.attention.kernel == "sdpa" else self.attention.kernel
+        for one, _ in attentions:
+            one.kernel = kernel
 
     def fold(self) -> None:
         """Keeps everything that depends on the parameters alone after the first forward that needs it.

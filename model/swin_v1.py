@@ -58,6 +58,8 @@ class WindowAttention(ShiftedWindowAttention):
         pretrained_window: Window the table belongs to.
     """
 
+    cosine = False
+
     def __init__(self, dim: int, num_heads: int, window_size: int, pretrained_window: int) -> None:
         super().__init__(num_heads)
         self.window_size = window_size
@@ -177,9 +179,10 @@ class SwinV1(Swin):
         """The windows, what was resampled and what is folded, for the start-up lines and the run folder."""
         pairs = enumerate(zip(self.pretrained_window_size, self.window_size, strict=True))
         resampled = [f"stage {stage + 1} from window {old} to {new}" for stage, (old, new) in pairs if old != new]
-        return super().describe() | {
+        described = super().describe()
+        return described | {
             "position_tables": f"resampled (bicubic): {', '.join(resampled)}" if resampled else "as trained",
-            "attention": "torch scaled_dot_product_attention" + ("; position bias folded" if self.is_folded else ""),
+            "attention": described["attention"] + ("; position bias folded" if self.is_folded else ""),
         }
 
     def init_weights(self) -> None:

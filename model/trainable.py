@@ -95,7 +95,7 @@ def load_trainable(
             that no gradient reaches.
         WeightsError: As for `load_backbone`.
     """
-    network, source = load_network(name, dtype=dtype or torch.float32, **kwargs)
+    network, source = load_network(name, dtype=dtype or torch.float32, learns=True, **kwargs)
     if dtype is None:
         source["choices"]["dtype_reason"] = "parameters that are trained; engine.precision says in what they compute"
     network.set_training(drop_path_rate=drop_path_rate, checkpoint_activations=checkpoint_activations)

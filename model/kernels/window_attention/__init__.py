@@ -14,6 +14,7 @@ from torch import Tensor
 
 from permafrost.model.errors import BackboneError, KernelError
 from permafrost.model.kernels.window_attention.reference import window_attention_reference
+from permafrost.model.precision import full_precision
 
 Kernel = Literal["triton", "cuda", "reference"]
 
@@ -72,7 +73,9 @@ def window_attention(
             stacklevel=2,
         )
     if wants_gradient or kernel == "reference":
-        return window_attention_reference(qkv, qkv_bias, scale, table, window=window, shift=shift, cosine=cosine)
+        # An autocast around it would take its products out of float32.
+        with full_precision(qkv.device):
+            return window_attention_reference(qkv, qkv_bias, scale, table, window=window, shift=shift, cosine=cosine)
     check_kernel_takes(kernel, dtype=qkv.dtype, head_dim=qkv.shape[3] // (3 * num_heads), window=window)
     return _window_attention(qkv, qkv_bias.to(qkv.dtype), scale.float(), table.float(), window, shift, cosine, kernel)
 
@@ -93,9 +96,7 @@ def check_kernel_takes(kernel: Kernel, *, dtype: torch.dtype, head_dim: int, win
     if window > MAX_WINDOW:
         problems.append(f"a window of {window} (at most {MAX_WINDOW})")
     if problems:
-        raise KernelError(
-            f"The {kernel} kernel of window attention does not take {', '.join(problems)}; use attention='sdpa'."
-        )
+        raise KernelError(f"The {kernel} kernel of window attention does not take {', '.join(problems)}.")
 
 
 @torch.library.custom_op("permafrost::window_attention", mutates_args=())

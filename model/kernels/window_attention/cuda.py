@@ -147,7 +147,7 @@ def _load(chosen: Plan, device: torch.device) -> LoadedKernel:
     if major < 8:
         raise KernelError(
             f"The cuda kernel of window attention needs compute capability 8.0, {torch.cuda.get_device_name(device)} "
-            f"has {major}.{minor}; use attention='sdpa'."
+            f"has {major}.{minor}."
         )
     cubin, _ = compile_plan(chosen, 10 * major + minor)
     return LoadedKernel(cubin, KERNEL, shared_bytes=chosen.shared_bytes, device=device)

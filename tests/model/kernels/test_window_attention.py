@@ -54,6 +54,13 @@ def test_reference_computes_in_float32() -> None:
     assert relative_error(found, case.expected()) < 2**-9
 
 
+def test_autocast_does_not_reach_the_reference() -> None:
+    case = Case(8, 4, 9, 17, dtype="bfloat16")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = window_attention(*case.tensors(), **case.keywords, kernel="reference")
+    assert relative_error(found, case.expected()) < 2**-9
+
+
 def test_a_gradient_takes_the_reference_and_says_so() -> None:
     case = Case(4, 2, 6, 9)
     qkv, bias, scale, table = case.tensors()
