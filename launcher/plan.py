@@ -166,11 +166,12 @@ class Planner:
             self.notes.append(
                 "backbone.compile is planned as if it were off: a compiled forward holds less at its peak"
             )
-        if self.experiment.backbone.attention not in ("auto", "sdpa"):
-            self.notes.append(
-                f"backbone.attention {self.experiment.backbone.attention!r} is planned as 'sdpa': a kernel holds less at its peak, "
-                "the reference more"
-            )
+        for choice, plain in (("attention", "sdpa"), ("residual_norm", "torch")):
+            value = getattr(self.experiment.backbone, choice)
+            if value not in ("auto", plain):
+                self.notes.append(
+                    f"backbone.{choice} {value!r} is planned as {plain!r}: a kernel holds less at its peak, the reference more"
+                )
         self._trained_backbones: dict[int, TrainedPlan] = {}
         self._backbones: dict[tuple[int, int], BackbonePlan] = {}
         self._heads: dict[tuple[str, int, OffloadMode], HeadPlan] = {}

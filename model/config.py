@@ -21,6 +21,7 @@ OffloadMode = Literal["off", "features", "all"]
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 ATTENTION = ("auto", "triton", "cuda", "sdpa", "reference")
+RESIDUAL_NORM = ("auto", "triton", "torch", "reference")
 
 
 @dataclass
@@ -56,6 +57,10 @@ class BackboneConfig:
     """What a Swin attends with: kernels that gather shifted windows from the map (triton, cuda: a GPU, float32 or 16 bits, frozen),
     PyTorch's scaled_dot_product_attention on copied windows (sdpa), or the plain float32 formula (reference). A kernel that
     does not run here is an error. auto: what has been verified on this GPU and dtype, else sdpa; it says which, and why."""
+    residual_norm: Literal["auto", "triton", "torch", "reference"] = "auto"
+    """What a SwinV2 adds its normalised branches with, and normalises the sum where it has an extra norm: one pass over the map
+    (triton: a GPU, float32 or 16 bits, frozen), PyTorch's norm and sum (torch), or the plain formula in float32 (reference). auto
+    and errors as of attention."""
     compile: bool = False
     """Runs the frozen forward through torch.compile: a program for each size of images, made when it first comes, which takes
     up to minutes on a CPU. Needs a C++ compiler there, Triton on a GPU, and mesh.tensor 1."""
@@ -89,8 +94,9 @@ class BackboneConfig:
                 setattr(self, field, value if isinstance(value, int) else values)
         if self.dtype not in DTYPES:
             raise BackboneError(f"backbone.dtype is {self.dtype!r}: give one of {', '.join(DTYPES)}")
-        if self.attention not in ATTENTION:
-            raise BackboneError(f"backbone.attention is {self.attention!r}: give one of {', '.join(ATTENTION)}")
+        for field, values in (("attention", ATTENTION), ("residual_norm", RESIDUAL_NORM)):
+            if getattr(self, field) not in values:
+                raise BackboneError(f"backbone.{field} is {getattr(self, field)!r}: give one of {', '.join(values)}")
         if self.extra_norm_interval is not None and self.extra_norm_interval < 0:
             raise BackboneError(
                 f"backbone.extra_norm_interval is {self.extra_norm_interval}: give at least 1, 0 for none, "
@@ -104,7 +110,8 @@ class BackboneConfig:
         self._check_training()
         of_some = ("window_size", "pretrained_window_size", "extra_norm_interval", "taps")
         values = {f"backbone.{field}": getattr(self, field) for field in of_some}
-        check_fields(self.name, **values, **{"backbone.attention": given(self.attention)})
+        values |= {f"backbone.{field}": given(getattr(self, field)) for field in ("attention", "residual_norm")}
+        check_fields(self.name, **values)
 
     def _check_training(self) -> None:
         if not self.learning_rate_factor > 0 or self.learning_rate_factor == float("inf"):
@@ -161,6 +168,7 @@ class BackboneConfig:
             "extra_norm_interval": self.extra_norm_interval,
             "taps": self.taps,
             "attention": self.attention,
+            "residual_norm": self.residual_norm,
         }
         if self.frozen:
             from permafrost.model.frozen import load_backbone

@@ -258,6 +258,7 @@ def load_backbone(
     extra_norm_interval: int | None = None,
     taps: Sequence[int] | None = None,
     attention: str = "auto",
+    residual_norm: str = "auto",
 ) -> FrozenBackbone:
     """Loads a frozen base network.
 
@@ -280,12 +281,13 @@ def load_backbone(
             says.
         taps: Layers of a timm model that are given out; see BackboneConfig.
         attention: What a Swin attends with: "auto", "triton", "cuda", "sdpa" or "reference"; see BackboneConfig.
+        residual_norm: What a SwinV2 adds its normalised branches with: "auto", "triton", "torch" or "reference"; see BackboneConfig.
 
     Raises:
         BackboneError: If name, dtype, device, windows or taps make no sense, or the network cannot be split over the
             group.
         WeightsError: If the weights cannot be read or belong to another network, on any member of the group.
-        KernelError: If `attention` names a kernel that cannot run here.
+        KernelError: If `attention` or `residual_norm` names a kernel that cannot run here.
     """
     kind = FrozenBackbone
     if tensor_group is not None:
@@ -304,6 +306,7 @@ def load_backbone(
         extra_norm_interval=extra_norm_interval,
         taps=taps,
         attention=attention,
+        residual_norm=residual_norm,
     )
     return kind(network, **source)
 
@@ -322,6 +325,7 @@ def load_network(
     extra_norm_interval: int | None = None,
     taps: Sequence[int] | None = None,
     attention: str = "auto",
+    residual_norm: str = "auto",
     learns: bool = False,
 ) -> tuple[Network, dict[str, Any]]:
     """A network with its weights, and what Backbone takes besides it.
@@ -343,8 +347,8 @@ def load_network(
         "pretrained_window_size": pretrained_window_size,
         "extra_norm_interval": extra_norm_interval,
     }
-    check_fields(name, **swin, taps=taps, attention=given(attention))
-    swin |= {"attention": attention, "learns": learns}
+    check_fields(name, **swin, taps=taps, attention=given(attention), residual_norm=given(residual_norm))
+    swin |= {"attention": attention, "residual_norm": residual_norm, "learns": learns}
     if name.startswith(TIMM_PREFIX):
         # Imported where it is needed: a Swin does without timm.
         from permafrost.model.timm_backbone import load_timm

@@ -41,6 +41,7 @@ def load_swin(
     weights_key: str | None,
     extra_norm_interval: int | None,
     attention: str,
+    residual_norm: str,
     learns: bool,
 ) -> tuple[Network, dict[str, Any]]:
     """A Swin with its weights, or this process's part of one.
@@ -103,7 +104,7 @@ def load_swin(
             raise WeightsError(f"{checkpoint.source}: {overflowing[0]} overflows in float16; use bfloat16 or float32.")
     module: Network = network if shards is None else SplitSwinV2(network, tensor_group)
     network.load_state_dict(resident, assign=True)
-    network.choose_attention(attention, dtype=dtype, learns=learns)
+    network.choose_kernels(attention=attention, residual_norm=residual_norm, dtype=dtype, learns=learns)
     return module, {
         "weights": checkpoint.source,
         "mean": checkpoint.metadata.get("mean", IMAGENET_MEAN),

@@ -180,17 +180,18 @@ def check_fields(name: str, **fields: object) -> None:
 
     Args:
         name: Its name.
-        fields: window_size, pretrained_window_size, extra_norm_interval, taps, attention, called as the error is to call
-            them; None is not given.
+        fields: window_size, pretrained_window_size, extra_norm_interval, taps, attention, residual_norm, called as the
+            error is to call them; None is not given.
 
     Raises:
         BackboneError: If one belongs to another kind of network, naming it.
     """
-    norms = [field for field, value in fields.items() if value and field.endswith("extra_norm_interval")]
-    if norms and name in SWIN_V1_SIZES:
-        raise BackboneError(
-            f"{norms[0]} is {fields[norms[0]]}, but {name} is a Swin V1, and only SwinV2 has extra norms; leave it out."
-        )
+    for end, what in (("extra_norm_interval", "has extra norms"), ("residual_norm", "normalises a branch at its end")):
+        norms = [field for field, value in fields.items() if value and field.endswith(end)]
+        if norms and name in SWIN_V1_SIZES:
+            raise BackboneError(
+                f"{norms[0]} is {fields[norms[0]]!r}, but {name} is a Swin V1, and only SwinV2 {what}; leave it out."
+            )
     if name.startswith(TIMM_PREFIX):
         wrong = [field for field, value in fields.items() if value is not None and not field.endswith("taps")]
         reason = f"{name} is built as timm defines it, windows and norms included"

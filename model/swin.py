@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from permafrost.model.drop_path import Generators
 from permafrost.model.errors import BackboneError
+from permafrost.model.kernels.residual_norm import residual_norm
+from permafrost.model.kernels.selection import Choice, choose_kernel
 from permafrost.model.kernels.window_attention.reference import scale_to_length
 from permafrost.model.spec import SWINV2_SIZES, SwinV2Size
 from permafrost.model.swin_parts import Mlp, ShiftedWindowAttention, Stage, Swin, join_neighbours, stage_windows
@@ -104,14 +106,30 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.enorm = nn.LayerNorm(dim) if extra_norm else None
+        # None: PyTorch's own operators. Else what residual_norm is to use.
+        self.kernel: str | None = None
 
     def forward(self, x: Tensor, window: int, shift: int, branch_scale: Tensor | None = None) -> Tensor:
         """Maps (B, H, W, C) to the same shape; `branch_scale` (2, B, 1, 1, 1) is drop path's factor of each branch."""
+        if self.kernel is not None:
+            assert branch_scale is None, "a network that learns has no such kernel"
+            x = residual_norm(x, self.attn(x, window, shift), self.norm1, kernel=self.kernel)
+            return residual_norm(x, self.mlp(x), self.norm2, self.enorm, kernel=self.kernel)
         attention = self.norm1(self.attn(x, window, shift))
         x = x + (attention if branch_scale is None else attention * branch_scale[0])
         hidden = self.norm2(self.mlp(x))
         x = x + (hidden if branch_scale is None else hidden * branch_scale[1])
         return x if self.enorm is None else self.enorm(x)
+
+    @torch.no_grad()
+    def attempt(self, kernel: str, dtype: torch.dtype) -> None:
+        """Adds a branch of a token with a kernel of residual_norm.
+
+        Raises:
+            Exception: Of any kind, if it cannot.
+        """
+        x = torch.zeros(1, *self.norm1.normalized_shape, dtype=dtype, device=self.norm1.weight.device)
+        residual_norm(x, x, self.norm2, self.enorm, kernel=kernel)
 
 
 class PatchMerging(nn.Module):
@@ -210,6 +228,7 @@ class SwinV2(Swin):
             size, stages, window_size=windows, pretrained_window_size=pretrained, drop_path_rate=drop_path_rate
         )
         self.extra_norm_interval = interval
+        self.residual_norm = Choice("torch", "the default")
         self.init_weights()
 
     def describe(self) -> dict[str, Any]:
@@ -218,8 +237,31 @@ class SwinV2(Swin):
         folded = "; position bias, logit scale and q, v biases folded" if self.is_folded else ""
         return described | {
             "attention": described["attention"] + folded,
+            "residual_norm": str(self.residual_norm),
             "extra_norm_interval": self.extra_norm_interval,
         }
+
+    def choose_kernels(self, *, attention: str, residual_norm: str, dtype: torch.dtype, learns: bool) -> None:
+        """As of Swin, and what adds the normalised branches."""
+        super().choose_kernels(attention=attention, residual_norm=residual_norm, dtype=dtype, learns=learns)
+        blocks = [block for stage in self.layers for block in stage.blocks]
+
+        def attempt(kernel: str) -> None:
+            for one in {(block.norm1.normalized_shape, block.enorm is not None): block for block in blocks}.values():
+                one.attempt(kernel, dtype)
+
+        self.residual_norm = choose_kernel(
+            residual_norm if residual_norm != "reference" or not learns else "torch",
+            field="backbone.residual_norm",
+            op="residual_norm",
+            plain="torch",
+            dtype=dtype,
+            device=blocks[0].norm1.weight.device,
+            learns=learns,
+            attempt=attempt,
+        )
+        for block in blocks:
+            block.kernel = None if self.residual_norm.kernel == "torch" else self.residual_norm.kernel
 
     def init_weights(self) -> None:
         """Initial values for training from scratch: every block starts as the identity (its norms are zero)."""

@@ -344,11 +344,12 @@ class Swin(nn.Module):
             "attention": str(self.attention),
         }
 
-    def choose_attention(self, asked: str, *, dtype: torch.dtype, learns: bool) -> None:
-        """Chooses what attends, for all blocks alike; see permafrost.model.kernels.selection.
+    def choose_kernels(self, *, attention: str, residual_norm: str, dtype: torch.dtype, learns: bool) -> None:
+        """Chooses what computes, for all blocks alike; see permafrost.model.kernels.selection.
 
         Args:
-            asked: "auto", "triton", "cuda", "sdpa" or "reference".
+            attention: "auto", "triton", "cuda", "sdpa" or "reference".
+            residual_norm: "auto", "triton", "torch" or "reference"; what a Swin V1 has no use for.
             dtype: What the network computes in.
             learns: Whether it is trained.
 
@@ -365,7 +366,7 @@ class Swin(nn.Module):
                 one.attempt(kernel, window, dtype)
 
         self.attention = choose_kernel(
-            asked,
+            attention,
             field="backbone.attention",
             op="window_attention",
             plain="sdpa",

@@ -17,7 +17,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from cases import Case, relative_error
 from deformable_cases import DeformableCase
+from functorch.compile import make_boxed_func
+from norm_cases import NormCase
+from torch._functorch.aot_autograd import aot_module_simplified
 
+from permafrost.model.kernels import residual_norm as norm_ops
+from permafrost.model.kernels import window_attention as window_ops
+from permafrost.model.kernels.residual_norm import residual_norm
 from permafrost.model.kernels.window_attention import window_attention
 from permafrost.model.kernels.window_attention.triton import window_attention_triton
 from permafrost.model.spec import SwinV1Size, SwinV2Size
@@ -59,20 +65,61 @@ def deformable_case(**fields) -> dict[str, list[float]]:
 
 
 @torch.no_grad()
+def residual_norm_case(**fields) -> dict[str, float]:
+    case = NormCase(**fields)
+    found = residual_norm(*case.tensors(), kernel="triton")
+    theirs = case.in_pytorch()
+    return {"error": relative_error(found, case.expected()), "tolerance": 2 * relative_error(theirs, case.expected())}
+
+
+@torch.no_grad()
+def ops() -> dict[str, Any]:
+    """Both ops as torch.compile sees them: one graph, the same bits; and PyTorch's own checks of an op."""
+    case = Case(4, 2, 6, 9)
+    tensors = case.tensors()
+    norm_tensors = NormCase((2, 3, 32), has_extra=True).tensors()
+
+    def both(qkv, bias, scale, table, x, y):
+        attended = window_attention(qkv, bias, scale, table, **case.keywords, kernel="triton")
+        return attended * 2, residual_norm(x, y, *norm_tensors[2:], kernel="triton") + 1
+
+    found, graphs = [], []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return aot_module_simplified(graph, inputs, lambda inner, _: make_boxed_func(inner.forward))
+
+    for call in (both, torch.compile(both, fullgraph=True, backend=backend)):
+        found.append(call(*tensors, *norm_tensors[:2]))
+    norms = [one for norm in norm_tensors[2:] for one in (norm.weight, norm.bias, norm.eps)]
+    torch.library.opcheck(window_ops._window_attention, (*tensors, 4, 2, True, "triton"))
+    torch.library.opcheck(norm_ops._residual_norm, (*norm_tensors[:2], *norms))
+    return {
+        "equal": [torch.equal(one, other) for one, other in zip(*found)],
+        "graphs": graphs,
+    }
+
+
+@torch.no_grad()
 def network(version: int) -> dict[str, Any]:
     """Errors of every map of a network that attends by Triton, against PyTorch's own operators; smaller than any of the table."""
+    extra = {"extra_norm_interval": 2} if version == 2 else {}
     build, size = ((SwinV1, SwinV1Size), (SwinV2, SwinV2Size))[version - 1]
-    swin = build(size(32, (2, 1, 1, 1), (1, 2, 4, 8)), window_size=(5, 3, 2, 2))
+    swin = build(size(32, (2, 1, 1, 1), (1, 2, 4, 8), **extra), window_size=(5, 3, 2, 2))
     swin.load_state_dict(dict(draw_weights(swin, seed=0)))
     x = torch.randn(1, 3, 33, 42, generator=torch.Generator().manual_seed(0))
     expected = swin(x)
     swin.fold()
-    swin.choose_attention("triton", dtype=torch.float32, learns=False)
+    swin.choose_kernels(
+        attention="triton", residual_norm="triton" if version == 2 else "auto", dtype=torch.float32, learns=False
+    )
     errors = [relative_error(*pair) for pair in zip(swin(x), expected, strict=True)]
-    return {"errors": errors, "attention": swin.describe()["attention"]}
+    return {"errors": errors, **{key: swin.describe().get(key) for key in ("attention", "residual_norm")}}
 
 
-JOBS = {one.__name__: one for one in (window_attention_case, far_images, deformable_case, network)}
+JOBS = {
+    one.__name__: one for one in (window_attention_case, far_images, deformable_case, residual_norm_case, ops, network)
+}
 
 if __name__ == "__main__":
     for line in sys.stdin:

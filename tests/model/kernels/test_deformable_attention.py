@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from cases import relative_error
+from compiled_kernels import compile_triton, resource_usage
 from deformable_cases import DeformableCase
 
 from permafrost.model.errors import KernelError
@@ -86,38 +85,16 @@ def test_triton_equals_the_reference_forward_and_backward(interpreter, fields) -
         assert found < (3e-6 if fields.get("dtype") is None else 2e-3)
 
 
-def resource_usage(cubin: bytes, folder: Path) -> dict[str, int]:
-    """Registers, stack and local memory of a kernel, as cuobjdump lists them; spilled registers are stack."""
-    from triton.backends import nvidia
-
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-
-
 @pytest.mark.parametrize(("architecture", "dtype"), [(80, "bf16"), (90, "fp32"), (90, "bf16"), (100, "fp32")])
 @pytest.mark.parametrize("name", ["fwd", "bwd"])
 def test_compiles_without_spills(tmp_path: Path, architecture: int, dtype: str, name: str) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from permafrost.model.kernels.deformable_attention import triton as kernels
 
-    constants = kernels.launch_options(8, 32, 3, 4)
-    num_warps = constants.pop("num_warps")
     kernel = getattr(kernels, f"deformable_attention_{name}_kernel")
     types = dict.fromkeys(("value", "out", "grad"), f"*{dtype}") | {"levels": "*i32"}
     types |= dict.fromkeys(("locations", "weights", "grad_value", "grad_locations", "grad_weights"), "*fp32")
-    types |= dict.fromkeys(("num_queries", "num_cells"), "i32") | dict.fromkeys(constants, "constexpr")
-    signature = {one: types[one] for one in kernel.arg_names}
-    aligned = [number for number, one in enumerate(kernel.arg_names) if signature[one][0] == "*"]
-    source = ASTSource(kernel, signature, constants, {(number,): [["tt.divisibility", 16]] for number in aligned})
-    target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
-    usage = resource_usage(compiled.asm["cubin"], tmp_path)
+    types |= dict.fromkeys(("num_queries", "num_cells"), "i32")
+    usage = resource_usage(compile_triton(kernel, types, kernels.launch_options(8, 32, 3, 4), architecture), tmp_path)
     assert usage["REG"] > 16
     assert usage["STACK"] == usage["LOCAL"] == 0
 

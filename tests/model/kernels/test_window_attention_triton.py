@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 from pathlib import Path
 
 import pytest
+from compiled_kernels import compile_triton, resource_usage
 
 CASES = {
     "one tile": {"window": 8, "shift": 4, "height": 16, "width": 16},
@@ -44,20 +43,17 @@ def test_equals_the_reference_at_a_window_of_40(interpreter) -> None:
     assert outcome["error"] <= outcome["tolerance"]
 
 
+def test_torch_compile_sees_the_ops_as_a_whole(interpreter) -> None:
+    outcome = interpreter("ops")
+    assert outcome["equal"] == [True, True]
+    (graph,) = outcome["graphs"]
+    assert "permafrost.window_attention.default" in graph
+    assert "permafrost.residual_norm.default" in graph
+
+
 def test_offsets_beyond_32_bits(interpreter) -> None:
     outcome = interpreter("far_images", window=4, shift=2, height=5, width=8, dtype="float16", num_heads=1)
     assert outcome["error"] <= outcome["tolerance"]
-
-
-def resource_usage(cubin: bytes, folder: Path) -> dict[str, int]:
-    """Registers, stack and local memory of a kernel, as cuobjdump lists them; spilled registers are stack."""
-    from triton.backends import nvidia
-
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
@@ -75,26 +71,13 @@ def test_other_sizes_compile_without_spills(tmp_path: Path, window: int, dtype: 
 
 
 def check_compiles(folder: Path, architecture: int, window: int, dtype: str, head_dim: int) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from permafrost.model.kernels.window_attention.triton import launch_options, window_attention_fwd_kernel
 
-    constants = launch_options(64, head_dim, window, cosine=True, dtype=dtype)
-    num_warps = constants.pop("num_warps")
     name = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
     types = dict.fromkeys(("qkv", "qkv_bias", "out"), f"*{name}") | dict.fromkeys(("scale", "table"), "*fp32")
     types |= dict.fromkeys(("height", "width", "down", "across", "shift"), "i32")
-    types |= dict.fromkeys(("qkv_image_stride", "out_image_stride"), "i64") | dict.fromkeys(constants, "constexpr")
-    kernel = window_attention_fwd_kernel
-    # What a launch finds out by itself: addresses and strides that are multiples of 16.
-    aligned = [number for number, one in enumerate(kernel.arg_names) if types[one][0] == "*" or one.endswith("stride")]
-    attributes = {(number,): [["tt.divisibility", 16]] for number in aligned}
-    signature = {one: types[one] for one in kernel.arg_names}
-    target = GPUTarget("cuda", architecture, 32)
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
-    usage = resource_usage(compiled.asm["cubin"], folder)
+    types |= dict.fromkeys(("qkv_image_stride", "out_image_stride"), "i64")
+    constants = launch_options(64, head_dim, window, cosine=True, dtype=dtype)
+    usage = resource_usage(compile_triton(window_attention_fwd_kernel, types, constants, architecture), folder)
     assert usage["REG"] > 16
     assert usage["STACK"] == usage["LOCAL"] == 0
