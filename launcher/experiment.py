@@ -13,7 +13,7 @@ from permafrost.heads.config import MaskRCNNConfig
 from permafrost.launcher.errors import RecipeError
 from permafrost.model.config import BackboneConfig, OffloadMode
 from permafrost.model.errors import BackboneError
-from permafrost.model.tensor_degree import SPLIT_AND_COMPILED, check_tensor_degree
+from permafrost.model.tensor_degree import SPLIT_AND_CAPTURED, SPLIT_AND_COMPILED, SPLIT_AND_FP8, check_tensor_degree
 
 
 @dataclass
@@ -214,8 +214,10 @@ class Experiment:
         if not self.backbone.frozen:
             self._check_fine_tuning()
         self._check_semantic()
-        if self.backbone.compile and self.mesh.tensor > 1:
-            raise RecipeError(f"backbone.compile is True and mesh.tensor is {self.mesh.tensor}: {SPLIT_AND_COMPILED}")
+        not_split = {"compile": SPLIT_AND_COMPILED, "cuda_graph": SPLIT_AND_CAPTURED, "fp8": SPLIT_AND_FP8}
+        for name, reason in not_split.items():
+            if getattr(self.backbone, name) and self.mesh.tensor > 1:
+                raise RecipeError(f"backbone.{name} is True and mesh.tensor is {self.mesh.tensor}: {reason}")
         try:
             check_tensor_degree(self.backbone.name, self.mesh.tensor)
         except BackboneError as error:

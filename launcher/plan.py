@@ -166,6 +166,12 @@ class Planner:
             self.notes.append(
                 "backbone.compile is planned as if it were off: a compiled forward holds less at its peak"
             )
+        if self.experiment.backbone.cuda_graph:
+            self.notes.append(
+                "backbone.cuda_graph is planned as if it were off: each size of images keeps its memory for good"
+            )
+        if self.experiment.backbone.fp8:
+            self.notes.append("backbone.fp8 is planned as if it were off: linear layers then have half the bytes")
         for choice, plain in (("attention", "sdpa"), ("residual_norm", "torch")):
             value = getattr(self.experiment.backbone, choice)
             if value not in ("auto", plain):

@@ -64,6 +64,13 @@ class BackboneConfig:
     compile: bool = False
     """Runs the frozen forward through torch.compile: a program for each size of images, made when it first comes, which takes
     up to minutes on a CPU. Needs a C++ compiler there, Triton on a GPU, and mesh.tensor 1."""
+    cuda_graph: bool = False
+    """Replays the frozen forward as a CUDA graph, recorded for each size of images when it first comes: for small images, whose
+    launches take the CPU longer than the GPU. Each size keeps its memory. Needs a GPU, and mesh.tensor 1."""
+    fp8: bool = False
+    """Multiplies in 8-bit floating point (E4M3, a scale per row; weights quantised once, when they are loaded) in the linear layers
+    of a frozen Swin: features change by a few percent. Needs a GPU of compute capability 9.0, bfloat16, and mesh.tensor 1; pays
+    together with compile, which joins the quantising of activations with what comes before."""
     frozen: bool = True
     """False trains all of the network with its one head. The fields below are for that, and mean nothing while frozen."""
     learning_rate_factor: float = 1.0
@@ -111,7 +118,7 @@ class BackboneConfig:
         of_some = ("window_size", "pretrained_window_size", "extra_norm_interval", "taps")
         values = {f"backbone.{field}": getattr(self, field) for field in of_some}
         values |= {f"backbone.{field}": given(getattr(self, field)) for field in ("attention", "residual_norm")}
-        check_fields(self.name, **values)
+        check_fields(self.name, **values, **{"backbone.fp8": self.fp8 or None})
 
     def _check_training(self) -> None:
         if not self.learning_rate_factor > 0 or self.learning_rate_factor == float("inf"):
@@ -124,10 +131,11 @@ class BackboneConfig:
                 f"backbone.drop_path_rate is {self.drop_path_rate}: give a probability of at least 0 and below 1"
             )
         if not self.frozen:
-            if self.compile:
-                raise BackboneError(
-                    "backbone.compile is True, but backbone.frozen is False: only a frozen forward is compiled. Leave it out"
-                )
+            for field, done in (("compile", "compiled"), ("cuda_graph", "captured"), ("fp8", "quantised")):
+                if getattr(self, field):
+                    raise BackboneError(
+                        f"backbone.{field} is True, but backbone.frozen is False: only a frozen forward is {done}. Leave it out"
+                    )
             if self.dtype not in ("auto", "float32", "float64"):
                 raise BackboneError(
                     f"backbone.dtype is {self.dtype!r}, but backbone.frozen is False: trained parameters are float32, or small "
@@ -173,9 +181,16 @@ class BackboneConfig:
         if self.frozen:
             from permafrost.model.frozen import load_backbone
 
-            backbone = load_backbone(self.name, tensor_group=tensor_group, **common)
+            if self.cuda_graph:
+                from permafrost.model.captured import require_graphs
+
+                # Before it is loaded.
+                require_graphs(torch.device(device))
+            backbone = load_backbone(self.name, tensor_group=tensor_group, fp8=self.fp8, **common)
             if self.compile:
                 backbone.compile_forward()
+            if self.cuda_graph:
+                backbone.capture_forward()
             return backbone
         if tensor_group is not None:
             raise BackboneError("A network that is trained is not split over a tensor group: ZeRO 3 shards it.")

@@ -14,11 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from permafrost.model.captured import MAX_CAPTURED_SIZES, CapturedNetwork, require_graphs
 from permafrost.model.compiled import MAX_COMPILED_SIZES, CompiledNetwork
 from permafrost.model.errors import BackboneError
+from permafrost.model.fp8 import require_fp8
 from permafrost.model.load_swin import load_swin
 from permafrost.model.precision import check_dtype, full_precision
 from permafrost.model.spec import TIMM_PREFIX, FeatureSpec, check_fields, check_name, given
+from permafrost.model.tensor_degree import SPLIT_AND_FP8
 from permafrost.model.weights import FLOATING_DTYPES
 
 # Floats clearly outside [0, 1] are pixels in 0..255 or already normalised; resampling may overshoot a little.
@@ -183,6 +186,7 @@ class FrozenBackbone(Backbone):
         network.fold()
         super().train(False)
         self._compiled: CompiledNetwork | None = None
+        self._captured: CapturedNetwork | None = None
 
     def compile_forward(self) -> None:
         """Runs its forward through torch.compile from now on, with a program for each size of images.
@@ -191,18 +195,33 @@ class FrozenBackbone(Backbone):
         """
         self._compiled = CompiledNetwork(self.network)
 
+    def capture_forward(self) -> None:
+        """Replays its forward as a CUDA graph from now on, with one for each size of images; what is compiled stays compiled.
+
+        Raises:
+            BackboneError: If it is not on a GPU.
+        """
+        require_graphs(self.device)
+        self._captured = CapturedNetwork(self._compute)
+
+    @property
+    def _compute(self) -> Network | CompiledNetwork:
+        return self.network if self._compiled is None else self._compiled
+
     @property
     def stages(self) -> tuple[nn.Module, ...]:
-        """As of Backbone; none of a compiled forward, which gives all of its maps at its end."""
-        return () if self._compiled is not None else super().stages
+        """As of Backbone; none of a compiled or captured forward, which gives all of its maps at its end."""
+        return super().stages if self._compiled is None and self._captured is None else ()
 
     def describe(self) -> dict[str, Any]:
-        """As of Backbone, and whether it is compiled."""
-        if self._compiled is None:
-            return super().describe()
-        return super().describe() | {
-            "compile": f"torch.compile, for each size of images when it first comes, up to {MAX_COMPILED_SIZES}"
-        }
+        """As of Backbone, and whether it is compiled or captured."""
+        when = "for each size of images when it first comes, up to"
+        described = super().describe()
+        if self._compiled is not None:
+            described["compile"] = f"torch.compile, {when} {MAX_COMPILED_SIZES}"
+        if self._captured is not None:
+            described["cuda_graph"] = f"captured, {when} {MAX_CAPTURED_SIZES}"
+        return described
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -218,7 +237,7 @@ class FrozenBackbone(Backbone):
             BackboneError: If shape, dtype or range of the images are others.
         """
         self._check_images(images)
-        compute = self.network if self._compiled is None else self._compiled
+        compute = self._compute if self._captured is None else self._captured
         with full_precision(self.device):
             return compute(self._normalise(images))
 
@@ -241,6 +260,8 @@ class FrozenBackbone(Backbone):
         dtypes = {tensor.dtype for tensor in (*self.parameters(), *self.buffers())}
         if any(fn(torch.empty(0, dtype=dtype, device=self.device)).dtype != dtype for dtype in dtypes):
             raise BackboneError(f"The dtype of a frozen backbone ({self.dtype}) is chosen when it is loaded.")
+        if self._captured is not None:
+            self._captured.clear()
         return super()._apply(fn, recurse)
 
 
@@ -259,6 +280,7 @@ def load_backbone(
     taps: Sequence[int] | None = None,
     attention: str = "auto",
     residual_norm: str = "auto",
+    fp8: bool = False,
 ) -> FrozenBackbone:
     """Loads a frozen base network.
 
@@ -282,6 +304,7 @@ def load_backbone(
         taps: Layers of a timm model that are given out; see BackboneConfig.
         attention: What a Swin attends with: "auto", "triton", "cuda", "sdpa" or "reference"; see BackboneConfig.
         residual_norm: What a SwinV2 adds its normalised branches with: "auto", "triton", "torch" or "reference"; see BackboneConfig.
+        fp8: Quantises the linear layers of a Swin; see BackboneConfig.
 
     Raises:
         BackboneError: If name, dtype, device, windows or taps make no sense, or the network cannot be split over the
@@ -307,6 +330,7 @@ def load_backbone(
         taps=taps,
         attention=attention,
         residual_norm=residual_norm,
+        fp8=fp8,
     )
     return kind(network, **source)
 
@@ -326,6 +350,7 @@ def load_network(
     taps: Sequence[int] | None = None,
     attention: str = "auto",
     residual_norm: str = "auto",
+    fp8: bool = False,
     learns: bool = False,
 ) -> tuple[Network, dict[str, Any]]:
     """A network with its weights, and what Backbone takes besides it.
@@ -340,6 +365,10 @@ def load_network(
     device = _usable_device(device)
     dtype, reason = _usable_dtype(dtype, device)
     check_dtype(dtype, device)
+    if fp8:
+        require_fp8(device, dtype)
+        if tensor_group is not None:
+            raise BackboneError(SPLIT_AND_FP8)
 
     common = {"weights": weights, "prefix": prefix, "weights_key": weights_key, "dtype": dtype, "device": device}
     swin = {
@@ -347,8 +376,10 @@ def load_network(
         "pretrained_window_size": pretrained_window_size,
         "extra_norm_interval": extra_norm_interval,
     }
-    check_fields(name, **swin, taps=taps, attention=given(attention), residual_norm=given(residual_norm))
-    swin |= {"attention": attention, "residual_norm": residual_norm, "learns": learns}
+    check_fields(
+        name, **swin, taps=taps, attention=given(attention), residual_norm=given(residual_norm), fp8=fp8 or None
+    )
+    swin |= {"attention": attention, "residual_norm": residual_norm, "learns": learns, "fp8": fp8}
     if name.startswith(TIMM_PREFIX):
         # Imported where it is needed: a Swin does without timm.
         from permafrost.model.timm_backbone import load_timm

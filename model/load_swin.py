@@ -12,6 +12,7 @@ from torch import Tensor
 
 from permafrost.model.errors import WeightsError
 from permafrost.model.formats import grouped
+from permafrost.model.fp8 import quantise_linears
 from permafrost.model.spec import SWIN_V1_SIZES
 from permafrost.model.swin import SwinV2
 from permafrost.model.swin_v1 import SwinV1
@@ -43,6 +44,7 @@ def load_swin(
     attention: str,
     residual_norm: str,
     learns: bool,
+    fp8: bool,
 ) -> tuple[Network, dict[str, Any]]:
     """A Swin with its weights, or this process's part of one.
 
@@ -105,6 +107,7 @@ def load_swin(
     module: Network = network if shards is None else SplitSwinV2(network, tensor_group)
     network.load_state_dict(resident, assign=True)
     network.choose_kernels(attention=attention, residual_norm=residual_norm, dtype=dtype, learns=learns)
+    quantised = quantise_linears(network) if fp8 else {}
     return module, {
         "weights": checkpoint.source,
         "mean": checkpoint.metadata.get("mean", IMAGENET_MEAN),
@@ -114,6 +117,7 @@ def load_swin(
             "trained_window_size": checkpoint.windows.window_size,
             "names": checkpoint.rule,
             "left_out": grouped([*(checkpoint.tensors.keys() - tensors.keys()), *checkpoint.dropped]),
+            **quantised,
         },
     }
 

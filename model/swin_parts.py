@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from permafrost.model.drop_path import Generators, draw_kept, run_again_in_backward
 from permafrost.model.errors import BackboneError
+from permafrost.model.fp8 import linear_with
 from permafrost.model.kernels.selection import Choice, choose_kernel
 from permafrost.model.kernels.window_attention import window_attention
 from permafrost.model.kernels.window_attention.reference import SHIFT_PENALTY
@@ -142,7 +143,7 @@ class ShiftedWindowAttention(nn.Module):
         """
         if self.kernel is not None:
             constants = self.constants(window)
-            qkv = F.linear(x, self.qkv.weight, constants[0])
+            qkv = linear_with(self.qkv, x, constants[0])
             keywords = {"window": window, "shift": shift, "cosine": self.cosine, "kernel": self.kernel}
             return self.proj(window_attention(qkv, *constants, **keywords))
         height, width = x.shape[1:3]
@@ -153,7 +154,7 @@ class ShiftedWindowAttention(nn.Module):
             x = torch.roll(x, (-shift, -shift), dims=(1, 2))
 
         qkv_bias, scale, table = self.constants(window)
-        qkv = F.linear(x, self.qkv.weight, qkv_bias)
+        qkv = linear_with(self.qkv, x, qkv_bias)
         bias = table[:, relative_position_index(window, table.device)].view(self.num_heads, window**2, window**2)
         if not shift:
             x = self._attend_windows(qkv, window, scale, bias)

@@ -15,6 +15,9 @@ SPLIT_AND_COMPILED = (
     "Set backbone.compile to False, or mesh.tensor to 1"
 )
 
+SPLIT_AND_CAPTURED = "a forward that waits for other processes is not captured as a graph. Set backbone.cuda_graph to False, or mesh.tensor to 1"
+SPLIT_AND_FP8 = "the parts of a backbone that is split over a tensor group are not quantised. Set backbone.fp8 to False, or mesh.tensor to 1"
+
 
 def possible_degrees(size: SwinV2Size) -> list[int]:
     """The degrees that split the heads of every split stage evenly, 1 first."""

@@ -32,7 +32,7 @@ from permafrost.model.frozen import FrozenBackbone, Network
 from permafrost.model.precision import full_precision
 from permafrost.model.spec import FeatureSpec
 from permafrost.model.swin import SwinV2
-from permafrost.model.tensor_degree import SPLIT_AND_COMPILED, SPLIT_STAGES, check_tensor_degree
+from permafrost.model.tensor_degree import SPLIT_AND_CAPTURED, SPLIT_AND_COMPILED, SPLIT_STAGES, check_tensor_degree
 from permafrost.model.weights import add_to_fingerprint
 
 _STAGES = "".join(map(str, SPLIT_STAGES))
@@ -248,6 +248,14 @@ class SplitBackbone(FrozenBackbone):
             BackboneError: Always.
         """
         raise BackboneError(SPLIT_AND_COMPILED)
+
+    def capture_forward(self) -> None:
+        """Refuses.
+
+        Raises:
+            BackboneError: Always.
+        """
+        raise BackboneError(SPLIT_AND_CAPTURED)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
