@@ -22,6 +22,7 @@ OffloadMode = Literal["off", "features", "all"]
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 ATTENTION = ("auto", "triton", "cuda", "sdpa", "reference")
 RESIDUAL_NORM = ("auto", "triton", "torch", "reference")
+GELU = ("auto", "epilogue", "exact")
 
 
 @dataclass
@@ -61,6 +62,9 @@ class BackboneConfig:
     """What a SwinV2 adds its normalised branches with, and normalises the sum where it has an extra norm: one pass over the map
     (triton: a GPU, float32 or 16 bits, frozen), PyTorch's norm and sum (torch), or the plain formula in float32 (reference). auto
     and errors as of attention."""
+    gelu: Literal["auto", "epilogue", "exact"] = "auto"
+    """How the MLPs of a Swin compute their GELU: within the product before it (epilogue: a GPU, 16 bits, frozen; by tanh, which moves
+    features by 1e-4 to 3e-4), or as it is defined, in a pass of its own (exact). auto and errors as of attention."""
     compile: bool = False
     """Runs the frozen forward through torch.compile: a program for each size of images, made when it first comes, which takes
     up to minutes on a CPU. Needs a C++ compiler there, Triton on a GPU, and mesh.tensor 1."""
@@ -101,7 +105,7 @@ class BackboneConfig:
                 setattr(self, field, value if isinstance(value, int) else values)
         if self.dtype not in DTYPES:
             raise BackboneError(f"backbone.dtype is {self.dtype!r}: give one of {', '.join(DTYPES)}")
-        for field, values in (("attention", ATTENTION), ("residual_norm", RESIDUAL_NORM)):
+        for field, values in (("attention", ATTENTION), ("residual_norm", RESIDUAL_NORM), ("gelu", GELU)):
             if getattr(self, field) not in values:
                 raise BackboneError(f"backbone.{field} is {getattr(self, field)!r}: give one of {', '.join(values)}")
         if self.extra_norm_interval is not None and self.extra_norm_interval < 0:
@@ -117,7 +121,7 @@ class BackboneConfig:
         self._check_training()
         of_some = ("window_size", "pretrained_window_size", "extra_norm_interval", "taps")
         values = {f"backbone.{field}": getattr(self, field) for field in of_some}
-        values |= {f"backbone.{field}": given(getattr(self, field)) for field in ("attention", "residual_norm")}
+        values |= {f"backbone.{field}": given(getattr(self, field)) for field in ("attention", "residual_norm", "gelu")}
         check_fields(self.name, **values, **{"backbone.fp8": self.fp8 or None})
 
     def _check_training(self) -> None:
@@ -177,6 +181,7 @@ class BackboneConfig:
             "taps": self.taps,
             "attention": self.attention,
             "residual_norm": self.residual_norm,
+            "gelu": self.gelu,
         }
         if self.frozen:
             from permafrost.model.frozen import load_backbone

@@ -280,6 +280,7 @@ def load_backbone(
     taps: Sequence[int] | None = None,
     attention: str = "auto",
     residual_norm: str = "auto",
+    gelu: str = "auto",
     fp8: bool = False,
 ) -> FrozenBackbone:
     """Loads a frozen base network.
@@ -304,13 +305,14 @@ def load_backbone(
         taps: Layers of a timm model that are given out; see BackboneConfig.
         attention: What a Swin attends with: "auto", "triton", "cuda", "sdpa" or "reference"; see BackboneConfig.
         residual_norm: What a SwinV2 adds its normalised branches with: "auto", "triton", "torch" or "reference"; see BackboneConfig.
+        gelu: How a Swin's MLPs compute their GELU: "auto", "epilogue" or "exact"; see BackboneConfig.
         fp8: Quantises the linear layers of a Swin; see BackboneConfig.
 
     Raises:
         BackboneError: If name, dtype, device, windows or taps make no sense, or the network cannot be split over the
             group.
         WeightsError: If the weights cannot be read or belong to another network, on any member of the group.
-        KernelError: If `attention` or `residual_norm` names a kernel that cannot run here.
+        KernelError: If `attention`, `residual_norm` or `gelu` names a kernel that cannot run here.
     """
     kind = FrozenBackbone
     if tensor_group is not None:
@@ -330,6 +332,7 @@ def load_backbone(
         taps=taps,
         attention=attention,
         residual_norm=residual_norm,
+        gelu=gelu,
         fp8=fp8,
     )
     return kind(network, **source)
@@ -350,6 +353,7 @@ def load_network(
     taps: Sequence[int] | None = None,
     attention: str = "auto",
     residual_norm: str = "auto",
+    gelu: str = "auto",
     fp8: bool = False,
     learns: bool = False,
 ) -> tuple[Network, dict[str, Any]]:
@@ -376,10 +380,10 @@ def load_network(
         "pretrained_window_size": pretrained_window_size,
         "extra_norm_interval": extra_norm_interval,
     }
-    check_fields(
-        name, **swin, taps=taps, attention=given(attention), residual_norm=given(residual_norm), fp8=fp8 or None
-    )
-    swin |= {"attention": attention, "residual_norm": residual_norm, "learns": learns, "fp8": fp8}
+    kernels = {"attention": attention, "residual_norm": residual_norm, "gelu": gelu}
+    chosen = {field: given(value) for field, value in kernels.items()}
+    check_fields(name, **swin, taps=taps, **chosen, fp8=fp8 or None)
+    swin |= kernels | {"learns": learns, "fp8": fp8}
     if name.startswith(TIMM_PREFIX):
         # Imported where it is needed: a Swin does without timm.
         from permafrost.model.timm_backbone import load_timm

@@ -43,6 +43,7 @@ def load_swin(
     extra_norm_interval: int | None,
     attention: str,
     residual_norm: str,
+    gelu: str,
     learns: bool,
     fp8: bool,
 ) -> tuple[Network, dict[str, Any]]:
@@ -106,8 +107,8 @@ def load_swin(
             raise WeightsError(f"{checkpoint.source}: {overflowing[0]} overflows in float16; use bfloat16 or float32.")
     module: Network = network if shards is None else SplitSwinV2(network, tensor_group)
     network.load_state_dict(resident, assign=True)
-    network.choose_kernels(attention=attention, residual_norm=residual_norm, dtype=dtype, learns=learns)
     quantised = quantise_linears(network) if fp8 else {}
+    network.choose_kernels(attention=attention, residual_norm=residual_norm, gelu=gelu, dtype=dtype, learns=learns)
     return module, {
         "weights": checkpoint.source,
         "mean": checkpoint.metadata.get("mean", IMAGENET_MEAN),

@@ -180,8 +180,8 @@ def check_fields(name: str, **fields: object) -> None:
 
     Args:
         name: Its name.
-        fields: window_size, pretrained_window_size, extra_norm_interval, taps, attention, residual_norm, fp8, called as
-            the error is to call them; None is not given.
+        fields: window_size, pretrained_window_size, extra_norm_interval, taps, attention, residual_norm, gelu, fp8, called
+            as the error is to call them; None is not given.
 
     Raises:
         BackboneError: If one belongs to another kind of network, naming it.

@@ -241,9 +241,12 @@ class SwinV2(Swin):
             "extra_norm_interval": self.extra_norm_interval,
         }
 
-    def choose_kernels(self, *, attention: str, residual_norm: str, dtype: torch.dtype, learns: bool) -> None:
+    def choose_kernels(
+        self, *, attention: str, residual_norm: str, gelu: str, dtype: torch.dtype, learns: bool
+    ) -> None:
         """As of Swin, and what adds the normalised branches."""
-        super().choose_kernels(attention=attention, residual_norm=residual_norm, dtype=dtype, learns=learns)
+        common = {"dtype": dtype, "learns": learns}
+        super().choose_kernels(attention=attention, residual_norm=residual_norm, gelu=gelu, **common)
         blocks = [block for stage in self.layers for block in stage.blocks]
 
         def attempt(kernel: str) -> None:
@@ -255,10 +258,9 @@ class SwinV2(Swin):
             field="backbone.residual_norm",
             op="residual_norm",
             plain="torch",
-            dtype=dtype,
             device=blocks[0].norm1.weight.device,
-            learns=learns,
             attempt=attempt,
+            **common,
         )
         for block in blocks:
             block.kernel = None if self.residual_norm.kernel == "torch" else self.residual_norm.kernel

@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from permafrost.model.drop_path import Generators, draw_kept, run_again_in_backward
-from permafrost.model.errors import BackboneError
+from permafrost.model.errors import BackboneError, KernelError
 from permafrost.model.fp8 import linear_with
+from permafrost.model.kernels.linear_gelu import check_dtype as check_epilogue
+from permafrost.model.kernels.linear_gelu import linear_gelu
 from permafrost.model.kernels.selection import Choice, choose_kernel
 from permafrost.model.kernels.window_attention import window_attention
 from permafrost.model.kernels.window_attention.reference import SHIFT_PENALTY
@@ -208,9 +210,22 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
         self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
+        self.has_epilogue = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(linear_gelu(x, self.fc1) if self.has_epilogue else F.gelu(self.fc1(x)))
+
+    @torch.no_grad()
+    def attempt(self, dtype: torch.dtype) -> None:
+        """Computes the hidden channels of a token with the GELU in the epilogue.
+
+        Raises:
+            Exception: Of any kind, if that cannot be done.
+        """
+        check_epilogue(dtype)
+        if not isinstance(self.fc1, nn.Linear):
+            raise KernelError("quantised products (backbone.fp8) have no such epilogue")
+        linear_gelu(torch.zeros(1, self.fc1.in_features, dtype=dtype, device=self.fc1.weight.device), self.fc1)
 
 
 class PatchEmbed(nn.Module):
@@ -329,6 +344,7 @@ class Swin(nn.Module):
         self.drop_path_rate = drop_path_rate
         self.is_folded = False
         self.attention = Choice("sdpa", "the default")
+        self.gelu = Choice("exact", "the default")
         self.patch_embed = PatchEmbed(size.embed_dim)
         self.layers = nn.ModuleList(layers)
 
@@ -343,14 +359,18 @@ class Swin(nn.Module):
             "window_size": self.window_size,
             "pretrained_window_size": self.pretrained_window_size,
             "attention": str(self.attention),
+            "gelu": str(self.gelu),
         }
 
-    def choose_kernels(self, *, attention: str, residual_norm: str, dtype: torch.dtype, learns: bool) -> None:
+    def choose_kernels(
+        self, *, attention: str, residual_norm: str, gelu: str, dtype: torch.dtype, learns: bool
+    ) -> None:
         """Chooses what computes, for all blocks alike; see permafrost.model.kernels.selection.
 
         Args:
             attention: "auto", "triton", "cuda", "sdpa" or "reference".
             residual_norm: "auto", "triton", "torch" or "reference"; what a Swin V1 has no use for.
+            gelu: "auto", "epilogue" or "exact".
             dtype: What the network computes in.
             learns: Whether it is trained.
 
@@ -366,19 +386,29 @@ class Swin(nn.Module):
             for (*_, window), one in kinds.items():
                 one.attempt(kernel, window, dtype)
 
+        common = {"dtype": dtype, "device": attentions[0][0].qkv.weight.device, "learns": learns}
         self.attention = choose_kernel(
             attention,
             field="backbone.attention",
             op="window_attention",
             plain="sdpa",
-            dtype=dtype,
-            device=attentions[0][0].qkv.weight.device,
-            learns=learns,
             attempt=attempt,
+            **common,
         )
         kernel = None if self.attention.kernel == "sdpa" else self.attention.kernel
         for one, _ in attentions:
             one.kernel = kernel
+        mlps = [module for module in self.modules() if isinstance(module, Mlp)]
+
+        def attempt_gelu(kernel: str) -> None:
+            for one in {mlp.fc1.in_features: mlp for mlp in mlps}.values():
+                one.attempt(dtype)
+
+        self.gelu = choose_kernel(
+            gelu, field="backbone.gelu", op="linear_gelu", plain="exact", attempt=attempt_gelu, **common
+        )
+        for one in mlps:
+            one.has_epilogue = self.gelu.kernel == "epilogue"
 
     def fold(self) -> None:
         """Keeps everything that depends on the parameters alone after the first forward that needs it.

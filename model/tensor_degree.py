@@ -14,9 +14,12 @@ SPLIT_AND_COMPILED = (
     "a backbone that is split over a tensor group is not compiled: its forward waits for the other processes in every block. "
     "Set backbone.compile to False, or mesh.tensor to 1"
 )
-
-SPLIT_AND_CAPTURED = "a forward that waits for other processes is not captured as a graph. Set backbone.cuda_graph to False, or mesh.tensor to 1"
-SPLIT_AND_FP8 = "the parts of a backbone that is split over a tensor group are not quantised. Set backbone.fp8 to False, or mesh.tensor to 1"
+SPLIT_AND_CAPTURED = (
+    "a forward that waits for other processes is not captured. Set backbone.cuda_graph to False, or mesh.tensor to 1"
+)
+SPLIT_AND_FP8 = (
+    "a backbone that is split over a tensor group is not quantised. Set backbone.fp8 to False, or mesh.tensor to 1"
+)
 
 
 def possible_degrees(size: SwinV2Size) -> list[int]:

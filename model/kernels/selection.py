@@ -15,8 +15,8 @@ import torch
 from permafrost.model.errors import KernelError
 from permafrost.model.kernels.verified import VERIFIED
 
-COMPILED = ("triton", "cuda")
-"""Kernels that run on a GPU and have no gradient; the others are made of PyTorch's operators."""
+COMPILED = ("triton", "cuda", "epilogue")
+"""What runs on a GPU and has no gradient; the others are made of PyTorch's common operators."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class Verified:
 
     Attributes:
         op: Folder of the op beside this file.
-        kernel: "triton" or "cuda".
+        kernel: "triton", "cuda", or what else the recipe calls it.
         architecture: Compute capability times 10, as in 90.
         dtype: "float32", "float16" or "bfloat16".
         card: As the driver calls it.

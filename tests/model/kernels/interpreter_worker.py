@@ -111,7 +111,11 @@ def network(version: int) -> dict[str, Any]:
     expected = swin(x)
     swin.fold()
     swin.choose_kernels(
-        attention="triton", residual_norm="triton" if version == 2 else "auto", dtype=torch.float32, learns=False
+        attention="triton",
+        residual_norm="triton" if version == 2 else "auto",
+        gelu="auto",
+        dtype=torch.float32,
+        learns=False,
     )
     errors = [relative_error(*pair) for pair in zip(swin(x), expected, strict=True)]
     return {"errors": errors, **{key: swin.describe().get(key) for key in ("attention", "residual_norm")}}
