@@ -27,7 +27,7 @@ from permafrost.data.images import ImageError, read_image
 from permafrost.data.semantic import INSTANCES, SemanticMaps
 from permafrost.data.split import choose_share
 from permafrost.data.transforms import FitTransform, JitterTransform, MultiScaleTransform, NetworkInput, Scene
-from permafrost.data.types import DetectionTarget, Sample, SampleKey
+from permafrost.data.types import DetectionTarget, DetectionView, Sample, SampleKey
 
 if TYPE_CHECKING:
     from permafrost.data.metrics.coco import CocoEvaluator
@@ -67,7 +67,8 @@ class PackedRecords(Sequence):
 class CocoDetection(Dataset):
     """Images with boxes, labels and masks, ready for the network. Indexed by SampleKey; a pure function of it.
 
-    Every annotation is checked at construction. In training an image file that cannot be decoded is replaced by the
+    Every annotation is checked at construction. In evaluation an index is one view of one image, an image's views following one
+    another. In training an image file that cannot be decoded is replaced by the
     next readable one, and says so in `Sample.replaced`; in evaluation it is an error.
 
     Args:
@@ -91,6 +92,8 @@ class CocoDetection(Dataset):
         notes: what was left out, one line each; to be said at start.
         fingerprint: hash of the annotation file and of the list of images used.
         image_ids: of the images used, in the order of the indices.
+        num_views: of each image, in evaluation; 1 in training.
+        max_batch: views of one size that follow one another, where there are several.
 
     Raises:
         DataError: a file is missing or malformed; says which, where inside of it, and what was expected.
@@ -117,7 +120,11 @@ class CocoDetection(Dataset):
         self.image_folder = images
         self.is_train = jitter is not None
         self.image_size, self.jitter, self.evaluation = image_size, jitter, evaluation
-        self.transform = make_transform(image_size, jitter, evaluation)
+        self.views = [(None, False)] if self.is_train else (evaluation or EvaluationConfig()).views()
+        self.num_views = len(self.views)
+        if self.num_views > 1:
+            self.max_batch = 2 if evaluation.flip else 1
+        self.transforms = make_transforms(image_size, jitter, evaluation)
         self.copy_paste = copy_paste
         self.semantic = semantic
         self.corrupt_share = corrupt_share
@@ -186,7 +193,12 @@ class CocoDetection(Dataset):
         )
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.records) * self.num_views
+
+    @property
+    def groups(self) -> list[int]:
+        """How many indices in a row are views of one image."""
+        return [self.num_views] * len(self.records)
 
     def _check_semantic(self, records: Sequence[dict[str, Any]]) -> None:
         """Every image has its map; whether its values fit shows when it is read, or in `permafrost check-data`."""
@@ -203,7 +215,7 @@ class CocoDetection(Dataset):
 
     def image_path(self, index: int) -> Path:
         """The file of one image."""
-        return self.image_folder / self.records[index]["file_name"]
+        return self.image_folder / self.records[index // self.num_views]["file_name"]
 
     def __getitem__(self, key: SampleKey) -> Sample:
         """Load, transform and annotate one image.
@@ -212,26 +224,28 @@ class CocoDetection(Dataset):
             DataError: in evaluation, the image cannot be read; in training, neither can a long row of its neighbours.
         """
         replaced: list[tuple[str, str]] = []
-        for step in range(min(len(self), 1000)):
-            record = self.records[(key.index + step) % len(self)]
+        image_number, number = divmod(key.index, self.num_views)
+        view = DetectionView(number, self.num_views, self.views[number][1]) if self.num_views > 1 else None
+        for step in range(min(len(self.records), 1000)):
+            record = self.records[(image_number + step) % len(self.records)]
             path = self.image_folder / record["file_name"]
             try:
                 image = read_image(path, (record["height"], record["width"]))
                 # Its semantic map may be unreadable, too, without which the image is of no use.
-                scene, labels = self._transformed(image, record, key.generator("augment"))
+                scene, labels = self._transformed(image, record, key.generator("augment"), number)
             except ImageError as error:
                 if not self.is_train:
                     raise DataError(f"{path}: {error}; evaluation needs every image") from error
                 replaced.append((str(path), str(error)))
                 continue
             scene, labels = self._pasted(scene, labels, key, replaced)
-            return Sample(scene.image, to_target(scene, labels, record), key, replaced)
+            return Sample(scene.image, to_target(scene, labels, record, view), key, replaced)
         raise DataError(
             f"{replaced[0][0]}: {replaced[0][1]}; and none of the {len(replaced) - 1} images after it can be read"
         )
 
     def _transformed(
-        self, image: torch.Tensor, record: dict, generator: torch.Generator
+        self, image: torch.Tensor, record: dict, generator: torch.Generator, view: int = 0
     ) -> tuple[NetworkInput, torch.Tensor]:
         """The scene as the network sees it, and the (N,) int64 labels of its objects."""
         height, width = record["height"], record["width"]
@@ -242,7 +256,7 @@ class CocoDetection(Dataset):
         crowd_boxes = torch.tensor(crowds, dtype=torch.float32).reshape(-1, 4)
         crowd_boxes[:, 2:] += crowd_boxes[:, :2]
         semantic = None if self.semantic is None else self.semantic.load(record, masks, labels)
-        result = self.transform(Scene(image, masks, crowd_boxes, semantic), generator)
+        result = self.transforms[view](Scene(image, masks, crowd_boxes, semantic), generator)
         return result, torch.tensor(labels, dtype=torch.int64)[result.kept]
 
     def _pasted(
@@ -268,7 +282,7 @@ class CocoDetection(Dataset):
         """A fresh evaluator against the annotations of exactly these images."""
         from permafrost.data.metrics.coco import CocoEvaluator
 
-        return CocoEvaluator(list(self.records), self.classes, self.category_ids)
+        return CocoEvaluator(list(self.records), self.classes, self.category_ids, self.evaluation)
 
     def tracker(self) -> ReplacementTracker:
         """A fresh count of replaced images, with this data set's limit."""
@@ -383,15 +397,16 @@ def missing_images(records: Sequence[dict[str, Any]], folder: Path) -> list[Find
     return findings
 
 
-def make_transform(
+def make_transforms(
     image_size: int, jitter: JitterConfig | MultiScaleConfig | None, evaluation: EvaluationConfig | None
-) -> JitterTransform | MultiScaleTransform | FitTransform:
-    """What turns scenes into the network's input: the augmentation, or without one the resizing of evaluation."""
+) -> list[JitterTransform | MultiScaleTransform | FitTransform]:
+    """What turns scenes into the network's input: the augmentation, or without one the resizing of each view in evaluation."""
     if jitter is None:
-        return FitTransform(image_size, evaluation)
+        evaluation = evaluation or EvaluationConfig()
+        return [FitTransform(image_size, evaluation, size=size, is_flipped=flip) for size, flip in evaluation.views()]
     if isinstance(jitter, MultiScaleConfig):
-        return MultiScaleTransform(jitter)
-    return JitterTransform(image_size, jitter)
+        return [MultiScaleTransform(jitter)]
+    return [JitterTransform(image_size, jitter)]
 
 
 def semantic_maps(config: CocoDataConfig) -> SemanticMaps | None:
@@ -407,7 +422,9 @@ def semantic_maps(config: CocoDataConfig) -> SemanticMaps | None:
     return SemanticMaps(folder, config.semantic_classes)
 
 
-def to_target(scene: NetworkInput, labels: torch.Tensor, record: dict[str, Any]) -> DetectionTarget:
+def to_target(
+    scene: NetworkInput, labels: torch.Tensor, record: dict[str, Any], view: DetectionView | None = None
+) -> DetectionTarget:
     """What is known about a scene: its objects, labels and maps, the image's id and size on disk."""
     return DetectionTarget(
         image_id=record["id"],
@@ -418,6 +435,7 @@ def to_target(scene: NetworkInput, labels: torch.Tensor, record: dict[str, Any])
         size=scene.size,
         original_size=(record["height"], record["width"]),
         semantic=scene.semantic,
+        view=view,
     )
 
 

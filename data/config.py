@@ -69,13 +69,34 @@ class EvaluationConfig:
     """Into the square of data.image_size, padded to it; or by the shorter side, padded to whole multiples of 32."""
     short_side: int = 800
     max_side: int = 1333
-    """The longer side is never above this."""
+    """The longer side is never above this; of a view of another size, above this in proportion."""
+    sizes: tuple[int, ...] = ()
+    """Multi-scale testing: a view of each image at each of these, shorter sides or sides of squares; empty is one of `short_side`
+    or data.image_size. How views become one result: see data/metrics/views.py."""
+    flip: bool = False
+    """Each view mirrored, too."""
+    merge_iou: float = 0.5
+    """Overlap above which boxes of one class from all views are one object; and from which masks have a vote."""
+    merged_masks: Literal["voted", "best"] = "voted"
+    """Mean of the masks of a merged box's class that overlap it, weighted by score; or its own."""
+    num_detections: int = 100
+    """Merged detections kept of an image."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.short_side <= self.max_side:
             raise DataError(
                 f"data.evaluation.short_side is {self.short_side}: give 1 to max_side ({self.max_side}) pixels"
             )
+        if any(size < 32 for size in self.sizes) or len(set(self.sizes)) < len(self.sizes):
+            raise DataError(f"data.evaluation.sizes is {self.sizes}: give different sizes of at least 32 pixels")
+        if not 0 < self.merge_iou <= 1:
+            raise DataError(f"data.evaluation.merge_iou is {self.merge_iou}: give a share above 0 and at most 1")
+        if self.num_detections < 1:
+            raise DataError(f"data.evaluation.num_detections is {self.num_detections}: give at least 1")
+
+    def views(self) -> list[tuple[int | None, bool]]:
+        """Of each view of an image: its size (None: the one that holds without `sizes`), and whether it is mirrored."""
+        return [(size, flip) for size in (self.sizes or (None,)) for flip in ((False, True) if self.flip else (False,))]
 
 
 @dataclass

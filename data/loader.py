@@ -329,7 +329,7 @@ def val_loader(
 
     Args:
         dataset: Samples by key.
-        batch_size: Samples in a batch, at most.
+        batch_size: Samples in a batch, at most; fewer where the data set has a `max_batch`.
         rank: This rank.
         world_size: Number of ranks.
         num_workers: Worker processes.
@@ -337,6 +337,8 @@ def val_loader(
         groups: How many samples in a row belong together (the views of an image): they stay on one rank and in order. Where a
             group has several, a batch holds samples of one only. None: each by itself.
     """
+    # Views of different sizes would be padded to the largest, and what is found would depend on the batch.
+    batch_size = min(batch_size, getattr(dataset, "max_batch", batch_size))
     indices = [SampleKey(0, 0, index) for index in range(len(dataset))]
     if groups is None or max(groups, default=1) == 1:
         pieces = [[indices[start : start + batch_size]] for start in range(0, len(dataset), batch_size)]

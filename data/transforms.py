@@ -142,22 +142,36 @@ class FitTransform:
     Args:
         image_size: Side S of the square, pixels.
         evaluation: Whether it is fitted into the square, or by which shorter side.
+        size: Another side of the square, or shorter side; None is theirs.
+        is_flipped: Whether it is mirrored, left to right.
     """
 
-    def __init__(self, image_size: int, evaluation: EvaluationConfig | None = None) -> None:
+    def __init__(
+        self,
+        image_size: int,
+        evaluation: EvaluationConfig | None = None,
+        *,
+        size: int | None = None,
+        is_flipped: bool = False,
+    ) -> None:
         self.evaluation = evaluation or EvaluationConfig()
-        self.image_size = image_size
+        self.side = size or (image_size if self.evaluation.resize == "square" else self.evaluation.short_side)
+        self.is_flipped = is_flipped
 
     def __call__(self, scene: Scene, generator: torch.Generator | None = None) -> NetworkInput:
         """Transform a scene; nothing is random."""
         height, width = scene.image.shape[-2:]
         if self.evaluation.resize == "square":
-            size = _fitted_size(height, width, self.image_size)
-            canvas = (self.image_size, self.image_size)
+            size = _fitted_size(height, width, self.side)
+            canvas = (self.side, self.side)
         else:
-            size = short_side_size(height, width, self.evaluation.short_side, self.evaluation.max_side)
+            longest = self.evaluation.max_side * self.side / self.evaluation.short_side
+            size = short_side_size(height, width, self.side, longest)
             canvas = padded_size(size)
-        return _pad(resize(scene, size), canvas, min_box_side=0.0)
+        scene = resize(scene, size)
+        if self.is_flipped:
+            scene = flip(scene)
+        return _pad(scene, canvas, min_box_side=0.0)
 
 
 def short_side_size(height: int, width: int, short: float, longest: float) -> tuple[int, int]:

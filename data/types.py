@@ -29,6 +29,21 @@ class SampleKey:
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
 
+@dataclass(frozen=True)
+class DetectionView:
+    """One of the ways in which an image is looked at in evaluation.
+
+    Attributes:
+        number: of this view, from 0.
+        count: views of the image.
+        is_flipped: whether the image is mirrored, left to right.
+    """
+
+    number: int
+    count: int
+    is_flipped: bool = False
+
+
 @dataclass
 class DetectionTarget:
     """Ground truth of one image, in pixels of the network's input.
@@ -42,6 +57,7 @@ class DetectionTarget:
         size: (height, width) of the image inside the padded input; what lies beyond is padding.
         original_size: (height, width) of the image on disk.
         semantic: (H, W) uint8 class of every pixel, 255 where there is none; None without semantic maps.
+        view: which view of the image this is, in evaluation with several; None is the only one.
     """
 
     image_id: int
@@ -52,6 +68,7 @@ class DetectionTarget:
     size: tuple[int, int]
     original_size: tuple[int, int]
     semantic: Tensor | None = None
+    view: DetectionView | None = None
 
     def to(self, device: torch.device | str) -> DetectionTarget:
         """The same target with its tensors on `device`."""
@@ -95,6 +112,7 @@ class DetectionResult:
         masks: (N, M, M) float32 probabilities on the box's own grid, or None for a head without masks.
         size: (height, width) of the image inside the padded input.
         original_size: (height, width) of the image on disk; boxes scale by original_size / size.
+        view: see DetectionTarget; boxes and masks are in the view's own pixels.
     """
 
     image_id: int
@@ -104,13 +122,12 @@ class DetectionResult:
     masks: Tensor | None
     size: tuple[int, int]
     original_size: tuple[int, int]
+    view: DetectionView | None = None
 
     def cpu(self) -> DetectionResult:
         """The same result with its tensors in host memory."""
         masks = None if self.masks is None else self.masks.cpu()
-        return DetectionResult(
-            self.image_id, self.boxes.cpu(), self.labels.cpu(), self.scores.cpu(), masks, self.size, self.original_size
-        )
+        return replace(self, boxes=self.boxes.cpu(), labels=self.labels.cpu(), scores=self.scores.cpu(), masks=masks)
 
 
 @dataclass

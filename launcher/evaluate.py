@@ -87,6 +87,7 @@ def evaluate_heads(
             world_size=world.world_size,
             num_workers=loop.num_workers,
             timeout=loop.worker_timeout,
+            groups=dataset.groups,
         )
         for done, batch in enumerate(loader, start=1):
             # Every rank has as many batches.
@@ -120,6 +121,7 @@ def evaluate_run(
     which: str = "best",
     device: str = "auto",
     num_workers: int | None = None,
+    evaluation: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> Metrics:
     """`permafrost evaluate RUN`: rebuild what a run folder describes and score its heads.
@@ -131,6 +133,7 @@ def evaluate_run(
         which: "best" (of each head, by its metric) or "latest".
         device: as for training.
         num_workers: data workers; None takes the recipe's.
+        evaluation: fields of the recipe's `data.evaluation` that are other ones here (sizes and flip of the views).
         say: prints a line.
 
     Raises:
@@ -141,7 +144,10 @@ def evaluate_run(
     say = say if world.is_main else _silent
     try:
         trained = load_trained(run, world, which=which)
-        dataset = main_first(world, trained.experiment.data.build_val)
+        data = trained.experiment.data
+        if evaluation:
+            data = dataclasses.replace(data, evaluation=dataclasses.replace(data.evaluation, **evaluation))
+        dataset = main_first(world, data.build_val)
         if list(dataset.classes) != trained.classes:
             raise CheckpointError(
                 f"{trained.folder} was trained on the classes {', '.join(trained.classes)}, the validation annotations "
@@ -149,13 +155,20 @@ def evaluate_run(
             )
         for name, path in trained.checkpoints.items():
             say(f"head {name}: {path}")
-        say(f"{len(dataset)} validation images on {world.device}, {world.world_size} process(es)")
+        views = f", {dataset.num_views} views of each" if dataset.num_views > 1 else ""
+        say(f"{len(dataset.records)} validation images{views}, on {world.device}, {world.world_size} process(es)")
         loop = trained.experiment.loop
         loop = loop if num_workers is None else dataclasses.replace(loop, num_workers=num_workers)
         folder = trained.folder.path
         metrics = evaluate_heads(trained.heads, trained.backbone, dataset, world, loop, results_folder=folder, say=say)
         if world.is_main:
-            content = {"checkpoint": which, "steps": trained.steps, "num_images": len(dataset), "metrics": metrics}
+            content = {
+                "checkpoint": which,
+                "steps": trained.steps,
+                "num_images": len(dataset.records),
+                "metrics": metrics,
+            }
+            content |= {"views": dataset.num_views} if dataset.num_views > 1 else {}
             write_atomically(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
         say(metrics_table(metrics))
         if classes := class_table(metrics):

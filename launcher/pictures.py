@@ -37,8 +37,9 @@ class Pictures:
         Collective: every rank draws the same, as some engines need all ranks.
         """
         if self._batch is None:
-            count = min(NUM_IMAGES, len(self._dataset))
-            self._batch = collate([self._dataset[SampleKey(0, 0, index)] for index in range(count)])
+            # Of several views of an image the first.
+            starts = range(0, len(self._dataset), self._dataset.num_views)[:NUM_IMAGES]
+            self._batch = collate([self._dataset[SampleKey(0, 0, index)] for index in starts])
         batch, classes = self._batch.to(self._device), self._dataset.classes
         sheets = {}
         with torch.no_grad():

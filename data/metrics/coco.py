@@ -18,7 +18,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from permafrost.data.annotations import encode_segmentation
+from permafrost.data.config import EvaluationConfig
 from permafrost.data.errors import DataError
+from permafrost.data.metrics.views import merge_views
 from permafrost.data.types import DetectionResult
 
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -85,9 +87,18 @@ class CocoEvaluator:
             iscrowd, area.
         classes: Names by label.
         category_ids: The data set's category ids by label.
+        evaluation: How the views of an image become one result, if there are several.
     """
 
-    def __init__(self, records: Sequence[dict[str, Any]], classes: Sequence[str], category_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        records: Sequence[dict[str, Any]],
+        classes: Sequence[str],
+        category_ids: Sequence[int],
+        evaluation: EvaluationConfig | None = None,
+    ) -> None:
+        self.evaluation = evaluation or EvaluationConfig()
+        self._views: dict[int, list[DetectionResult]] = {}
         self.records = {record["id"]: record for record in records}
         self.classes = list(classes)
         self.category_ids = list(category_ids)
@@ -95,7 +106,7 @@ class CocoEvaluator:
         self._with_masks: bool | None = None
 
     def update(self, results: Sequence[DetectionResult]) -> None:
-        """Take in the results of some images, on any device.
+        """Take in the results of some images, on any device; of an image with several views, of each.
 
         Raises:
             DataError: a score or box is not a number, or the image is unknown or came before.
@@ -107,21 +118,31 @@ class CocoEvaluator:
                 raise DataError(
                     f"results for image {result.image_id}, which is not among the {len(self.records)} evaluated"
                 )
-            if result.image_id in self._found:
+            views = self._views.setdefault(result.image_id, [])
+            if result.image_id in self._found or any(view.view == result.view for view in views):
                 raise DataError(f"results for image {result.image_id} ({record['file_name']}) came twice")
+            self._require_finite(result, record)
+            if result.view is not None:
+                views.append(result)
+                if len(views) < result.view.count:
+                    continue
+                result = merge_views(sorted(views, key=lambda one: one.view.number), self.evaluation)
+            del self._views[result.image_id]
             self._found[result.image_id] = self._converted(result, record)
             self._with_masks = (self._with_masks is not False) and result.masks is not None
+
+    def _require_finite(self, result: DetectionResult, record: dict[str, Any]) -> None:
+        name = f"image {result.image_id} ({record['file_name']})"
+        if not result.scores.isfinite().all():
+            raise DataError(
+                f"{name}: the head gave a score that is not a number; pycocotools would count it as perfect"
+            )
+        if not result.boxes.isfinite().all():
+            raise DataError(f"{name}: the head gave a box that is not finite")
 
     def _converted(self, result: DetectionResult, record: dict[str, Any]) -> list[dict[str, Any]]:
         """Results of one image as COCO entries in pixels of the file."""
         boxes, scores = result.boxes.double().numpy(), result.scores.double().numpy()
-        name = f"image {result.image_id} ({record['file_name']})"
-        if not np.isfinite(scores).all():
-            raise DataError(
-                f"{name}: the head gave a score that is not a number; pycocotools would count it as perfect"
-            )
-        if not np.isfinite(boxes).all():
-            raise DataError(f"{name}: the head gave a box that is not finite")
         height, width = record["height"], record["width"]
         ratios = (width / result.size[1], height / result.size[0])
         boxes = boxes * np.array(ratios * 2)
@@ -141,7 +162,15 @@ class CocoEvaluator:
         return entries
 
     def state(self) -> dict[str, Any]:
-        """What this rank collected: plain Python values, for `merge`."""
+        """What this rank collected: plain Python values, for `merge`.
+
+        Raises:
+            DataError: of an image some views are missing.
+        """
+        for image_id, views in self._views.items():
+            raise DataError(
+                f"image {image_id}: {len(views)} of its {views[0].view.count} views came; all belong to one rank"
+            )
         return {"found": self._found, "with_masks": self._with_masks}
 
     def merge(self, states: Sequence[dict[str, Any]]) -> None:

@@ -134,6 +134,7 @@ def typed_results(detections: Sequence[Detections], masks: Tensor, batch: Batch)
             masks=own_masks.float(),
             size=target.size,
             original_size=target.original_size,
+            view=target.view,
         )
         for target, found, own_masks in zip(
             batch.targets, detections, masks.split([len(found.boxes) for found in detections])

@@ -19,10 +19,27 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--num-workers", type=num_workers, metavar="N", help="data workers (default: as in the run's recipe)"
     )
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="multi-scale testing of a detector: a view of each image at each of these shorter sides (or sides of squares), in place "
+        "of the recipe's data.evaluation.sizes",
+    )
+    parser.add_argument("--flip", action="store_true", help="each view mirrored, too, and the results merged")
     add_device(parser)
     options = parse(parser, argv)
+    evaluation = {"sizes": tuple(options.sizes)} if options.sizes else {}
+    evaluation |= {"flip": True} if options.flip else {}
 
     from permafrost.launcher.evaluate import evaluate_run
 
-    evaluate_run(options.run, which=options.checkpoint, device=options.device, num_workers=options.num_workers)
+    evaluate_run(
+        options.run,
+        which=options.checkpoint,
+        device=options.device,
+        num_workers=options.num_workers,
+        evaluation=evaluation,
+    )
     return 0

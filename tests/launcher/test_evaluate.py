@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from permafrost.data.config import JitterConfig, ShapesDataConfig, ShapesWorld
 from permafrost.heads.config import FPNConfig
 from permafrost.launcher.checkpoint import CheckpointWarning
+from permafrost.launcher.cli import main
 from permafrost.launcher.errors import CheckpointError, RunFolderError
 from permafrost.launcher.evaluate import class_table, evaluate_heads, evaluate_run, metrics_table
 from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, ScheduleConfig
@@ -130,6 +131,41 @@ def test_a_run_folder_is_all_that_is_needed(
             assert expected["detection"][f"{kind}/{name}"] == pytest.approx(value, abs=2e-3), (kind, name)
     assert expected["detection"]["bbox/AP"] > 0.2  # else 0 would equal 0
     assert expected["detection"]["segm/AP"] > 0.1
+
+
+def test_several_views_of_an_image_are_one_result(
+    trained_run: tuple[Experiment, dict[str, dict[str, float]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the one size that a run is scored at, "several" views are that one; mirrored and enlarged ones change what is found."""
+    experiment, expected = trained_run
+    run = Path(experiment.output)
+    alone = evaluate_run(run, evaluation={"sizes": (64,)})
+    assert alone == expected
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--sizes", "64", "96", "--flip"]) == 0
+    assert "7 validation images, 4 views of each" in capsys.readouterr().out
+    content = json.loads((run / "evaluation.json").read_text())
+    assert (content["num_images"], content["views"]) == (7, 4)
+    results = json.loads((run / "results_detection.json").read_text())
+    assert content["metrics"] != expected
+    for kind in ("bbox", "segm"):
+        for name, value in plain_pycocotools(experiment, results, kind).items():
+            assert content["metrics"]["detection"][f"{kind}/{name}"] == pytest.approx(value, abs=2e-3), (kind, name)
+    assert content["metrics"]["detection"]["bbox/AP"] > 0.1
+    # Views of an image stay on one rank, so ranks agree with one process.
+    dataset = dataclasses.replace(
+        experiment.data, evaluation=dataclasses.replace(experiment.data.evaluation, sizes=(64, 96), flip=True)
+    ).build_val()
+    loop = LoopConfig(evaluation_batch=3, num_workers=0)
+
+    parts = [load_trained(run, World(0, 1, 0, torch.device("cpu"))) for _ in range(2)]
+
+    def share(world: ThreadWorld) -> Any:
+        own = parts[world.rank]
+        return evaluate_heads(own.heads, own.backbone, dataset, world, loop)
+
+    for metrics in on_ranks(2, share):
+        assert metrics["detection"]["bbox/AP"] == pytest.approx(content["metrics"]["detection"]["bbox/AP"], abs=1e-6)
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 1), (3, 2), (4, 4)])

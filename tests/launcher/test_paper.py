@@ -48,6 +48,7 @@ PUBLISHED = {
     "paper:table5_base_22k": (52.5, 46.6, 52.3, 45.7),
     "paper:table5_large_22k": (53.0, 46.8, 53.0, 46.5),
     "paper:table5_giant_htc": (57.9, 50.4),
+    "paper:table5_giant_htc_multi_scale": (59.3, 51.6),
     "low_data:table6_fpn_1pct": (27.5, 26.4, 27.5, 25.8),
     "low_data:table6_bifpn1_1pct": (29.8, 27.6, 26.3, 24.7),
     "low_data:table6_bifpn2_1pct": (31.4, 28.4, 26.3, 24.6),
@@ -146,6 +147,8 @@ def reduced(info: RecipeInfo, root: Path) -> list[str]:
     if isinstance(experiment.data.jitter, MultiScaleConfig):
         fields |= {"data.jitter.short-sides": "48 64", "data.jitter.max-side": 96}
         fields |= {"data.evaluation.short-side": 64, "data.evaluation.max-side": 96}
+    if experiment.data.evaluation.sizes:
+        fields |= {"data.evaluation.sizes": "64 96"}
     model = {
         "neck.channels": 16,
         "box.fc-channels": 16,
