@@ -5,11 +5,15 @@ files that hold anything but tensors and plain values, such as the configuration
 are read a second time with an unpickler that resolves no name: a class it does not know becomes an inert object that
 takes and forgets whatever it is given, and a name of Python's standard library that is no plain container ends the
 reading. torch still does all the rest (archive, storages, memory mapping), through its documented `pickle_module`.
+
+A plain pickle, as detectron2's model zoo has them (.pkl), goes through the same unpickler. Its numpy arrays are put together
+here, from bytes and a number type of a fixed list, and come out as tensors.
 """
 
 from __future__ import annotations
 
 import collections
+import math
 import pickle
 import sys
 import warnings
@@ -20,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from permafrost.model.errors import WeightsError
@@ -31,6 +36,11 @@ _BUILTIN_VALUES = {
 # Standard-library classes that configurations are made of. They become inert too, but are no reason to refuse a file.
 _HARMLESS_MODULES = ("datetime", "decimal", "fractions", "pathlib", "uuid")
 _HARMLESS_NAMES = ("argparse.Namespace", "collections.deque", "types.SimpleNamespace")
+
+
+# What stands at the start of torch's older format, after the opcode of the protocol.
+_TORCH_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_ARRAY_TYPES = frozenset(("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1"))
 
 
 class Inert:
@@ -69,12 +79,57 @@ class _Call:
         return self._function(*args)
 
 
+class _NumberType:
+    """What a pickle says of a numpy.dtype."""
+
+    __slots__ = ("code", "order")
+
+    def __init__(self, code: Any) -> None:
+        self.code, self.order = str(code).lstrip("<>=|"), "<"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+
+class _Array:
+    """What a pickle says of a numpy.ndarray: shape, number type and bytes."""
+
+    __slots__ = ("_content",)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, number_type, is_fortran, content = state
+        self._content = (content, number_type, shape, "F" if is_fortran else "C")
+
+    @classmethod
+    def of(cls, content: Any, number_type: Any, shape: Any, order: str) -> _Array:
+        """As numpy writes large arrays from protocol 5 on."""
+        array = cls()
+        array._content = (content, number_type, shape, order)
+        return array
+
+    def tensor(self) -> torch.Tensor:
+        """The array as a tensor of its own memory.
+
+        Raises:
+            ValueError: Bytes, shape and type do not fit together.
+            _Refused: It is an array of anything but numbers.
+        """
+        content, number_type, shape, order = self._content
+        if not isinstance(number_type, _NumberType) or number_type.code not in _ARRAY_TYPES:
+            raise _Refused("an array of objects")
+        values = np.frombuffer(content, dtype=np.dtype(number_type.code).newbyteorder(number_type.order))
+        if values.size != math.prod(shape):
+            raise ValueError(f"an array of shape {shape} has {values.size} numbers")
+        values = values.reshape(shape, order=order)
+        return torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C"))
+
+
 class _Refused(Exception):
     """A pickle names something that no weights file needs."""
 
 
 def load_checkpoint(path: Path) -> tuple[Any, tuple[str, ...]]:
-    """Reads a PyTorch checkpoint, of the zip or the older format.
+    """Reads a PyTorch checkpoint, of the zip or the older format, or a plain pickle with numpy arrays.
 
     Args:
         path: The file. Tensors of the zip format are memory-mapped.
@@ -85,6 +140,8 @@ def load_checkpoint(path: Path) -> tuple[Any, tuple[str, ...]]:
     Raises:
         WeightsError: If it is damaged or names a function of the standard library, `os.system` for example.
     """
+    if _is_plain_pickle(path):
+        return _load_plain(path)
     mmap = zipfile.is_zipfile(path)
     try:
         with warnings.catch_warnings():
@@ -104,13 +161,41 @@ def load_checkpoint(path: Path) -> tuple[Any, tuple[str, ...]]:
             path, map_location="cpu", weights_only=False, pickle_module=_restricted_pickle(inert), mmap=mmap
         )
     except _Refused as error:
-        raise WeightsError(
-            f"{path} holds more than tensors: reading it would execute {error}, which is refused. Weights have no use "
-            "for that: do not open the file with another program before you know where it comes from."
-        ) from error
+        raise _refused(path, error) from error
     except Exception as error:
         raise _damaged(path, error) from error
     return loaded, tuple(sorted(inert))
+
+
+def _is_plain_pickle(path: Path) -> bool:
+    """Whether a file is a pickle of protocol 2 or above that torch did not write."""
+    with path.open("rb") as file:
+        start = file.read(32)
+    return start[:1] == b"\x80" and _TORCH_MAGIC not in start
+
+
+def _load_plain(path: Path) -> tuple[Any, tuple[str, ...]]:
+    """See load_checkpoint."""
+    inert: set[str] = set()
+    try:
+        with path.open("rb") as file:
+            loaded = _restricted_pickle(inert).load(file)
+        return _with_tensors(loaded), tuple(sorted(inert))
+    except _Refused as error:
+        raise _refused(path, error) from error
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _with_tensors(content: Any) -> Any:
+    """The same dictionaries, lists and tuples, their arrays as tensors. A container within itself ends in a RecursionError."""
+    if isinstance(content, _Array):
+        return content.tensor()
+    if isinstance(content, dict):
+        return {key: _with_tensors(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(_with_tensors(value) for value in content)
+    return content
 
 
 def _restricted_pickle(inert: set[str]) -> Any:
@@ -142,6 +227,11 @@ def _resolve(name: str, inert: set[str]) -> Any:
         "copyreg._reconstructor": Inert,
         "collections.defaultdict": lambda *_: {},
         "collections.Counter": dict,
+        "numpy.dtype": lambda code, *_: _NumberType(code),
+        # What `_reconstruct` is called with; its arguments say nothing, the state that follows says all.
+        "numpy.ndarray": lambda *_: Inert(),
+        **{f"numpy.{core}.multiarray._reconstruct": lambda *_: _Array() for core in ("core", "_core")},
+        **{f"numpy.{core}.numeric._frombuffer": _Array.of for core in ("core", "_core")},
     }
     if name in functions:
         return _Call(functions[name])
@@ -168,6 +258,13 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     if encoding not in ("latin1", "latin-1"):
         raise _Refused(f"_codecs.encode with {encoding!r}")
     return text.encode("latin1")
+
+
+def _refused(path: Path, error: Exception) -> WeightsError:
+    return WeightsError(
+        f"{path} holds more than tensors: reading it would execute {error}, which is refused. Weights have no use "
+        "for that: do not open the file with another program before you know where it comes from."
+    )
 
 
 def _damaged(path: Path, error: Exception) -> WeightsError:
