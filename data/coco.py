@@ -27,7 +27,7 @@ from permafrost.data.images import ImageError, read_image
 from permafrost.data.semantic import INSTANCES, SemanticMaps
 from permafrost.data.split import choose_share
 from permafrost.data.transforms import FitTransform, JitterTransform, MultiScaleTransform, NetworkInput, Scene
-from permafrost.data.types import DetectionTarget, DetectionView, Sample, SampleKey
+from permafrost.data.types import DetectionResult, DetectionTarget, DetectionView, Sample, SampleKey
 
 if TYPE_CHECKING:
     from permafrost.data.metrics.coco import CocoEvaluator
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 LAYOUT = """expected COCO's layout (every name is a field of `data`):
   ROOT/{train_annotations}   ROOT/{train_images}/*.jpg
   ROOT/{val_annotations}   ROOT/{val_images}/*.jpg"""
+MIN_SCORE = 0.5
+"""Least score of an object that is drawn."""
 MIN_TOLERATED = 10
 """Unreadable training images that are tolerated in a data set of any size."""
 
@@ -94,10 +96,13 @@ class CocoDetection(Dataset):
         image_ids: of the images used, in the order of the indices.
         num_views: of each image, in evaluation; 1 in training.
         max_batch: views of one size that follow one another, where there are several.
+        selection: the same where only a share of the images is used; None for all.
 
     Raises:
         DataError: a file is missing or malformed; says which, where inside of it, and what was expected.
     """
+
+    headline = "bbox/AP"
 
     def __init__(
         self,
@@ -161,6 +166,7 @@ class CocoDetection(Dataset):
         listing = "\n".join(f"{record['id']} {record['file_name']}" for record in records)
         self.fingerprint = hashlib.sha256(f"{coco_file.digest}\n{listing}".encode()).hexdigest()
         self.image_ids = [record["id"] for record in records]
+        self.selection = self.image_ids if share < 1 else None
         self.records = PackedRecords(records)
         if semantic is not None:
             self._check_semantic(records)
@@ -199,6 +205,12 @@ class CocoDetection(Dataset):
     def groups(self) -> list[int]:
         """How many indices in a row are views of one image."""
         return [self.num_views] * len(self.records)
+
+    @property
+    def extent(self) -> str:
+        """See TaskDataset."""
+        views = "" if self.num_views == 1 else f" ({len(self):,} views)"
+        return f"{len(self.records):,} images{views}"
 
     def _check_semantic(self, records: Sequence[dict[str, Any]]) -> None:
         """Every image has its map; whether its values fit shows when it is read, or in `permafrost check-data`."""
@@ -287,6 +299,28 @@ class CocoDetection(Dataset):
     def tracker(self) -> ReplacementTracker:
         """A fresh count of replaced images, with this data set's limit."""
         return ReplacementTracker(len(self), self.corrupt_share)
+
+    def metric_names(self) -> list[str]:
+        """Of COCOeval's numbers and of each class, for boxes and masks."""
+        from permafrost.data.metrics.coco import STATISTICS
+
+        labels = [f"AP-{name}" for name in self.classes]
+        return [f"{kind}/{name}" for kind in ("bbox", "segm") for name in (*STATISTICS, *labels)]
+
+    def summary(self, metrics: dict[str, float]) -> str:
+        """The two APs."""
+        return ", ".join(f"{tag} {metrics[tag]:.3f}" for tag in ("bbox/AP", "segm/AP") if tag in metrics)
+
+    def caption(self, target: DetectionTarget) -> str:
+        """Which image it is, and how many objects it shows."""
+        return f"image {target.image_id}, {len(target.boxes)} objects"
+
+    def draw(self, image: torch.Tensor, shown: DetectionTarget | DetectionResult) -> np.ndarray:
+        """See TaskDataset; of a result the objects with a score from MIN_SCORE up."""
+        from permafrost.data.draw import draw_detections
+
+        scores = shown.scores if isinstance(shown, DetectionResult) else None
+        return draw_detections(image, shown.boxes, shown.labels, shown.masks, scores, self.classes, min_score=MIN_SCORE)
 
 
 class ReplacementTracker:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from permafrost.data.errors import DataError
+from permafrost.data.task import Progress, Task, TaskDataConfig
 
 if TYPE_CHECKING:
+    from permafrost.data.annotations import Finding
     from permafrost.data.coco import CocoDetection
+    from permafrost.data.detection_inputs import DetectionInputs
 
 
 @dataclass
@@ -100,8 +104,10 @@ class EvaluationConfig:
 
 
 @dataclass
-class CocoDataConfig:
+class CocoDataConfig(TaskDataConfig):
     """Any data set in COCO's layout: annotations/instances_*.json and image folders. Classes are read from the JSON."""
+
+    task: ClassVar[Task] = "detection"
 
     root: str = "data/coco"
     train_annotations: str = "annotations/instances_train2017.json"
@@ -163,6 +169,10 @@ class CocoDataConfig:
             "val": (root / self.val_annotations, root / self.val_images),
         }
 
+    def required_paths(self) -> list[Path]:
+        """Annotation files and image folders of both splits."""
+        return [path for pair in self.paths.values() for path in pair]
+
     def located(self) -> CocoDataConfig:
         """The same configuration with files behind it: a built-in world writes them first."""
         return self
@@ -178,6 +188,18 @@ class CocoDataConfig:
         from permafrost.data.coco import CocoDetection
 
         return CocoDetection.from_config(self.located(), train=False)
+
+    def check(self, *, decode: bool = True, on_progress: Progress | None = None) -> list[Finding]:
+        """See TaskDataConfig and `check_coco`."""
+        from permafrost.data.check import check_coco
+
+        return check_coco(self, decode_images=decode, on_progress=on_progress)
+
+    def inputs(self, classes: Sequence[str], category_ids: Sequence[int]) -> DetectionInputs:
+        """See TaskDataConfig."""
+        from permafrost.data.detection_inputs import DetectionInputs
+
+        return DetectionInputs(self, classes, category_ids)
 
 
 @dataclass
@@ -243,6 +265,15 @@ class ShapesDataConfig(CocoDataConfig):
     """Folder of the files; empty is a folder under $PERMAFROST_CACHE or ~/.cache/permafrost."""
     image_size: int = 160
     world: ShapesWorld = field(default_factory=ShapesWorld)
+
+    @property
+    def fills_cache(self) -> bool:
+        """Unless `root` names a folder."""
+        return not self.root
+
+    def required_paths(self) -> list[Path]:
+        """None: whoever lacks the world renders it."""
+        return []
 
     def located(self) -> CocoDataConfig:
         """The same configuration with the world's files written and `root` naming their folder."""

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from permafrost.data.coco import PackedRecords, ReplacementTracker
 from permafrost.data.errors import DataError
-from permafrost.data.types import ClipTarget, Sample, SampleKey
+from permafrost.data.types import ClipResult, ClipTarget, Sample, SampleKey
 from permafrost.data.video.config import ClipConfig, KineticsDataConfig
 from permafrost.data.video.decoder import Decoder
 from permafrost.data.video.errors import VideoError
@@ -22,6 +22,11 @@ from permafrost.data.video.transforms import random_crop, to_clip, view_crop
 
 if TYPE_CHECKING:
     from permafrost.data.metrics.video import VideoEvaluator
+
+SHOWN_FRAMES = 4
+"""Frames of a clip that are drawn."""
+SHOWN_CLASSES = 2
+"""Classes that are named beside them."""
 
 
 class KineticsClips(Dataset):
@@ -37,6 +42,7 @@ class KineticsClips(Dataset):
 
     Attributes:
         classes: names by label.
+        category_ids: 0..K-1.
         notes: what is missing, one line each; to be said at start.
         fingerprint: hash of the list and of what is missing.
 
@@ -44,10 +50,14 @@ class KineticsClips(Dataset):
         DataError: see `read_split`; or a class of the flip options that does not exist.
     """
 
+    headline = "video/top1"
+    selection = None
+
     def __init__(self, config: KineticsDataConfig, *, train: bool) -> None:
         listed = read_split(config, "train" if train else "val")
         self.config, self.is_train = config, train
         self.classes = listed.classes
+        self.category_ids = list(range(len(self.classes)))
         self.notes: list[str] = []
         self.num_missing = len(listed.missing)
         self.num_listed = len(listed.paths) + len(listed.missing)
@@ -83,6 +93,12 @@ class KineticsClips(Dataset):
 
     def __len__(self) -> int:
         return len(self.records) * self.num_views
+
+    @property
+    def extent(self) -> str:
+        """See TaskDataset: videos, and how many clips evaluation makes of them."""
+        videos = f"{len(self.records):,} videos"
+        return videos if self.is_train else f"{videos} ({len(self):,} clips)"
 
     def video_path(self, index: int) -> Path:
         """The file that sample `index` is cut from."""
@@ -165,6 +181,35 @@ class KineticsClips(Dataset):
     def tracker(self) -> ReplacementTracker:
         """A fresh count of replaced videos, with this data set's limit."""
         return ReplacementTracker(len(self.records), self.config.corrupt_share, what="videos")
+
+    def metric_names(self) -> list[str]:
+        """Shares of right videos, and of each class."""
+        measures = ["top1", "top5", "mean_class", *(f"top1-{name}" for name in self.classes)]
+        return [f"video/{measure}" for measure in measures]
+
+    def summary(self, metrics: dict[str, float]) -> str:
+        """The accuracies, and what they are over."""
+        shown = ", ".join(f"{name} {metrics[f'video/{name}']:.3f}" for name in ("top1", "top5"))
+        counts = {name: int(metrics[f"video/num_{name}"]) for name in ("clips", "videos", "unreadable", "missing")}
+        absent = "".join(f", {counts[name]} {name}" for name in ("unreadable", "missing") if counts[name])
+        return f"{shown} over {counts['clips']:,} clips of {counts['videos']:,} videos{absent}"
+
+    def caption(self, target: ClipTarget) -> str:
+        """Which video it is, and its class."""
+        return f"video {target.video_id}: {self.classes[int(target.label)]}"
+
+    def draw(self, image: torch.Tensor, shown: ClipTarget | ClipResult) -> np.ndarray:
+        """Some frames of a clip (T, 3, H, W) uint8 beside one another, under its class or the most probable ones."""
+        from permafrost.data.draw import captioned, contact_sheet
+
+        if isinstance(shown, ClipTarget):
+            text = self.caption(shown)
+        else:
+            best = torch.argsort(shown.scores, descending=True, stable=True)[:SHOWN_CLASSES].tolist()
+            text = ", ".join(f"{self.classes[label]} {float(shown.scores[label]):.2f}" for label in best)
+        chosen = np.linspace(0, len(image) - 1, min(SHOWN_FRAMES, len(image))).round().astype(int)
+        frames = [image[index].permute(1, 2, 0).contiguous().numpy() for index in chosen]
+        return captioned(contact_sheet(frames, columns=len(frames)), text)
 
 
 def _flip_labels(clip: ClipConfig, classes: list[str]) -> list[int | None]:

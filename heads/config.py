@@ -7,17 +7,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from permafrost.heads.errors import HeadError
 
 if TYPE_CHECKING:
+    from permafrost.heads.base import Head
     from permafrost.heads.detection.mask_rcnn import MaskRCNN
     from permafrost.heads.necks.bifpn import BiFPN
     from permafrost.heads.necks.fpn import FPN
     from permafrost.heads.necks.residual_fpn import ResidualFPN
     from permafrost.heads.necks.simple_pyramid import SimpleFeaturePyramid
     from permafrost.model.spec import FeatureSpec
+
+
+HeadTask = Literal["detection", "segmentation", "video"]
+
+
+@dataclass
+class HeadConfig:
+    """What the configurations of all heads are."""
+
+    task: ClassVar[HeadTask]
+    """It learns from data of the same task."""
+
+    def build(self, *, spec: FeatureSpec, classes: Sequence[str]) -> Head:
+        """The live head, initialised from torch's global generator.
+
+        Args:
+            spec: the backbone's maps.
+            classes: names of the K classes, in the order of the labels.
+
+        Raises:
+            HeadError: the head takes other maps, or other classes.
+        """
+        raise NotImplementedError
 
 
 NormKind = Literal["none", "group", "layer"]
@@ -299,8 +323,10 @@ def _check_sampling(prefix: str, num_samples: int, positive_fraction: float) -> 
 
 
 @dataclass
-class MaskRCNNConfig:
+class MaskRCNNConfig(HeadConfig):
     """Mask R-CNN on a feature pyramid (He et al. 2017; Lin et al. 2017)."""
+
+    task: ClassVar[HeadTask] = "detection"
 
     neck: NeckConfig = field(default_factory=FPNConfig)
     rpn: RPNConfig = field(default_factory=RPNConfig)

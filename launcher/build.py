@@ -14,7 +14,7 @@ from permafrost.launcher.experiment import Experiment
 from permafrost.launcher.mesh import World
 
 if TYPE_CHECKING:
-    from permafrost.data.coco import CocoDetection
+    from permafrost.data.task import TaskDataset
     from permafrost.heads.base import Head
     from permafrost.launcher.fine_tune import ImagesOn
     from permafrost.model.frozen import FrozenBackbone
@@ -31,8 +31,8 @@ class TrainingParts:
     In full fine-tuning the one head owns the backbone too, and `backbone` hands it the images.
     """
 
-    train_set: CocoDetection
-    val_set: CocoDetection
+    train_set: TaskDataset
+    val_set: TaskDataset
     backbone: FrozenBackbone | ImagesOn
     heads: dict[str, Head]
 

@@ -23,7 +23,7 @@ from permafrost.launcher.trained import load_trained
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from permafrost.data.coco import CocoDetection
+    from permafrost.data.task import TaskDataset
     from permafrost.data.types import Batch
     from permafrost.launcher.experiment import LoopConfig
     from permafrost.launcher.mesh import World
@@ -51,7 +51,7 @@ class RunsHead(Protocol):
 def evaluate_heads(
     engines: Mapping[str, RunsHead],
     backbone: FrozenBackbone,
-    dataset: CocoDetection,
+    dataset: TaskDataset,
     world: World,
     loop: LoopConfig,
     *,
@@ -67,7 +67,7 @@ def evaluate_heads(
         dataset: the validation set.
         world: which share of the images is this rank's.
         loop: batch size and workers.
-        results_folder: where the main rank writes results_<head>.json, the detections in COCO's format; None writes
+        results_folder: where the main rank writes the evaluators' files (results_<head>.json and others); None writes
             none.
         say: prints a line; called now and then while a long evaluation runs.
         is_interrupted: whether this rank has been asked to end; None never asks.
@@ -111,7 +111,7 @@ def evaluate_heads(
     metrics: Metrics = {}
     for name, evaluator in evaluators.items():
         states = world.gather_objects(evaluator.state())
-        metrics[name] = on_main(world, lambda: _score(dataset, states, name, results_folder))  # noqa: B023 - called at once
+        metrics[name] = on_main(world, lambda: _score(dataset, states, name, results_folder, say))  # noqa: B023 - called at once
     return metrics
 
 
@@ -155,13 +155,18 @@ def evaluate_run(
             )
         for name, path in trained.checkpoints.items():
             say(f"head {name}: {path}")
+<<<<<<< HEAD
         views = f", {dataset.num_views} views of each" if dataset.num_views > 1 else ""
         say(f"{len(dataset.records)} validation images{views}, on {world.device}, {world.world_size} process(es)")
+=======
+        say(f"{dataset.extent} for validation on {world.device}, {world.world_size} process(es)")
+>>>>>>> e8bfffd (Seam between tasks and the launcher: data configurations, datasets, evaluators and input readers behind one interface)
         loop = trained.experiment.loop
         loop = loop if num_workers is None else dataclasses.replace(loop, num_workers=num_workers)
         folder = trained.folder.path
         metrics = evaluate_heads(trained.heads, trained.backbone, dataset, world, loop, results_folder=folder, say=say)
         if world.is_main:
+<<<<<<< HEAD
             content = {
                 "checkpoint": which,
                 "steps": trained.steps,
@@ -169,25 +174,29 @@ def evaluate_run(
                 "metrics": metrics,
             }
             content |= {"views": dataset.num_views} if dataset.num_views > 1 else {}
+=======
+            content = {"checkpoint": which, "steps": trained.steps, "num_samples": len(dataset), "metrics": metrics}
+>>>>>>> e8bfffd (Seam between tasks and the launcher: data configurations, datasets, evaluators and input readers behind one interface)
             write_atomically(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
         say(metrics_table(metrics))
         if classes := class_table(metrics):
-            say(f"\nAP of each class\n{classes}\n")
-        say(f"written to {folder}: evaluation.json, {', '.join(f'results_{name}.json' for name in metrics)}")
+            say(f"\n{dataset.headline.rpartition('/')[2]} of each class\n{classes}\n")
+        say(f"written to {folder}: evaluation.json")
         return metrics
     finally:
         world.close()
 
 
 def class_table(metrics: Metrics) -> str:
-    """A plain table of the AP of every class that occurs, the best boxes first; "" where there is none."""
+    """A plain table of what every class that occurs reached, the best first; "" where there is none."""
     blocks = []
     for head, values in metrics.items():
         found: dict[str, dict[str, float]] = {}
         for tag, value in values.items():
-            kind, _, rest = tag.partition("/AP-")
-            if rest:
-                found.setdefault(rest, {})[KINDS.get(kind, kind)] = value
+            measure, _, name = tag.partition("-")
+            if name:
+                kind, _, column = measure.rpartition("/")
+                found.setdefault(name, {})[KINDS.get(kind, column)] = value
         if not found:
             continue
         kinds = list(dict.fromkeys(kind for columns in found.values() for kind in columns))
@@ -202,21 +211,21 @@ def class_table(metrics: Metrics) -> str:
 
 
 def metrics_table(metrics: Metrics) -> str:
-    """A plain table of what evaluators found: a row for each head's boxes and masks, a column for each kind of AP."""
+    """A plain table of what evaluators found: a row for each kind of a head's results (its boxes, its masks), a column for
+    each measure."""
     rows: list[tuple[str, str, dict[str, float]]] = []
     for head, values in metrics.items():
         kinds: dict[str, dict[str, float]] = {}
         for tag, value in values.items():
-            kind, _, column = tag.partition("/")
+            measure, _, name = tag.partition("-")
+            kind, _, column = measure.rpartition("/")
             # Recalls ("AR100") and single classes ("AP-circle") are in the JSON.
-            if column and "-" not in column and not column.startswith("AR"):
+            if not name and not column.startswith("AR"):
                 kinds.setdefault(kind, {})[column] = value
         rows += [(head, KINDS.get(kind, kind), columns) for kind, columns in kinds.items()]
     names = list(dict.fromkeys(column for _, _, columns in rows for column in columns))
     lines = [("head", "", *names)]
-    lines += [
-        (head, kind, *(f"{found[name]:.3f}" if name in found else "" for name in names)) for head, kind, found in rows
-    ]
+    lines += [(head, kind, *(_cell(name, found.get(name)) for name in names)) for head, kind, found in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     left = 2
     return "\n".join(
@@ -227,11 +236,28 @@ def metrics_table(metrics: Metrics) -> str:
     )
 
 
-def _score(dataset: CocoDetection, states: list[Any], name: str, results_folder: Path | None) -> dict[str, float]:
+def _cell(name: str, value: float | None) -> str:
+    """A measure as text: counts ("num_videos") are whole numbers."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if name.startswith("num_") else f"{value:.3f}"
+
+
+def _score(
+    dataset: TaskDataset,
+    states: list[Any],
+    name: str,
+    results_folder: Path | None,
+    say: Callable[[str], None] | None,
+) -> dict[str, float]:
     evaluator = dataset.evaluator()
     evaluator.merge(states)
     if results_folder is not None:
-        write_atomically(results_folder / f"results_{name}.json", json.dumps(evaluator.results_json()))
+        files = evaluator.result_files(name)
+        for file, content in files.items():
+            write_atomically(results_folder / file, content)
+        if say is not None:
+            say(f"head {name}: {', '.join(files)} in {results_folder}")
     return evaluator.compute()
 
 

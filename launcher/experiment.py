@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from permafrost.data.config import CocoDataConfig
-from permafrost.heads.config import MaskRCNNConfig
+from permafrost.data.task import TaskDataConfig
+from permafrost.heads.config import HeadConfig, MaskRCNNConfig
 from permafrost.launcher.errors import RecipeError
 from permafrost.model.config import BackboneConfig, OffloadMode
 from permafrost.model.errors import BackboneError
@@ -92,11 +92,11 @@ class ScheduleConfig:
 class HeadExperiment:
     """One head of the run, with what trains it."""
 
-    model: MaskRCNNConfig = field(default_factory=MaskRCNNConfig)
+    model: HeadConfig = field(default_factory=MaskRCNNConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    metric: str = "bbox/AP"
-    """The evaluator's value that decides which checkpoint is `best`."""
+    metric: str | None = None
+    """The evaluator's value that decides which checkpoint is `best`; None is the data's own (bbox/AP of detection)."""
     init: str | None = None
     """Where its first weights come from: another run's folder, or the file of a released Mask R-CNN or Cascade of the Swin
     papers. What does not fit is initialised anew, and listed. None: all of it is."""
@@ -191,7 +191,7 @@ class Experiment:
 
     name: str
     backbone: BackboneConfig
-    data: CocoDataConfig
+    data: TaskDataConfig
     heads: dict[str, HeadExperiment]
     loop: LoopConfig = field(default_factory=LoopConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -213,6 +213,7 @@ class Experiment:
             )
         if not self.backbone.frozen:
             self._check_fine_tuning()
+        self._check_task()
         self._check_semantic()
         not_split = {"compile": SPLIT_AND_COMPILED, "cuda_graph": SPLIT_AND_CAPTURED, "fp8": SPLIT_AND_FP8}
         for name, reason in not_split.items():
@@ -223,10 +224,18 @@ class Experiment:
         except BackboneError as error:
             raise RecipeError(f"mesh.tensor is {self.mesh.tensor}: {error}") from None
 
+    def _check_task(self) -> None:
+        for name, head in self.heads.items():
+            if head.model.task != self.data.task:
+                raise RecipeError(
+                    f"heads.{name}.model is a {type(head.model).__name__}, for {head.model.task}, but data is a "
+                    f"{type(self.data).__name__}, for {self.data.task}: choose a head and data of the same task"
+                )
+
     def _check_semantic(self) -> None:
         for name, head in self.heads.items():
             wanted = getattr(getattr(head.model, "semantic", None), "num_classes", 0)
-            if wanted and not self.data.semantic:
+            if wanted and not getattr(self.data, "semantic", ""):
                 raise RecipeError(
                     f"heads.{name}.model.semantic.num_classes is {wanted} but data.semantic is empty: name the folder of semantic "
                     'maps ("stuffthingmaps/train2017"), or "instances"; or set semantic.num_classes 0 to do without the branch'

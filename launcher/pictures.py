@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from permafrost.data.draw import contact_sheet, draw_detections, side_by_side
+from permafrost.data.draw import contact_sheet, side_by_side
 from permafrost.data.loader import collate
 from permafrost.data.types import Batch, SampleKey
 from permafrost.heads.base import world_mean_counts
@@ -15,18 +15,17 @@ from permafrost.heads.base import world_mean_counts
 if TYPE_CHECKING:
     import numpy as np
 
-    from permafrost.data.coco import CocoDetection
+    from permafrost.data.task import TaskDataset
     from permafrost.launcher.engine import Engine
     from permafrost.model.frozen import FrozenBackbone
 
 NUM_IMAGES = 4
-MIN_SCORE = 0.5
 
 
 class Pictures:
     """Draws the first validation images; they are read once, when they are first needed."""
 
-    def __init__(self, dataset: CocoDetection, device: torch.device) -> None:
+    def __init__(self, dataset: TaskDataset, device: torch.device) -> None:
         self._dataset = dataset
         self._device = device
         self._batch: Batch | None = None
@@ -37,10 +36,16 @@ class Pictures:
         Collective: every rank draws the same, as some engines need all ranks.
         """
         if self._batch is None:
+<<<<<<< HEAD
             # Of several views of an image the first.
             starts = range(0, len(self._dataset), self._dataset.num_views)[:NUM_IMAGES]
             self._batch = collate([self._dataset[SampleKey(0, 0, index)] for index in starts])
         batch, classes = self._batch.to(self._device), self._dataset.classes
+=======
+            count = min(NUM_IMAGES, len(self._dataset))
+            self._batch = collate([self._dataset[SampleKey(0, 0, index)] for index in range(count)])
+        batch = self._batch.to(self._device)
+>>>>>>> e8bfffd (Seam between tasks and the launcher: data configurations, datasets, evaluators and input readers behind one interface)
         sheets = {}
         with torch.no_grad():
             features = backbone(batch.images)
@@ -48,13 +53,10 @@ class Pictures:
                 engine.train(False)
                 results = engine(features, batch, world_mean_counts)
                 engine.train(True)
-                pairs = []
-                for image, target, result in zip(self._batch.images, self._batch.targets, results):
-                    found = result.cpu()
-                    predicted = draw_detections(
-                        image, found.boxes, found.labels, found.masks, found.scores, classes, min_score=MIN_SCORE
-                    )
-                    true = draw_detections(image, target.boxes, target.labels, target.masks, None, classes)
-                    pairs.append(side_by_side(predicted, true))
+                draw = self._dataset.draw
+                pairs = [
+                    side_by_side(draw(image, result.cpu()), draw(image, target))
+                    for image, target, result in zip(self._batch.images, self._batch.targets, results)
+                ]
                 sheets[name] = contact_sheet(pairs, columns=2)
         return sheets

@@ -135,6 +135,11 @@ class Planner:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.experiment.data.task != "detection":
+            raise RecipeError(
+                f"data is a {type(self.experiment.data).__name__}, for {self.experiment.data.task}: plan knows detection only so "
+                "far; a first run's memory/ values in metrics.jsonl say what a step holds"
+            )
         if not self.experiment.backbone.frozen and self.experiment.engine.offload != "off":
             raise RecipeError("engine.offload with backbone.frozen at False: plan knows it only with 'off'")
         self.micro_batch(self.own)

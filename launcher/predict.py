@@ -1,4 +1,4 @@
-"""A trained run on images of one's own: pictures of what was found, and a JSON in COCO's results format."""
+"""A trained run on files of one's own, images or videos as its data has them: what was found, drawn and as a JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import glob
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, Any
 from permafrost.launcher.errors import CheckpointError, RunFolderError
 
 if TYPE_CHECKING:
-    from permafrost.data.types import DetectionResult
+    from permafrost.data.task import InputReader
     from permafrost.launcher.trained import TrainedRun
 
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))
-"""Which files of a folder are taken for images. A file that is named itself may have any name."""
 PREDICTIONS = "predictions.json"
 
 
@@ -44,11 +42,11 @@ def predict_run(
     *,
     head: str | None = None,
     which: str = "best",
-    score_threshold: float = 0.5,
+    score_threshold: float | None = None,
     device: str = "auto",
     say: Callable[[str], None] = print,
 ) -> Predictions:
-    """Find and draw objects in images.
+    """Run a head on files and draw what it says.
 
     An input that cannot be read is listed in what is returned, and the others go on. Inputs are only read: a picture
     whose name would fall on an input file gets another name. An image's `image_id` in the JSON is its position among
@@ -56,12 +54,12 @@ def predict_run(
 
     Args:
         run: a run folder.
-        inputs: image files, folders (searched with everything below them) and glob patterns.
-        output: folder for <name>.png of each image and predictions.json; made if it is missing, files of the same names
-            are replaced.
+        inputs: files, folders (searched with everything below them) and glob patterns.
+        output: folder for <name>.png (<name>.mp4 of a video) of each input and predictions.json; made if it is missing,
+            files of the same names are replaced.
         head: which head; None when the run has one.
         which: "best" or "latest" checkpoint of it.
-        score_threshold: objects with a lower score are neither drawn nor listed.
+        score_threshold: what has a lower score is neither drawn nor listed; None is the task's own.
         device: as for training.
         say: prints a line.
 
@@ -69,7 +67,10 @@ def predict_run(
         RunFolderError: the folder holds no run, or the output cannot be written.
         CheckpointError: no such head, or no valid checkpoint of it.
     """
-    files, failures = find_images(inputs)
+    from permafrost.launcher.run_folder import RunFolder
+
+    data = RunFolder(run).experiment().data
+    files, failures = find_inputs(inputs, data.input_suffixes, data.input_kind)
     done = Predictions(failures=failures)
     if not files:
         return done
@@ -85,7 +86,9 @@ def predict_run(
             raise CheckpointError(f"{trained.folder} has the heads {', '.join(trained.heads)}: say which with --head")
         ((name, path),) = trained.checkpoints.items()
         say(f"head {name}: {path}, on {world.device}")
-        _predict_files(trained, files, folder, score_threshold, done, say)
+        reader = trained.experiment.data.inputs(trained.classes, trained.category_ids)
+        threshold = reader.threshold if score_threshold is None else score_threshold
+        _predict_files(trained, reader, files, folder, threshold, done, say)
     finally:
         world.close()
     if not done.pictures:
@@ -99,12 +102,18 @@ def predict_run(
     return done
 
 
-def find_images(inputs: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
-    """The files that inputs stand for, in order, each once; and why an input stands for none, by the input."""
+def find_inputs(inputs: Sequence[str], suffixes: Set[str], kind: str) -> tuple[list[Path], dict[str, str]]:
+    """The files that inputs stand for, in order, each once; and why an input stands for none, by the input.
+
+    Args:
+        inputs: as of `predict_run`.
+        suffixes: which files of a folder are taken.
+        kind: what they are, in a word.
+    """
     found: dict[Path, Path] = {}
     failures: dict[str, str] = {}
     for given in inputs:
-        files = _expand(given)
+        files = _expand(given, suffixes, kind)
         if isinstance(files, str):
             failures[given] = files
             continue
@@ -113,12 +122,12 @@ def find_images(inputs: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
     return list(found.values()), failures
 
 
-def _expand(given: str) -> list[Path] | str:
+def _expand(given: str, suffixes: Set[str], kind: str) -> list[Path] | str:
     path = Path(given).expanduser()
     # What exists is meant literally, even with brackets in its name.
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-        return files or f"the folder holds no image ({', '.join(sorted(SUFFIXES))})"
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+        return files or f"the folder holds no {kind} ({', '.join(sorted(suffixes))})"
     if path.exists():
         return [path]
     if glob.has_magic(str(path)):
@@ -127,8 +136,8 @@ def _expand(given: str) -> list[Path] | str:
     return "there is no such file or folder"
 
 
-def picture_names(files: Sequence[Path]) -> list[str]:
-    """A file name ending in .png for each input, all different, even where the file system ignores case.
+def picture_names(files: Sequence[Path], ending: str = ".png") -> list[str]:
+    """A file name with this ending for each input, all different, even where the file system ignores case.
 
     The name is the input's; where several inputs share it, folders are put before it until they differ, then the suffix
     behind it, then a number.
@@ -155,7 +164,7 @@ def picture_names(files: Sequence[Path]) -> list[str]:
         while candidate.casefold() in taken:
             candidate, number = f"{name}_{number}", number + 1
         taken.add(candidate.casefold())
-        unique.append(f"{candidate}.png")
+        unique.append(f"{candidate}{ending}")
     return unique
 
 
@@ -174,93 +183,54 @@ def _prepare_output(folder: Path) -> Path:
 
 def _predict_files(
     trained: TrainedRun,
+    reader: InputReader,
     files: Sequence[Path],
     folder: Path,
-    score_threshold: float,
+    threshold: float,
     done: Predictions,
     say: Callable[[str], None],
 ) -> None:
-    from PIL import Image
-
     from permafrost.data.errors import DataError
 
     inputs = {file.resolve() for file in files}
-    for image_id, (file, name) in enumerate(zip(files, picture_names(files))):
+    for index, (file, name) in enumerate(zip(files, picture_names(files, reader.suffix))):
         target = folder / name
         while target.resolve() in inputs:
             target = target.with_stem(f"{target.stem}_predicted")
         try:
-            result, image = predict_image(trained, file, image_id, score_threshold)
+            result, source = predict_file(trained, reader, file, index, threshold)
         except DataError as error:
             done.failures[str(file)] = str(error).removeprefix(f"{file}: ")
             continue
-        done.results += results_json(result, trained, file)
-        picture = draw_result(image, result, trained.classes)
+        done.results += reader.entries(result, file)
         try:
-            Image.fromarray(picture).save(target)
+            reader.write(source, result, target)
         except OSError as error:
             raise RunFolderError(f"{target} cannot be written: {error.strerror or error}") from None
         done.pictures[file] = target
-        counts = Counter(trained.classes[label] for label in result.labels.tolist())
-        found = ", ".join(f"{count} {label}" for label, count in counts.most_common()) or "nothing"
-        say(f"{file}: {found} -> {target}")
+        say(f"{file}: {reader.describe(result)} -> {target}")
 
 
-def predict_image(
-    trained: TrainedRun, file: Path, image_id: int, score_threshold: float
-) -> tuple[DetectionResult, Any]:
-    """One head on one image file.
+def predict_file(trained: TrainedRun, reader: InputReader, file: Path, index: int, threshold: float) -> tuple[Any, Any]:
+    """One head on one file.
 
     Returns:
-        what was found from the threshold up, in pixels of the network's input and on the CPU; and the file's own image,
-        (3, H, W) uint8.
+        what was found from the threshold up, on the CPU; and what it is drawn on.
 
     Raises:
         DataError: the file cannot be read.
     """
     import torch
 
-    from permafrost.data.coco import inference_sample
-    from permafrost.data.images import read_image
-    from permafrost.data.transforms import FitTransform
-    from permafrost.data.types import Batch, DetectionResult
+    from permafrost.data.loader import collate
 
     (runner,) = trained.heads.values()
-    data = trained.experiment.data
-    transform = FitTransform(data.image_size, data.evaluation)
-    sample = inference_sample(file, data.image_size, image_id, transform)
+    samples, source = reader.read(file, index)
     device = next(runner.head.parameters()).device
-    batch = Batch(sample.image[None], [sample.target], [sample.key]).to(device)
+    size = trained.experiment.loop.evaluation_batch
+    results = []
     with torch.no_grad():
-        found = runner(trained.backbone(batch.images), batch)[0].cpu()
-    shown = found.scores >= score_threshold
-    result = DetectionResult(
-        image_id=found.image_id,
-        boxes=found.boxes[shown],
-        labels=found.labels[shown],
-        scores=found.scores[shown],
-        masks=None if found.masks is None else found.masks[shown],
-        size=found.size,
-        original_size=found.original_size,
-    )
-    return result, read_image(file)
-
-
-def results_json(result: DetectionResult, trained: TrainedRun, file: Path) -> list[dict[str, Any]]:
-    """Entries of COCO's results format in pixels of the file, with `file_name` besides, highest score first."""
-    from permafrost.data.metrics.coco import CocoEvaluator
-
-    height, width = result.original_size
-    record = {"id": result.image_id, "file_name": str(file), "height": height, "width": width, "annotations": []}
-    evaluator = CocoEvaluator([record], trained.classes, trained.category_ids)
-    evaluator.update([result])
-    return [{"image_id": entry["image_id"], "file_name": str(file), **entry} for entry in evaluator.results_json()]
-
-
-def draw_result(image: Any, result: DetectionResult, classes: Sequence[str]) -> Any:
-    """The file's own image (3, H, W) uint8 with the result drawn on it; (H', W', 3) uint8, small ones enlarged."""
-    from permafrost.data.draw import draw_detections
-
-    (height, width), (original_height, original_width) = result.size, result.original_size
-    scale = result.boxes.new_tensor([original_width / width, original_height / height] * 2)
-    return draw_detections(image, result.boxes * scale, result.labels, result.masks, result.scores, classes)
+        for start in range(0, len(samples), size):
+            batch = collate(samples[start : start + size]).to(device)
+            results += [result.cpu() for result in runner(trained.backbone(batch.images), batch)]
+    return reader.keep(results, threshold), source

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from permafrost.data.cache import cache_folder
-from permafrost.data.config import ShapesDataConfig
 from permafrost.launcher import node_agent
 from permafrost.launcher.agents import CONNECT_TIMEOUT, Agents
 from permafrost.launcher.errors import LaunchError
@@ -90,10 +89,8 @@ def needs_of(experiment: Experiment, recipe: str) -> dict[str, Any]:
     config = experiment.engine.deepspeed_config
     if config is not None and os.path.isfile(config):
         files.append(config)
-    paths: list[str] = []
-    fills_cache = isinstance(experiment.data, ShapesDataConfig) and not experiment.data.root
-    if not isinstance(experiment.data, ShapesDataConfig):
-        paths += [str(path) for pair in experiment.data.paths.values() for path in pair]
+    paths = [str(path) for path in experiment.data.required_paths()]
+    fills_cache = experiment.data.fills_cache
     weights = experiment.backbone.weights
     if os.path.exists(os.path.expanduser(weights)) or "/" in weights:
         paths.append(weights)

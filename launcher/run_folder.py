@@ -325,11 +325,11 @@ class RunFolder:
         return f"{len(folders)} checkpoint(s), the newest {folders[0].name}" if folders else "no checkpoint yet"
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a small file: whoever reads it, whenever the power fails, finds the old or the new content."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

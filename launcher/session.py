@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from permafrost.data.metrics.coco import STATISTICS
 from permafrost.launcher.build import TrainingParts, on_main
 from permafrost.launcher.checkpoint import Checkpoint, TrainingState, is_finite, save_checkpoint
 from permafrost.launcher.engine import Engine, HeadState, build_engine
@@ -164,10 +163,9 @@ def require_metrics(experiment: Experiment, parts: TrainingParts) -> None:
     Raises:
         RecipeError: naming the field and the metrics there are.
     """
-    labels = [f"AP-{name}" for name in parts.val_set.classes]
-    known = [f"{kind}/{name}" for kind in ("bbox", "segm") for name in (*STATISTICS, *labels)]
+    known = parts.val_set.metric_names()
     for name, config in experiment.heads.items():
-        if config.metric not in known:
+        if config.metric is not None and config.metric not in known:
             raise RecipeError(f"heads.{name}.metric is {config.metric!r}: the evaluation gives {', '.join(known)}")
 
 
@@ -237,7 +235,7 @@ def evaluate(session: Session, step: int) -> None:
     record = session.run.record_evaluation
     session.attempt(f"the evaluation of step {step}", lambda: record(step, session.metrics, session.best))
     for name, values in session.metrics.items():
-        shown = ", ".join(f"{tag} {values[tag]:.3f}" for tag in ("bbox/AP", "segm/AP") if tag in values)
+        shown = session.parts.val_set.summary(values)
         mark = " (best so far)" if session.best.get(name, {}).get("step") == step else ""
         session.monitor.say(f"evaluated after step {step}: {name} {shown}{mark}")
 
@@ -247,7 +245,7 @@ def update_best(session: Session, step: int, metrics: Metrics) -> None:
     if not session.run.checkpoint_folder(step).exists():
         return
     for name, values in metrics.items():
-        metric = session.experiment.heads[name].metric
+        metric = session.experiment.heads[name].metric or session.parts.val_set.headline
         # A size or class without any object has no AP: nothing to compare.
         value = values.get(metric)
         if value is not None and (name not in session.best or value > session.best[name]["value"]):

@@ -56,8 +56,9 @@ def announce(
         )
     session.monitor.text("start", "\n".join(f"    {line}" for line in lines), step=facts["start_step"])
     session.run.record_start(facts)
-    if session.experiment.data.train_share < 1:
-        session.attempt("train_images.json", lambda: session.run.write_train_images(session.parts.train_set.image_ids))
+    selection = session.parts.train_set.selection
+    if selection is not None:
+        session.attempt("train_images.json", lambda: session.run.write_train_images(selection))
 
 
 def gather_facts(
@@ -89,7 +90,7 @@ def gather_facts(
         + ("frozen, " if experiment.backbone.frozen else "trained with its head, from the weights with ")
         + f"fingerprint {fingerprint[:SHORT]}",
         *(f"             {key}: {value}" for key, value in shown.items()),
-        f"data         {len(parts.train_set):,} training and {len(parts.val_set):,} validation images, "
+        f"data         {parts.train_set.extent} for training and {parts.val_set.extent} for validation, "
         f"{len(parts.train_set.classes)} classes",
         f"batch        {loop.global_batch} = {micro_batch} images x {world.world_size} rank(s) x {accumulation} "
         "micro-batch(es)",
@@ -140,7 +141,7 @@ def gather_facts(
         "learning_rates": {name: trainee.learning_rate for name, trainee in session.trainees.items()},
         "backbone": backbone,
         "parameters": {name: {"trainable": own, "all": total} for name, (own, total) in num_parameters.items()},
-        "num_images": {"train": len(parts.train_set), "val": len(parts.val_set)},
+        "num_samples": {"train": len(parts.train_set), "val": len(parts.val_set)},
         "data_fingerprints": {"train": parts.train_set.fingerprint, "val": parts.val_set.fingerprint},
         "classes": list(parts.train_set.classes),
         "notes": notes,

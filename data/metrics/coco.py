@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -199,6 +200,10 @@ class CocoEvaluator:
                     shown["segmentation"] = {"size": list(entry["segmentation"]["size"]), "counts": counts}
                 listed.append(shown)
         return listed
+
+    def result_files(self, head: str) -> dict[str, bytes]:
+        """results_<head>.json, see `results_json`."""
+        return {f"results_{head}.json": json.dumps(self.results_json()).encode()}
 
     def compute(self) -> dict[str, float]:
         """COCO's numbers, 0..1: "bbox/AP", "bbox/AP50", ..., "bbox/AP-<class>", and the same under "segm/" when masks

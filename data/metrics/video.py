@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from permafrost.data.coco import MIN_TOLERATED
 from permafrost.data.errors import DataError
@@ -140,6 +143,15 @@ class VideoEvaluator:
         matrix = np.zeros((len(self.classes),) * 2, dtype=np.int64)
         np.add.at(matrix, (self.labels[videos], scores.argmax(axis=1)), 1)
         return matrix
+
+    def result_files(self, head: str) -> dict[str, bytes]:
+        """results_<head>.json, see `results_json`, and results_<head>_confusion.png, the confusion matrix."""
+        picture = io.BytesIO()
+        Image.fromarray(confusion_image(self.confusion(), self.classes)).save(picture, format="PNG")
+        return {
+            f"results_{head}.json": json.dumps(self.results_json()).encode(),
+            f"results_{head}_confusion.png": picture.getvalue(),
+        }
 
     def results_json(self) -> list[dict[str, Any]]:
         """Per readable video: its name, its class and the five best with their probabilities."""

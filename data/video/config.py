@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from permafrost.data.errors import DataError
+from permafrost.data.task import Task, TaskDataConfig
 
 if TYPE_CHECKING:
     from permafrost.data.kinetics import KineticsClips
+
+EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
+"""Which files of a folder are taken for videos."""
 
 
 @dataclass
@@ -66,8 +70,12 @@ class ClipConfig:
 
 
 @dataclass
-class KineticsDataConfig:
+class KineticsDataConfig(TaskDataConfig):
     """Videos with one class each, in one of Kinetics' three layouts; see data/video/lists.py."""
+
+    task: ClassVar[Task] = "video"
+    input_kind: ClassVar[str] = "video"
+    input_suffixes: ClassVar[frozenset[str]] = frozenset(EXTENSIONS)
 
     root: str = "data/kinetics400"
     layout: Literal["list", "csv", "folders"] = "list"
@@ -119,6 +127,13 @@ class KineticsDataConfig:
         """(list file, folder of videos) of "train" or "val"."""
         root = Path(self.root).expanduser()
         return root / getattr(self, f"{split}_list"), root / getattr(self, f"{split}_videos")
+
+    def required_paths(self) -> list[Path]:
+        """Lists and folders of both splits."""
+        pairs = [self.paths(split) for split in ("train", "val")]
+        return [
+            path for listed, folder in pairs for path in ((folder,) if self.layout == "folders" else (listed, folder))
+        ]
 
     def build_train(self) -> KineticsClips:
         """The training set with augmentation."""
@@ -193,6 +208,15 @@ class MotionDataConfig(KineticsDataConfig):
         )
     )
     world: MotionWorld = field(default_factory=MotionWorld)
+
+    @property
+    def fills_cache(self) -> bool:
+        """Unless `root` names a folder."""
+        return not self.root
+
+    def required_paths(self) -> list[Path]:
+        """None: whoever lacks the world renders it."""
+        return []
 
     def located(self) -> KineticsDataConfig:
         """The same configuration with the world's files written and `root` naming their folder."""

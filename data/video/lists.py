@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from permafrost.data.errors import DataError
-from permafrost.data.video.config import KineticsDataConfig
-from permafrost.data.video.resize import EXTENSIONS
+from permafrost.data.video.config import EXTENSIONS, KineticsDataConfig
 
 _SHOWN = 5
 _COLUMNS = ("label", "youtube_id", "time_start", "time_end")

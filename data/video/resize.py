@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from permafrost.data.errors import DataError
+from permafrost.data.video.config import EXTENSIONS
 from permafrost.data.video.decoder import Decoder
 from permafrost.data.video.errors import VideoError
 
-EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 QUALITY = "20"
 """x264's constant rate factor: hardly visible losses."""
 KEY_EVERY = 32

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from permafrost.heads.config import HeadConfig, HeadTask
 from permafrost.heads.errors import HeadError
 
 if TYPE_CHECKING:
@@ -99,8 +100,10 @@ class SegmentationLossConfig:
 
 
 @dataclass
-class Mask2FormerConfig:
+class Mask2FormerConfig(HeadConfig):
     """Mask2Former (Cheng et al., CVPR 2022) for semantic segmentation."""
+
+    task: ClassVar[HeadTask] = "segmentation"
 
     pixel_decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
     transformer_decoder: TransformerDecoderConfig = field(default_factory=TransformerDecoderConfig)

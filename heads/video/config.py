@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from permafrost.heads.config import HeadConfig, HeadTask
 from permafrost.heads.errors import HeadError
 
 if TYPE_CHECKING:
@@ -28,8 +29,10 @@ def _require(condition: bool, name: str, value: object, remedy: str) -> None:
 
 
 @dataclass
-class LinearVideoConfig:
+class LinearVideoConfig(HeadConfig):
     """Average over the clip's cells and frames, then one linear layer: blind to the order of frames (Table 4)."""
+
+    task: ClassVar[HeadTask] = "video"
 
     dropout: float = 0.5
     """Share of the pooled channels that training sets to 0."""

@@ -29,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="permafrost check-data",
         usage="permafrost check-data RECIPE [--field.sub value ...] [--draw N] [--output FILE.png] [--quick] [--all]",
-        description="Look for faults in the annotations and images of a recipe's two splits. It changes none of them.",
+        description="Look for faults in the labels and files of a recipe's two splits. It changes none of them.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=png_file, metavar="FILE.png", help="the sheet's file (default: <recipe's name>_samples.png)"
     )
-    parser.add_argument("--quick", action="store_true", help="only see that image files are there, do not decode them")
+    parser.add_argument("--quick", action="store_true", help="only see that files are there, do not decode them")
     parser.add_argument("--all", action="store_true", help=f"list every finding, not the first {LISTED}")
     return parser
 
@@ -57,9 +57,9 @@ def run(argv: Sequence[str]) -> int:
     )
     experiment = parse_experiment(recipe, fields, description=description, command="check-data")
 
-    from permafrost.data.check import check_coco, count_kinds
+    from permafrost.data.check import count_kinds
 
-    findings = check_coco(experiment.data, decode_images=not options.quick, on_progress=progress_printer())
+    findings = experiment.data.check(decode=not options.quick, on_progress=progress_printer())
     fatal = [finding for finding in findings if finding.fatal]
     for line in count_kinds(findings):
         print(line)
@@ -76,7 +76,7 @@ def run(argv: Sequence[str]) -> int:
     for note in [*train_set.notes, *val_set.notes]:
         print(f"note: {note}")
     print(
-        f"{len(train_set)} training and {len(val_set)} validation images, "
+        f"{train_set.extent} for training and {val_set.extent} for validation, "
         f"{len(train_set.classes)} classes: {', '.join(train_set.classes)}"
     )
     print(f"{len(findings)} warnings: a run can start" if findings else "no faults found")
@@ -95,7 +95,7 @@ def draw_samples(experiment: Experiment, num_samples: int, target: Path) -> None
     """
     from PIL import Image
 
-    from permafrost.data.draw import captioned, contact_sheet, draw_detections
+    from permafrost.data.draw import captioned, contact_sheet
     from permafrost.data.sampler import GlobalStream
 
     train_set = experiment.data.build_train()
@@ -103,11 +103,7 @@ def draw_samples(experiment: Experiment, num_samples: int, target: Path) -> None
     pictures = []
     for position in range(num_samples):
         sample = train_set[stream.key(position)]
-        labelled = sample.target
-        picture = draw_detections(
-            sample.image, labelled.boxes, labelled.labels, labelled.masks, None, train_set.classes
-        )
-        pictures.append(captioned(picture, f"image {labelled.image_id}, {len(labelled.boxes)} objects"))
+        pictures.append(captioned(train_set.draw(sample.image, sample.target), train_set.caption(sample.target)))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(contact_sheet(pictures, columns=COLUMNS)).save(target)
@@ -116,14 +112,14 @@ def draw_samples(experiment: Experiment, num_samples: int, target: Path) -> None
 
 
 def progress_printer() -> Callable[[int, int], None]:
-    """A function that prints how many images are checked, every few seconds."""
+    """A function that prints how many files are checked, every few seconds."""
     last = time.monotonic()
 
     def on_progress(done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last >= PROGRESS_SECONDS:
             last = time.monotonic()
-            print(f"checked {done} of {total} images", flush=True)
+            print(f"checked {done} of {total} files", flush=True)
 
     return on_progress
 

@@ -1,4 +1,4 @@
-"""`permafrost predict`: a trained run on images of one's own."""
+"""`permafrost predict`: a trained run on images or videos of one's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def run(argv: Sequence[str]) -> int:
     """Predict; returns 0 when every input was read, 1 when some were not, 2 when none was."""
     parser = argparse.ArgumentParser(
         prog="permafrost predict",
-        description="Draw what a run finds in images, and list it in COCO's results format (predictions.json).",
+        description="Draw what a run finds in images or videos, and list it (predictions.json).",
         epilog="Exit code 0: every input was read; 1: some could not be, the others are done; 2: none could be.",
     )
     parser.add_argument("run", metavar="RUN", help="a run folder, as `permafrost train` printed it")
@@ -21,15 +21,14 @@ def run(argv: Sequence[str]) -> int:
         "inputs",
         metavar="INPUT",
         nargs="+",
-        help="image files, folders with images, or quoted patterns such as 'in/*.jpg'",
+        help="image or video files, folders of them, or quoted patterns such as 'in/*.jpg'",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="where the pictures and predictions.json go")
     parser.add_argument(
         "--score-threshold",
         type=probability,
-        default=0.5,
         metavar="P",
-        help="least score shown and listed (default: 0.5)",
+        help="least score shown and listed (default: 0.5 for objects, none for videos)",
     )
     parser.add_argument("--head", metavar="NAME", help="which head, when the run has several")
     add_checkpoint(parser)

@@ -277,7 +277,7 @@ def test_check_data_of_a_sound_world_draws_samples(here: Path, capsys: pytest.Ca
     before = {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in (here / "coco").rglob("*.*")}
     assert main(["check-data", *args, "--draw", "6", "--output", "sheets/samples.png"]) == 0
     out = capsys.readouterr().out
-    assert "12 training and 5 validation images, 8 classes: circle" in out
+    assert "12 images for training and 5 images for validation, 8 classes: circle" in out
     assert "no faults found" in out
     sheet = np.asarray(Image.open("sheets/samples.png"))
     cell = (320 + 20 + 4, 320 + 4)

@@ -122,7 +122,7 @@ def test_a_run_folder_is_all_that_is_needed(
     assert evaluate_run(run) == expected
     assert "detection  box" in capsys.readouterr().out
     content = json.loads((run / "evaluation.json").read_text())
-    assert content == {"checkpoint": "best", "steps": {"detection": 50}, "num_images": 7, "metrics": expected}
+    assert content == {"checkpoint": "best", "steps": {"detection": 50}, "num_samples": 7, "metrics": expected}
     # What is listed is what was scored, in the data set's own category ids.
     results = json.loads((run / "results_detection.json").read_text())
     assert results

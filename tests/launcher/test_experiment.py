@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from permafrost.data.config import CocoDataConfig, ShapesDataConfig
+from permafrost.data.video.config import KineticsDataConfig, MotionDataConfig
+from permafrost.heads.config import MaskRCNNConfig
+from permafrost.heads.detection.config import CascadeConfig, HTCConfig
+from permafrost.heads.segmentation.config import Mask2FormerConfig
+from permafrost.heads.video.config import GlobalVideoConfig, LinearVideoConfig, TemporalVideoConfig
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import (
     EngineConfig,
     Experiment,
+    HeadExperiment,
     LoopConfig,
     MeshConfig,
     OptimizerConfig,
     ScheduleConfig,
 )
+from permafrost.launcher.overrides import apply_overrides
+from permafrost.launcher.recipe_json import experiment_from_json, to_json
 
 
 def torch_rates(
@@ -117,3 +127,40 @@ def test_impossible_combinations_name_their_fields(tiny: Callable[..., Experimen
     for name in ("my head", "../up", "a/b", ""):
         with pytest.raises(RecipeError, match="not a valid name"):
             Experiment(**{**fields, "heads": {name: fields["heads"]["detection"]}})
+
+
+def test_a_head_and_data_of_different_tasks_are_refused_by_both_fields(tiny: Callable[..., Experiment]) -> None:
+    with pytest.raises(
+        RecipeError, match=r"heads\.detection\.model is a MaskRCNNConfig, for detection, but data is a MotionDataConfig"
+    ):
+        tiny(data=MotionDataConfig())
+    with pytest.raises(
+        RecipeError, match=r"heads\.pixels\.model is a Mask2FormerConfig, for segmentation, but data is a"
+    ):
+        tiny(heads={"pixels": HeadExperiment(model=Mask2FormerConfig())})
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "flags", "field", "value"),
+    [
+        (MotionDataConfig, TemporalVideoConfig, ["--data.clip.num-frames", "4"], "data.clip.num_frames", 4),
+        (MotionDataConfig, GlobalVideoConfig, ["--data.world.num-val", "9"], "data.world.num_val", 9),
+        (KineticsDataConfig, LinearVideoConfig, ["--data.layout", "csv"], "data.layout", "csv"),
+        (KineticsDataConfig, LinearVideoConfig, ["--heads.h.model.dropout", "0.1"], "heads.h.model.dropout", 0.1),
+        (MotionDataConfig, TemporalVideoConfig, ["--heads.h.model.num-blocks", "2"], "heads.h.model.num_blocks", 2),
+        (CocoDataConfig, CascadeConfig, ["--data.train-share", "0.1"], "data.train_share", 0.1),
+        (ShapesDataConfig, HTCConfig, ["--heads.h.model.semantic.level", "2"], "heads.h.model.semantic.level", 2),
+        (ShapesDataConfig, MaskRCNNConfig, ["--heads.h.metric", "segm/AP"], "heads.h.metric", "segm/AP"),
+    ],
+)
+def test_the_fields_of_each_task_are_flags_and_survive_the_run_folder(
+    tiny: Callable[..., Experiment], data: type, model: type, flags: list[str], field: str, value: object
+) -> None:
+    changed = apply_overrides(tiny(data=data(), heads={"h": HeadExperiment(model=model())}), flags, prog="permafrost")
+    assert type(changed.data) is data
+    assert type(changed.heads["h"].model) is model
+    found = changed
+    for name in field.split("."):
+        found = found[name] if isinstance(found, dict) else getattr(found, name)
+    assert found == value
+    assert experiment_from_json(json.loads(json.dumps(to_json(changed)))) == changed

@@ -205,4 +205,4 @@ def test_bad_annotations_are_dropped_and_no_loss_is_nan(coco: Path, tmp_path: Pa
     assert max(line.get("detection/skipped_steps", 0) for line in lines) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "4 annotations are left out as unusable" in out
-    assert f"{8 if empty_images else 4} training and 2 validation images" in out
+    assert f"{8 if empty_images else 4} images for training and 2 images for validation" in out

@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_api
 
+from permafrost.data.detection_inputs import draw_result
 from permafrost.data.draw import class_color
+from permafrost.data.task import IMAGE_SUFFIXES
 from permafrost.data.types import DetectionResult
 from permafrost.launcher.cli import main, parse_experiment
 from permafrost.launcher.errors import CheckpointError, RunFolderError
-from permafrost.launcher.predict import draw_result, find_images, picture_names, predict_run
+from permafrost.launcher.predict import find_inputs, picture_names, predict_run
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 
@@ -180,11 +182,13 @@ def test_inputs_are_files_folders_and_patterns_each_once(tmp_path: Path, monkeyp
     for name in ("in/b.JPG", "in/deep/a.png", "in/notes.txt", "odd[1].png", "plain"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("")
-    found, failures = find_images(["in", "in/*.JPG", "odd[1].png", "plain", "./in/../plain", "in/**/*.png"])
+    found, failures = find_inputs(
+        ["in", "in/*.JPG", "odd[1].png", "plain", "./in/../plain", "in/**/*.png"], IMAGE_SUFFIXES, "image"
+    )
     assert [str(path) for path in found] == ["in/b.JPG", "in/deep/a.png", "odd[1].png", "plain"]
     assert not failures
     Path("empty").mkdir()
-    assert set(find_images(["empty", "x*", "gone"])[1]) == {"empty", "x*", "gone"}
+    assert set(find_inputs(["empty", "x*", "gone"], IMAGE_SUFFIXES, "image")[1]) == {"empty", "x*", "gone"}
 
 
 def test_what_cannot_be_predicted_with_is_refused(run: Path, images: Path, tmp_path: Path) -> None:

@@ -60,12 +60,12 @@ def test_a_field_that_the_file_does_not_have_gets_its_default() -> None:
         (lambda d: d["data"]["jitter"].update(scale_range=[1.0]), r"scale_range is \[1\.0\]: expected a list of 2"),
         (lambda d: d["backbone"].pop("weights"), r"experiment\.backbone: .*weights"),
         (lambda d: d.update(heads=[1]), r"experiment\.heads is \[1\]: expected an object"),
-        (lambda d: d["data"].update({"class": "permafrost.data.config:Nothing"}), "expected a CocoDataConfig"),
-        (lambda d: d["data"].update({"class": "permafrost.data.config:JitterConfig"}), "expected a CocoDataConfig"),
+        (lambda d: d["data"].update({"class": "permafrost.data.config:Nothing"}), "expected a TaskDataConfig"),
+        (lambda d: d["data"].update({"class": "permafrost.data.config:JitterConfig"}), "expected a TaskDataConfig"),
         (lambda d: d["data"].update({"class": "permafrost.data.nowhere:X"}), "cannot be imported"),
-        (lambda d: d["data"].update({"class": "os:system"}), "expected a CocoDataConfig"),
+        (lambda d: d["data"].update({"class": "os:system"}), "expected a TaskDataConfig"),
         (lambda d: d["data"].update({"class": "wave:Error"}), "wave:Error, which is not part of permafrost"),
-        (lambda d: d["data"].pop("class"), "expected a CocoDataConfig with its class"),
+        (lambda d: d["data"].pop("class"), "expected a TaskDataConfig with its class"),
     ],
 )
 def test_what_does_not_belong_is_named(change: Callable[[dict], object], message: str) -> None:

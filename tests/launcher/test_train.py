@@ -660,7 +660,7 @@ def test_the_run_folder_says_what_was_chosen(
     assert start["global_batch"] == 2
     assert start["world_size"] == 1
     assert start["learning_rates"] == {"detection": pytest.approx(1e-3)}
-    assert start["num_images"] == {"train": NUM_TRAIN, "val": 5}
+    assert start["num_samples"] == {"train": NUM_TRAIN, "val": 5}
     assert start["parameters"]["backbone"]["trainable"] == 0
     assert start["parameters"]["detection"]["trainable"] == start["parameters"]["detection"]["all"] > 10_000
     assert (
