@@ -31,7 +31,7 @@ from permafrost.data.segmentation.labels import read_labels
 from permafrost.data.segmentation.transforms import SegmentationJitter
 from permafrost.data.segmentation.views import num_whole_views, plan_views, see
 from permafrost.data.transforms import NO_CLASS
-from permafrost.data.types import Sample, SampleKey, SegmentationTarget, SegmentationView
+from permafrost.data.types import Sample, SampleKey, SegmentationResult, SegmentationTarget, SegmentationView
 
 if TYPE_CHECKING:
     from permafrost.data.metrics.segmentation import SegmentationEvaluator
@@ -60,9 +60,15 @@ class SceneParsing(Dataset):
     Attributes:
         classes: names by label.
         notes: what was left out, one line each; to be said at start.
+        category_ids: labels in the files, 1..K.
         fingerprint: hash of the names of files and classes.
         groups: how many views each photo has, in evaluation.
+        submission: folder that evaluators write a label PNG of each image to; None writes none.
     """
+
+    headline = "semantic/mIoU"
+    selection = None
+    submission: Path | None = None
 
     def __init__(
         self,
@@ -105,8 +111,8 @@ class SceneParsing(Dataset):
         return cls(config, pairs, read_classes(Path(config.root).expanduser() / config.class_info), train=train)
 
     @classmethod
-    def without_labels(cls, config: ADE20KDataConfig) -> SceneParsing:
-        """The photos of `test_images`.
+    def without_labels(cls, config: ADE20KDataConfig, submission: Path) -> SceneParsing:
+        """The photos of `test_images`; its evaluators write a label PNG of each into a folder.
 
         Raises:
             DataError: there are none.
@@ -122,7 +128,9 @@ class SceneParsing(Dataset):
         if not photos:
             raise DataError(f"{folder} holds no photo ({', '.join(sorted(PHOTO_SUFFIXES))})")
         pairs = [(folder / name, None) for name in photos.values()]
-        return cls(config, pairs, read_classes(root / config.class_info), train=False)
+        dataset = cls(config, pairs, read_classes(root / config.class_info), train=False)
+        dataset.submission = submission
+        return dataset
 
     def _count_views(self, photos: Sequence[Path]) -> list[int]:
         evaluation = self.config.evaluation
@@ -207,12 +215,8 @@ class SceneParsing(Dataset):
         image, labels, size = see(image, labels, view, window)
         return Sample(image, _target(image_id, labels, size, original, view), key)
 
-    def evaluator(self, submission: Path | None = None) -> SegmentationEvaluator:
-        """A fresh evaluator against the labels of exactly these images.
-
-        Args:
-            submission: folder that a label PNG of each image is written to; None writes none.
-        """
+    def evaluator(self) -> SegmentationEvaluator:
+        """A fresh evaluator against the labels of exactly these images."""
         from permafrost.data.metrics.segmentation import SegmentationEvaluator
 
         records = [self.records[index] for index in range(self.num_images)]
@@ -223,12 +227,46 @@ class SceneParsing(Dataset):
                 return read_labels(Path(records[image_id][1]), size, len(self.classes)).classes
 
         return SegmentationEvaluator(
-            self.classes, [os.path.basename(photo) for photo, _ in records], truth=truth, submission=submission
+            self.classes, [os.path.basename(photo) for photo, _ in records], truth=truth, submission=self.submission
         )
 
     def tracker(self) -> ReplacementTracker:
         """A fresh count of replaced images, with this data set's limit."""
         return ReplacementTracker(self.num_images, self.config.corrupt_share)
+
+    @property
+    def extent(self) -> str:
+        """See TaskDataset."""
+        views = "" if self.num_images == len(self) else f" ({len(self):,} views)"
+        return f"{self.num_images:,} images{views}"
+
+    def metric_names(self) -> list[str]:
+        """Means, and the IoU of each class."""
+        from permafrost.data.metrics.segmentation import NAMES
+
+        return [f"semantic/{name}" for name in (*NAMES, *(f"IoU-{name}" for name in self.classes))]
+
+    def summary(self, metrics: dict[str, float]) -> str:
+        """The mean IoU and the pixels' accuracy."""
+        return f"mIoU {metrics['semantic/mIoU']:.3f}, pixel accuracy {metrics['semantic/pixel_accuracy']:.3f}"
+
+    def caption(self, target: SegmentationTarget) -> str:
+        """Which image it is, and which classes it shows."""
+        shown = ", ".join(self.classes[label] for label in target.labels[:3].tolist())
+        more = f" and {len(target.labels) - 3} more" if len(target.labels) > 3 else ""
+        return f"image {target.image_id}: {shown or 'nothing labelled'}{more}"
+
+    def draw(self, image: Tensor, shown: SegmentationTarget | SegmentationResult) -> np.ndarray:
+        """A sample with the classes of its pixels in colours, and a legend; a result's at the size of the sample."""
+        from permafrost.data.segmentation.drawing import draw_classes
+        from permafrost.data.segmentation.merging import best_class, class_scores
+
+        height, width = shown.size
+        if isinstance(shown, SegmentationTarget):
+            classes = shown.semantic[:height, :width]
+        else:
+            classes = best_class(class_scores(shown), shown.size)
+        return draw_classes(image[:, :height, :width], classes, self.classes)
 
 
 def _target(

@@ -84,6 +84,8 @@ class TaskDataset(Protocol):
         fingerprint: hash of what the split is made of.
         selection: the data set's own ids of the samples in use where a share of a training set is; else None.
         headline: the metric that decides which checkpoint is best, unless the recipe says otherwise.
+        groups: how many samples in a row belong together and are evaluated on one rank, in order (views of an image); absent where
+            each is by itself.
     """
 
     classes: list[str]

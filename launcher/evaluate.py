@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -15,7 +16,7 @@ import torch
 from permafrost.data.loader import val_loader
 from permafrost.heads.base import LossCounts, world_mean_counts
 from permafrost.launcher.build import main_first, on_main
-from permafrost.launcher.errors import CheckpointError
+from permafrost.launcher.errors import CheckpointError, RecipeError
 from permafrost.launcher.mesh import init_world
 from permafrost.launcher.run_folder import write_atomically
 from permafrost.launcher.trained import load_trained
@@ -23,7 +24,7 @@ from permafrost.launcher.trained import load_trained
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from permafrost.data.task import TaskDataset
+    from permafrost.data.task import TaskDataConfig, TaskDataset
     from permafrost.data.types import Batch
     from permafrost.launcher.experiment import LoopConfig
     from permafrost.launcher.mesh import World
@@ -87,7 +88,7 @@ def evaluate_heads(
             world_size=world.world_size,
             num_workers=loop.num_workers,
             timeout=loop.worker_timeout,
-            groups=dataset.groups,
+            groups=getattr(dataset, "groups", None),
         )
         for done, batch in enumerate(loader, start=1):
             # Every rank has as many batches.
@@ -100,7 +101,8 @@ def evaluate_heads(
                 results = engine(features, batch, world_mean_counts)
                 # A padding batch keeps the ranks' collectives in step; its images belong to another rank.
                 if not batch.is_padding:
-                    evaluators[name].update([result.cpu() for result in results])
+                    # On the device: what is large is reduced there.
+                    evaluators[name].update(results)
             if say is not None and time.monotonic() - reported > REPORT_EVERY:
                 reported = time.monotonic()
                 say(f"evaluation: {done} of {len(loader)} batches")
@@ -122,32 +124,36 @@ def evaluate_run(
     device: str = "auto",
     num_workers: int | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    submission: str | os.PathLike[str] | None = None,
+    head: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Metrics:
     """`permafrost evaluate RUN`: rebuild what a run folder describes and score its heads.
 
-    Writes evaluation.json and results_<head>.json into it.
+    Writes evaluation.json and results_<head>.json into it; of a submission only its files.
 
     Args:
         run: the run folder.
         which: "best" (of each head, by its metric) or "latest".
         device: as for training.
         num_workers: data workers; None takes the recipe's.
-        evaluation: fields of the recipe's `data.evaluation` that are other ones here (sizes and flip of the views).
+        evaluation: fields of the recipe's `data.evaluation` that are other ones here (sizes or scales, and flip of the views).
+        submission: folder for a benchmark server's files on the test images, which have no labels; None scores the validation split.
+        head: which head; None is all of them, or, for a submission, the only one.
         say: prints a line.
 
     Raises:
+        RecipeError: the data knows no several scales, or no submission.
         RunFolderError: the folder holds no run.
         CheckpointError: no valid checkpoint, or one of another backbone, head or data set.
     """
     world = init_world(device)
     say = say if world.is_main else _silent
     try:
-        trained = load_trained(run, world, which=which)
-        data = trained.experiment.data
-        if evaluation:
-            data = dataclasses.replace(data, evaluation=dataclasses.replace(data.evaluation, **evaluation))
-        dataset = main_first(world, data.build_val)
+        trained = load_trained(run, world, heads=None if head is None else [head], which=which)
+        if submission is not None and len(trained.heads) > 1:
+            raise CheckpointError(f"{trained.folder} has the heads {', '.join(trained.heads)}: say which with --head")
+        dataset = main_first(world, _builder(trained.experiment.data, evaluation or {}, submission))
         if list(dataset.classes) != trained.classes:
             raise CheckpointError(
                 f"{trained.folder} was trained on the classes {', '.join(trained.classes)}, the validation annotations "
@@ -155,28 +161,21 @@ def evaluate_run(
             )
         for name, path in trained.checkpoints.items():
             say(f"head {name}: {path}")
-<<<<<<< HEAD
-        views = f", {dataset.num_views} views of each" if dataset.num_views > 1 else ""
-        say(f"{len(dataset.records)} validation images{views}, on {world.device}, {world.world_size} process(es)")
-=======
-        say(f"{dataset.extent} for validation on {world.device}, {world.world_size} process(es)")
->>>>>>> e8bfffd (Seam between tasks and the launcher: data configurations, datasets, evaluators and input readers behind one interface)
+        purpose = "validation" if submission is None else "a submission"
+        say(f"{dataset.extent} for {purpose} on {world.device}, {world.world_size} process(es)")
         loop = trained.experiment.loop
         loop = loop if num_workers is None else dataclasses.replace(loop, num_workers=num_workers)
         folder = trained.folder.path
-        metrics = evaluate_heads(trained.heads, trained.backbone, dataset, world, loop, results_folder=folder, say=say)
+        results_folder = folder if submission is None else None
+        metrics = evaluate_heads(
+            trained.heads, trained.backbone, dataset, world, loop, results_folder=results_folder, say=say
+        )
+        if submission is not None:
+            say(f"{dataset.extent}: files for the benchmark server in {submission}")
+            return metrics
         if world.is_main:
-<<<<<<< HEAD
-            content = {
-                "checkpoint": which,
-                "steps": trained.steps,
-                "num_images": len(dataset.records),
-                "metrics": metrics,
-            }
-            content |= {"views": dataset.num_views} if dataset.num_views > 1 else {}
-=======
             content = {"checkpoint": which, "steps": trained.steps, "num_samples": len(dataset), "metrics": metrics}
->>>>>>> e8bfffd (Seam between tasks and the launcher: data configurations, datasets, evaluators and input readers behind one interface)
+            content |= {"evaluation": dict(evaluation)} if evaluation else {}
             write_atomically(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
         say(metrics_table(metrics))
         if classes := class_table(metrics):
@@ -185,6 +184,27 @@ def evaluate_run(
         return metrics
     finally:
         world.close()
+
+
+def _builder(
+    data: TaskDataConfig, evaluation: Mapping[str, Any], submission: str | os.PathLike[str] | None
+) -> Callable[[], TaskDataset]:
+    """What makes the data set that is evaluated.
+
+    Raises:
+        RecipeError: the data knows no such field of its evaluation, or no submission.
+    """
+    kind = f"a {type(data).__name__}, for {data.task}"
+    known = {field.name for field in dataclasses.fields(data.evaluation)} if hasattr(data, "evaluation") else set()
+    if unknown := sorted(evaluation.keys() - known):
+        raise RecipeError(f"evaluation with other {', '.join(unknown)}: the run's data is {kind}, which has no such field")
+    if evaluation:
+        data = dataclasses.replace(data, evaluation=dataclasses.replace(data.evaluation, **evaluation))
+    if submission is None:
+        return data.build_val
+    if not hasattr(data, "build_test"):
+        raise RecipeError(f"--submission is for segmentation; the run's data is {kind}")
+    return functools.partial(data.build_test, Path(submission))
 
 
 def class_table(metrics: Metrics) -> str:

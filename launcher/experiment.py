@@ -50,9 +50,9 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate over the run: linear warm-up, then steps or a cosine."""
+    """Learning rate over the run: linear warm-up, then steps, a cosine or a power of what is left."""
 
-    kind: Literal["multistep", "cosine", "constant"] = "multistep"
+    kind: Literal["multistep", "cosine", "poly", "constant"] = "multistep"
     warmup_steps: int = 500
     warmup_factor: float = 0.001
     milestones: tuple[float, ...] = (0.75, 0.9167)
@@ -60,6 +60,8 @@ class ScheduleConfig:
     decay: float = 0.1
     final_factor: float = 0.0
     """Where the cosine ends, as a share of the full rate."""
+    power: float = 0.9
+    """Of poly: the full rate is multiplied by (1 - step / num_steps) to this power."""
 
     def __post_init__(self) -> None:
         if list(self.milestones) != sorted(self.milestones) or any(not 0 < m < 1 for m in self.milestones):
@@ -68,6 +70,8 @@ class ScheduleConfig:
             )
         if self.warmup_steps < 0:
             raise RecipeError(f"schedule.warmup_steps is {self.warmup_steps}: it cannot be negative")
+        if self.power <= 0:
+            raise RecipeError(f"schedule.power is {self.power}: it must be above 0")
         for name in ("warmup_factor", "decay", "final_factor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(
@@ -85,6 +89,8 @@ class ScheduleConfig:
         if self.kind == "cosine":
             progress = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
             return self.final_factor + (1 - self.final_factor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        if self.kind == "poly":
+            return (1 - step / num_steps) ** self.power
         return 1.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -36,16 +37,11 @@ class Pictures:
         Collective: every rank draws the same, as some engines need all ranks.
         """
         if self._batch is None:
-<<<<<<< HEAD
             # Of several views of an image the first.
-            starts = range(0, len(self._dataset), self._dataset.num_views)[:NUM_IMAGES]
+            groups = getattr(self._dataset, "groups", None) or [1] * len(self._dataset)
+            starts = itertools.accumulate([0, *groups[: min(NUM_IMAGES, len(groups)) - 1]])
             self._batch = collate([self._dataset[SampleKey(0, 0, index)] for index in starts])
-        batch, classes = self._batch.to(self._device), self._dataset.classes
-=======
-            count = min(NUM_IMAGES, len(self._dataset))
-            self._batch = collate([self._dataset[SampleKey(0, 0, index)] for index in range(count)])
         batch = self._batch.to(self._device)
->>>>>>> e8bfffd (Seam between tasks and the launcher: data configurations, datasets, evaluators and input readers behind one interface)
         sheets = {}
         with torch.no_grad():
             features = backbone(batch.images)

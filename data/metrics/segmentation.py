@@ -6,6 +6,8 @@ the numbers do not depend on how images were dealt out.
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,3 +170,12 @@ class SegmentationEvaluator:
             }
             for k in np.flatnonzero(labelled)
         ]
+
+    def result_files(self, head: str) -> dict[str, bytes]:
+        """The numbers of every class, and the confusion matrix as an array of integers; see `results_json`."""
+        if self.truth is None:
+            return {}
+        matrix = io.BytesIO()
+        np.save(matrix, self._confusion)
+        listed = json.dumps(self.results_json(), indent=1) + "\n"
+        return {f"results_{head}.json": listed.encode(), f"confusion_{head}.npy": matrix.getvalue()}

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from permafrost.data.config import ShapesWorld
 from permafrost.data.errors import DataError
+from permafrost.data.task import Progress, Task, TaskDataConfig
 
 if TYPE_CHECKING:
     from permafrost.data.ade20k import SceneParsing
+    from permafrost.data.annotations import Finding
+    from permafrost.data.segmentation.inputs import SegmentationInputs
+
+
+MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+"""Of the public multi-scale test on ADE20K: shorter sides of 320 to 1120 where one scale has 640."""
 
 
 @dataclass
@@ -70,8 +78,7 @@ class SegmentationEvaluationConfig:
     max_side: int = 2560
     """The longer side is never above this, at scale 1."""
     scales: tuple[float, ...] = (1.0,)
-    """Factors of the shorter side; the scores of all are averaged. The public multi-scale test has 0.5 to 1.75 in steps of a
-    quarter, with flips."""
+    """Factors of the shorter side; the scores of all are averaged. See MULTI_SCALES."""
     flip: bool = False
     """Average over the mirrored image, too."""
     stride: float = 2 / 3
@@ -89,8 +96,10 @@ class SegmentationEvaluationConfig:
 
 
 @dataclass
-class ADE20KDataConfig:
+class ADE20KDataConfig(TaskDataConfig):
     """Any data set in the layout of ADE20K's SceneParsing release: photos, and PNGs of labels beside them, 0 = ignore."""
+
+    task: ClassVar[Task] = "segmentation"
 
     root: str = "data/ADEChallengeData2016"
     train_images: str = "images/training"
@@ -123,6 +132,10 @@ class ADE20KDataConfig:
         root = Path(self.root).expanduser()
         return root / getattr(self, f"{split}_images"), root / getattr(self, f"{split}_annotations")
 
+    def required_paths(self) -> list[Path]:
+        """Folders of photos and labels of both splits."""
+        return [*self.paths("train"), *self.paths("val")]
+
     def located(self) -> ADE20KDataConfig:
         """The same configuration with files behind it: a built-in world writes them first."""
         return self
@@ -139,11 +152,27 @@ class ADE20KDataConfig:
 
         return SceneParsing.from_config(self.located(), train=False)
 
-    def build_test(self) -> SceneParsing:
-        """The photos of `test_images`, without labels, seen as in validation."""
+    def build_test(self, submission: Path) -> SceneParsing:
+        """The photos of `test_images`, without labels, seen as in validation; a label PNG of each goes into `submission`."""
         from permafrost.data.ade20k import SceneParsing
 
-        return SceneParsing.without_labels(self.located())
+        return SceneParsing.without_labels(self.located(), submission)
+
+    def multi_scale(self) -> ADE20KDataConfig:
+        """The same, evaluated at the scales of the public multi-scale test, mirrored too."""
+        return replace(self, evaluation=replace(self.evaluation, scales=MULTI_SCALES, flip=True))
+
+    def check(self, *, decode: bool = True, on_progress: Progress | None = None) -> list[Finding]:
+        """See TaskDataConfig and `check_ade20k`."""
+        from permafrost.data.segmentation.check import check_ade20k
+
+        return check_ade20k(self, decode_images=decode, on_progress=on_progress)
+
+    def inputs(self, classes: Sequence[str], category_ids: Sequence[int]) -> SegmentationInputs:
+        """See TaskDataConfig."""
+        from permafrost.data.segmentation.inputs import SegmentationInputs
+
+        return SegmentationInputs(self, classes)
 
 
 @dataclass
@@ -170,6 +199,15 @@ class SceneryDataConfig(ADE20KDataConfig):
     class_info: str = "objectInfo.txt"
     image_size: int = 160
     world: SceneryWorld = field(default_factory=SceneryWorld)
+
+    @property
+    def fills_cache(self) -> bool:
+        """Unless `root` names a folder."""
+        return not self.root
+
+    def required_paths(self) -> list[Path]:
+        """None: whoever lacks the world renders it."""
+        return []
 
     def located(self) -> ADE20KDataConfig:
         """The same configuration with the world's files written and `root` naming their folder."""

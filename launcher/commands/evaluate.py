@@ -27,10 +27,25 @@ def run(argv: Sequence[str]) -> int:
         help="multi-scale testing of a detector: a view of each image at each of these shorter sides (or sides of squares), in place "
         "of the recipe's data.evaluation.sizes",
     )
+    parser.add_argument(
+        "--scales",
+        type=float,
+        nargs="+",
+        metavar="FACTOR",
+        help="multi-scale testing of a segmentation: a view of each image at each of these factors of the shorter side, in place of the "
+        "recipe's data.evaluation.scales; the public test on ADE20K is 0.5 0.75 1 1.25 1.5 1.75 with --flip",
+    )
     parser.add_argument("--flip", action="store_true", help="each view mirrored, too, and the results merged")
+    parser.add_argument(
+        "--submission",
+        metavar="DIR",
+        help="segmentation: label PNGs of the test images (data.test_images) for the benchmark server, instead of a score",
+    )
+    parser.add_argument("--head", metavar="NAME", help="only this head")
     add_device(parser)
     options = parse(parser, argv)
     evaluation = {"sizes": tuple(options.sizes)} if options.sizes else {}
+    evaluation |= {"scales": tuple(options.scales)} if options.scales else {}
     evaluation |= {"flip": True} if options.flip else {}
 
     from permafrost.launcher.evaluate import evaluate_run
@@ -41,5 +56,7 @@ def run(argv: Sequence[str]) -> int:
         device=options.device,
         num_workers=options.num_workers,
         evaluation=evaluation,
+        submission=options.submission,
+        head=options.head,
     )
     return 0
