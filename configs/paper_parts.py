@@ -24,17 +24,22 @@ def row(
 
 def full(name: str, base: Experiment) -> Experiment:
     """The full fine-tuning twin: the backbone learns at the head's rate."""
-    frozen = base.backbone
-    base.backbone = BackboneConfig(
+    base.backbone = fine_tuned(base.backbone)
+    return row(name, base)
+
+
+def fine_tuned(frozen: BackboneConfig, *, learning_rate_factor: float = 1.0) -> BackboneConfig:
+    """The same network, learning, with the drop path of its size and activations computed again."""
+    return BackboneConfig(
         name=frozen.name,
         weights=frozen.weights,
         window_size=frozen.window_size,
         weights_key=frozen.weights_key,
         frozen=False,
         drop_path_rate=FULL_DROP_PATH[frozen.name],
+        learning_rate_factor=learning_rate_factor,
         checkpoint_activations=True,
     )
-    return row(name, base)
 
 
 def pretrained(name: str, weights: str, *, backbone: str = "swinv2_base", window: int = 7) -> Experiment:

@@ -262,10 +262,8 @@ class SceneParsing(Dataset):
         from permafrost.data.segmentation.merging import best_class, class_scores
 
         height, width = shown.size
-        if isinstance(shown, SegmentationTarget):
-            classes = shown.semantic[:height, :width]
-        else:
-            classes = best_class(class_scores(shown), shown.size)
+        is_target = isinstance(shown, SegmentationTarget)
+        classes = shown.semantic[:height, :width] if is_target else best_class(class_scores(shown), shown.size)
         return draw_classes(image[:, :height, :width], classes, self.classes)
 
 

@@ -105,7 +105,7 @@ class HeadExperiment:
     """The evaluator's value that decides which checkpoint is `best`; None is the data's own (bbox/AP of detection)."""
     init: str | None = None
     """Where its first weights come from: another run's folder, or the file of a released Mask R-CNN or Cascade of the Swin
-    papers. What does not fit is initialised anew, and listed. None: all of it is."""
+    papers, or of Mask2Former's model zoo. What does not fit is initialised anew, and listed. None: all of it is."""
 
 
 @dataclass

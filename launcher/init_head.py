@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from permafrost.data.segmentation.classes import ADE20K_CLASSES
 from permafrost.heads.detection.released import COCO_CLASSES, from_released, is_released
+from permafrost.heads.segmentation import released as mask2former
 from permafrost.launcher.build import on_all
 from permafrost.launcher.checkpoint import HEAD_FILE, load_head
 from permafrost.launcher.errors import CheckpointError
@@ -150,10 +152,13 @@ def _heads_in(folder: Path) -> set[str]:
 def _read_released(path: Path) -> Source:
     loaded, _ = load_checkpoint(path)
     tensors, _ = choose_state_dict(loaded, path=path, weights_key=None)
+    if mask2former.is_released(tensors):
+        return _read_mask2former(path, tensors)
     if not is_released(tensors):
         raise CheckpointError(
             f"heads.*.init is {path}, which holds neither a run's head nor a released detector (neck.*, rpn_head.*, "
-            "roi_head.*): give a run folder, or the .pth of Mask R-CNN or Cascade Mask R-CNN of the Swin papers' detection code"
+            "roi_head.*) or Mask2Former (sem_seg_head.*): give a run folder, the .pth of Mask R-CNN or Cascade Mask R-CNN of the "
+            "Swin papers' detection code, or the .pkl of Mask2Former's model zoo"
         )
     released = from_released(tensors)
     stated = _stated_classes(loaded)
@@ -168,6 +173,16 @@ def _read_released(path: Path) -> Source:
         classes = [f"class {number} of {path.name}" for number in range(released.num_classes)]
         notes.append("the file names no classes")
     return Source(path, released.tensors, classes, None, notes)
+
+
+def _read_mask2former(path: Path, tensors: Mapping[str, Tensor]) -> Source:
+    found, num_classes = mask2former.from_released(tensors)
+    if num_classes == len(ADE20K_CLASSES):
+        return Source(
+            path, found, list(ADE20K_CLASSES), None, ["its classes are taken for ADE20K's 150, in their order"]
+        )
+    classes = [f"class {number} of {path.name}" for number in range(num_classes)]
+    return Source(path, found, classes, None, ["the file names no classes"])
 
 
 def _stated_classes(loaded: Any) -> list[str] | None:

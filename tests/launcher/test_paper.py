@@ -21,7 +21,7 @@ from permafrost.launcher.plan_backbone import windows_of
 from permafrost.launcher.plan_fine_tune import build_trained
 from permafrost.launcher.recipes import RecipeInfo, build_recipe, list_recipes
 
-NUM_CLASSES = {"CocoDataConfig": 80, "ShapesDataConfig": 8}
+NUM_CLASSES = {"CocoDataConfig": 80, "ShapesDataConfig": 8, "ADE20KDataConfig": 150, "SceneryDataConfig": 12}
 RECIPES = {
     info.name: info for info in list_recipes() if info.name.startswith(("paper:", "low_data:", "detection_shapes:"))
 }
@@ -67,7 +67,8 @@ def count_trainable(experiment: Experiment) -> int:
     backbone = build_trained(experiment.backbone, windows_of(experiment.backbone)[0])
     classes = [str(number) for number in range(NUM_CLASSES[type(experiment.data).__name__])]
     with torch.device("meta"):
-        head = experiment.heads["detection"].model.build(spec=backbone.spec, classes=classes)
+        (config,) = experiment.heads.values()
+        head = config.model.build(spec=backbone.spec, classes=classes)
     parts = [head] if experiment.backbone.frozen else [head, backbone]
     assert all(parameter.is_meta for part in parts for parameter in part.parameters())
     return sum(parameter.numel() for part in parts for parameter in part.parameters())
