@@ -16,9 +16,10 @@ def swinv2_base_mask2former() -> Experiment:
     Hardware: planned for 8 GPUs of 40 GB or more, 2 images each; not measured. 160,000 steps, 127 epochs of 20,210 images.
     Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release, in the current folder (a field).
     Published: on the validation split, probably multi-scale (Figure 1 says so of ADE20K). The run is scored at one scale;
-    `permafrost evaluate RUN --multi-scale` scores it as the public multi-scale test does. The paper gives neither learning rate nor
-    image size nor schedule: those are the public Mask2Former recipe's (AdamW 1e-4 at 16 images, weight decay 0.05, poly without
-    warm-up, gradients clipped at 0.01, crops of 640 pixels). The window stays the checkpoint's 12 (section 3.3).
+    `permafrost evaluate RUN --scales 0.5 0.75 1 1.25 1.5 1.75 --flip` scores it as the public multi-scale test does. The paper
+    gives neither learning rate nor image size nor schedule: those are the public Mask2Former recipe's (AdamW 1e-4 at 16 images,
+    weight decay 0.05, poly without warm-up, gradients clipped at 0.01, crops of 640 pixels). The window stays the checkpoint's 12
+    (section 3.3).
     """
     batch = 16
     return Experiment(

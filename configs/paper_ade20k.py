@@ -8,7 +8,7 @@ Table 1: pretraining tasks; 3: head networks; 5: sizes of the base network. Ever
 Protocol of all: trained on the training split, mIoU on the validation split. Whether the published numbers are of one scale or
 of several is not said beside them; Figure 1 says multi-scale of ADE20K, and 55.5 of the fine-tuned SwinV2-B is the public
 Mask2Former's multi-scale 55.1 rather than its single-scale 53.9, so every one is probably multi-scale. Runs are scored at one scale
-while they train; `permafrost evaluate RUN --multi-scale` is the one to compare.
+while they train; `permafrost evaluate RUN --scales 0.5 0.75 1 1.25 1.5 1.75 --flip` is the one to compare.
 Image size, learning rate and schedule are not published either: those are `ade20k:swinv2_base_mask2former`'s. The fine-tuned twins
 train the backbone at a tenth of the head's rate, as the public recipe does. Table 1's numbers of SUP-22K are those of Table 3's
 (9 + 1) row, so its other rows take that head too, although the text says (3 + 1). Table 5 has the best head of each network: six

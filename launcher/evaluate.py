@@ -197,7 +197,9 @@ def _builder(
     kind = f"a {type(data).__name__}, for {data.task}"
     known = {field.name for field in dataclasses.fields(data.evaluation)} if hasattr(data, "evaluation") else set()
     if unknown := sorted(evaluation.keys() - known):
-        raise RecipeError(f"evaluation with other {', '.join(unknown)}: the run's data is {kind}, which has no such field")
+        raise RecipeError(
+            f"evaluation with other {', '.join(unknown)}: the run's data is {kind}, which has no such field"
+        )
     if evaluation:
         data = dataclasses.replace(data, evaluation=dataclasses.replace(data.evaluation, **evaluation))
     if submission is None:

@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from permafrost.data.segmentation.inputs import SegmentationInputs
 
 
-MULTI_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-"""Of the public multi-scale test on ADE20K: shorter sides of 320 to 1120 where one scale has 640."""
-
-
 @dataclass
 class SegmentationJitterConfig:
     """Training's augmentation, as the public Mask2Former recipe on ADE20K has it: a random shorter side, a square crop, SSD's
@@ -78,7 +74,8 @@ class SegmentationEvaluationConfig:
     max_side: int = 2560
     """The longer side is never above this, at scale 1."""
     scales: tuple[float, ...] = (1.0,)
-    """Factors of the shorter side; the scores of all are averaged. See MULTI_SCALES."""
+    """Factors of the shorter side; the scores of all are averaged. The public multi-scale test on ADE20K has 0.5 to 1.75 in steps of
+    a quarter, with flips: shorter sides of 320 to 1120."""
     flip: bool = False
     """Average over the mirrored image, too."""
     stride: float = 2 / 3
@@ -157,10 +154,6 @@ class ADE20KDataConfig(TaskDataConfig):
         from permafrost.data.ade20k import SceneParsing
 
         return SceneParsing.without_labels(self.located(), submission)
-
-    def multi_scale(self) -> ADE20KDataConfig:
-        """The same, evaluated at the scales of the public multi-scale test, mirrored too."""
-        return replace(self, evaluation=replace(self.evaluation, scales=MULTI_SCALES, flip=True))
 
     def check(self, *, decode: bool = True, on_progress: Progress | None = None) -> list[Finding]:
         """See TaskDataConfig and `check_ade20k`."""

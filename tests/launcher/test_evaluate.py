@@ -143,9 +143,9 @@ def test_several_views_of_an_image_are_one_result(
     assert alone == expected
     capsys.readouterr()
     assert main(["evaluate", str(run), "--sizes", "64", "96", "--flip"]) == 0
-    assert "7 validation images, 4 views of each" in capsys.readouterr().out
+    assert "7 images (28 views) for validation" in capsys.readouterr().out
     content = json.loads((run / "evaluation.json").read_text())
-    assert (content["num_images"], content["views"]) == (7, 4)
+    assert content["num_samples"] == 28
     results = json.loads((run / "results_detection.json").read_text())
     assert content["metrics"] != expected
     for kind in ("bbox", "segm"):

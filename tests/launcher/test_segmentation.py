@@ -6,6 +6,7 @@ import inspect
 import json
 import pickle
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -88,12 +89,16 @@ def test_evaluate_writes_every_class_and_the_confusion_of_integers(run, capsys) 
     assert metrics == final
 
 
-def test_several_scales_are_scored_beside(run, capsys) -> None:
-    assert main(["evaluate", str(run), "--multi-scale"]) == 0
-    assert "3 images (36 views) for validation" in capsys.readouterr().out
-    many = json.loads((run / "evaluation_multi_scale.json").read_text())
-    assert many["num_samples"] == 36
+def test_several_scales_are_scored_too(run, tmp_path, capsys) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    assert main(["evaluate", str(copy), "--scales", "0.5", "1", "1.5", "--flip"]) == 0
+    assert "3 images (18 views) for validation" in capsys.readouterr().out
+    many = json.loads((copy / "evaluation.json").read_text())
+    assert many["num_samples"] == 18
+    assert many["evaluation"] == {"scales": [0.5, 1.0, 1.5], "flip": True}
     assert 0 <= many["metrics"]["segmentation"]["semantic/mIoU"] <= 1
+    assert main(["evaluate", str(copy), "--sizes", "64"]) == 2
+    assert "evaluation with other sizes: the run's data is a SceneryDataConfig" in capsys.readouterr().err
 
 
 def test_predict_lays_colors_over_photos_of_any_size(run, tmp_path, capsys) -> None:
