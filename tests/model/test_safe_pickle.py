@@ -243,3 +243,45 @@ def test_reading_changes_no_global_state(tmp_path) -> None:
     with pytest.raises(pickle.UnpicklingError, match=r"argparse\.Namespace"):
         torch.load(tmp_path / "training.pth", weights_only=True)
     json.dumps(load_checkpoint(tmp_path / "training.pth")[1])
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_plain_pickle_of_arrays_is_read(tmp_path, protocol) -> None:
+    """detectron2's .pkl: numpy arrays of several types and orders, text and numbers beside them."""
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "transposed": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "none": np.zeros((0, 3), dtype=np.float16),
+        "foreign": np.array([5, 6], dtype=">i4"),
+        "large": np.ones((600, 600), dtype=np.float32),
+    }
+    content = {"model": arrays, "__author__": "x", "matching_heuristics": True, "score": np.float32(0.5)}
+    path = tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    loaded, inert = load_checkpoint(path)
+    assert inert in [("numpy._core.multiarray.scalar",), ("numpy.core.multiarray.scalar",)]
+    assert loaded["__author__"] == "x"
+    for name, array in arrays.items():
+        assert np.array_equal(loaded["model"][name].numpy(), array), name
+    # Its memory is its own: it may be written to.
+    loaded["model"]["a"].add_(1)
+
+
+def test_arrays_of_anything_but_numbers_and_calls_are_refused(tmp_path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple:
+            return os.system, (f"touch {tmp_path / 'done'}",)
+
+    path = tmp_path / "model.pkl"
+    for content in ({"a": np.array([Attack()], dtype=object)}, {"a": Attack()}, {"a": np.array(["text"])}):
+        path.write_bytes(pickle.dumps(content))
+        with pytest.raises(WeightsError, match="refused"):
+            load_checkpoint(path)
+    assert not (tmp_path / "done").exists()
+    # Bytes that do not fit the shape, and half a file.
+    whole = pickle.dumps({"a": np.arange(6, dtype=np.float32)}, protocol=2)
+    for bad in (whole.replace(b"K\x06\x85", b"K\x07\x85"), whole[:-10]):
+        assert bad != whole
+        path.write_bytes(bad)
+        with pytest.raises(WeightsError, match="damaged"):
+            load_checkpoint(path)
