@@ -58,6 +58,7 @@ def evaluate_heads(
     results_folder: Path | None = None,
     say: Callable[[str], None] | None = None,
     is_interrupted: Callable[[], bool] | None = None,
+    show: Callable[[str, Mapping[str, Any]], None] | None = None,
 ) -> Metrics | None:
     """Score several heads on a validation set. Collective; every rank gets the same metrics.
 
@@ -71,6 +72,8 @@ def evaluate_heads(
             none.
         say: prints a line; called now and then while a long evaluation runs.
         is_interrupted: whether this rank has been asked to end; None never asks.
+        show: on the main rank, called with each head's name and the evaluator's pictures, (H, W, 3) uint8 by title; None draws
+            none.
 
     Returns:
         of each head, the evaluator's values; None if any rank was asked to end.
@@ -111,7 +114,7 @@ def evaluate_heads(
     metrics: Metrics = {}
     for name, evaluator in evaluators.items():
         states = world.gather_objects(evaluator.state())
-        metrics[name] = on_main(world, lambda: _score(dataset, states, name, results_folder))  # noqa: B023 - called at once
+        metrics[name] = on_main(world, lambda: _score(dataset, states, name, results_folder, show))  # noqa: B023 - called at once
     return metrics
 
 
@@ -227,12 +230,21 @@ def metrics_table(metrics: Metrics) -> str:
     )
 
 
-def _score(dataset: CocoDetection, states: list[Any], name: str, results_folder: Path | None) -> dict[str, float]:
+def _score(
+    dataset: CocoDetection,
+    states: list[Any],
+    name: str,
+    results_folder: Path | None,
+    show: Callable[[str, Mapping[str, Any]], None] | None,
+) -> dict[str, float]:
     evaluator = dataset.evaluator()
     evaluator.merge(states)
     if results_folder is not None:
         write_atomically(results_folder / f"results_{name}.json", json.dumps(evaluator.results_json()))
-    return evaluator.compute()
+    metrics = evaluator.compute()
+    if show is not None:
+        show(name, evaluator.pictures())
+    return metrics
 
 
 def _silent(text: str) -> None:
