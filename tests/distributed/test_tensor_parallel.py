@@ -70,6 +70,10 @@ def test_maps_of_a_network_of_ones_own_size(found: dict[str, Any]) -> None:
     assert max(found["custom"]) < 1e-13
 
 
+def test_the_ops_serve_the_heads_of_a_member(found: dict[str, Any]) -> None:
+    assert max(found["attending"]) < 1e-13
+
+
 def test_bfloat16_is_as_near_as_that_of_the_whole_network(found: dict[str, Any]) -> None:
     for errors in found["half"]:
         assert 1e-4 < errors["split"] < 1.3 * errors["whole"]
