@@ -16,6 +16,8 @@ import torch
 from permafrost.model import SwinV2Classifier, load_backbone, save_weights
 from permafrost.model.weights import draw_weights
 
+pytestmark = pytest.mark.slow  # groups of processes, started for minutes in all
+
 
 def random_classifier(name: str, seed: int) -> SwinV2Classifier:
     with torch.device("meta"):
