@@ -1,23 +1,31 @@
 """Time of the frozen SwinV2's forward: ours against timm and transformers, on the same weights, in the same process.
 
-    python benchmarks/backbone.py [--name swinv2_tiny] [--sides 256 512 1024] [--no-compile] [--repeats 7]
+    python benchmarks/backbone.py [--name swinv2_tiny] [--sides 256 512 1024] [--window 8] [--batch 1] [--no-compile] [--repeats 7]
+    python benchmarks/backbone.py --name swinv2_giant --sides 1024 --window 16 --batch 4 --repeats 50     (one GPU of 80 GB)
 
-The contestants run in turn, round after round, so that whatever else the machine does hits all of them; medians are compared. Each
-gives the four feature maps of one image, in float32 on a CPU and bfloat16 on a GPU. "products" is the floor: the matrix
-products (linear layers and attention) of our forward alone, replayed on tensors of the same shapes. The error of each is against our
-network in float64 (relative L2, the worst of the four maps). Ours and timm's also run compiled: ours as
-`backbone.compile` does it, timm's by torch.compile, both for one size at a time; "first_s" is what the first forward
-took, compiling included (less where torch's cache already has the program). Compiling takes minutes a size on a CPU.
-transformers has no compiled contestant here. Rows are appended to benchmarks/results/backbone.csv.
+The contestants run in turn, round after round in random order, so that whatever else the machine does hits all of them; medians are
+compared. Each gives the four feature maps, in float32 on a CPU and bfloat16 on a GPU. "products" is the floor: the matrix products
+(linear layers and attention) of our forward alone, replayed on tensors of the same shapes. The error of each (relative L2, the worst of
+the four maps) and its least cosine are against our network in float64 on a CPU, in float32 on a GPU. `first_s` is what the first
+forward took, compiling included (less where torch's cache already has the program). Compiling takes minutes a size on a CPU.
+
+- permafrost: PyTorch's own operators, as `auto` takes them where nothing is verified. On a GPU also with the Triton and the CUDA C++
+  kernels for attention, with residual_norm and the GELU epilogue; these captured as a CUDA graph; compiled; and quantised to 8 bits.
+- timm: the same weights in timm's classes, eager and compiled. timm knows no extra norms, so ours has none either here, the giant
+  included.
+- transformers: eager, for the sizes it was given (tiny, small, base).
+
+The tests of what runs come first: where they fail, nothing is said about speed-ups, and the exit code is 1. Rows are appended to
+benchmarks/results/backbone.csv; "of_matrix_rate" is the forward's FLOP a second over those of a large product, measured here.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
+import copy
+import gc
 import re
-import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,16 +35,34 @@ import timm
 import torch
 import transformers
 from safetensors.torch import save_file
+from timing import (
+    NOT_MEASURED,
+    RESULTS,
+    append_rows,
+    describe_machine,
+    measure_rates,
+    passes,
+    percentiles,
+    pick_device,
+    take_turns,
+)
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from permafrost.model import load_backbone
+from permafrost.model.captured import CapturedNetwork
 from permafrost.model.compiled import CompiledNetwork
+from permafrost.model.fp8 import CAPABILITY, quantise_linears
 from permafrost.model.spec import SWINV2_SIZES
+from permafrost.model.swin import SwinV2
 from permafrost.model.weights import read_weights
 
-RESULTS = Path(__file__).parent / "results" / "backbone.csv"
-WINDOW = 8
+IN_TRANSFORMERS = ("swinv2_tiny", "swinv2_small", "swinv2_base")
+CPU_TESTS = ("tests/model/test_swin.py",)
+GPU_TESTS = ("-m", "gpu", "tests/model/kernels/test_on_a_gpu.py")
+Forward = Callable[[Tensor], tuple[Tensor, ...]]
 aten = torch.ops.aten
 _PRODUCTS = (
     aten.mm,
@@ -57,10 +83,18 @@ class Products(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Callable[[], object]] = []
+        # Products of one shape share their tensors, or those of a giant would not fit.
+        self._made: dict[tuple[object, ...], Tensor] = {}
+
+    def _like(self, tensor: Tensor, position: int) -> Tensor:
+        key = (position, tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in self._made:
+            self._made[key] = torch.randn_like(tensor)
+        return self._made[key]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._overloadpacket in _PRODUCTS:
-            kept = [torch.randn_like(one) if isinstance(one, Tensor) else one for one in args]
+            kept = [self._like(one, place) if isinstance(one, Tensor) else one for place, one in enumerate(args)]
             self.calls.append(lambda: func(*kept, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
@@ -70,7 +104,7 @@ class Products(TorchDispatchMode):
             call()
 
 
-def transformers_model(name: str, side: int) -> nn.Module:
+def transformers_model(name: str, side: int, window: int) -> nn.Module:
     """A random Swinv2Backbone of a size, its norms (zero at first) drawn around one so that every block counts."""
     size = SWINV2_SIZES[name]
     config = transformers.Swinv2Config(
@@ -78,8 +112,8 @@ def transformers_model(name: str, side: int) -> nn.Module:
         embed_dim=size.embed_dim,
         depths=list(size.depths),
         num_heads=list(size.num_heads),
-        window_size=WINDOW,
-        pretrained_window_sizes=[WINDOW] * 4,
+        window_size=window,
+        pretrained_window_sizes=[window] * 4,
         out_features=[f"stage{stage}" for stage in range(1, 5)],
     )
     torch.manual_seed(0)
@@ -90,9 +124,20 @@ def transformers_model(name: str, side: int) -> nn.Module:
     return model
 
 
-def timm_model(name: str, side: int, official: dict[str, Tensor]) -> nn.Module:
-    """timm's model of a size with the given weights (its step between stages opens the next one)."""
-    model = timm.create_model(f"{name}_window8_256", pretrained=False, num_classes=0, img_size=side).eval()
+def timm_model(name: str, side: int, window: int, official: dict[str, Tensor], device: torch.device) -> nn.Module:
+    """timm's model of a size with the given weights (its step between stages opens the next one), in their dtype."""
+    size = SWINV2_SIZES[name]
+    with device:
+        model = SwinTransformerV2(
+            img_size=side,
+            num_classes=0,
+            embed_dim=size.embed_dim,
+            depths=size.depths,
+            num_heads=size.num_heads,
+            window_size=window,
+            pretrained_window_sizes=(window,) * 4,
+        ).eval()
+    model.to(next(iter(official.values())).dtype)
     moved = {
         re.sub(r"layers\.(\d)\.downsample", lambda match: f"layers.{int(match[1]) + 1}.downsample", key): value
         for key, value in official.items()
@@ -104,115 +149,178 @@ def timm_model(name: str, side: int, official: dict[str, Tensor]) -> nn.Module:
     return model
 
 
+def twin(network: SwinV2, **kernels: str) -> SwinV2:
+    """A network of its own on the same weights, with other kernels."""
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    other = copy.deepcopy(network, shared)
+    chosen = {"attention": "auto", "residual_norm": "auto", "gelu": "auto"} | kernels
+    other.choose_kernels(**chosen, dtype=next(network.parameters()).dtype, learns=False)
+    return other
+
+
 def contestants(
-    name: str, side: int, device: torch.device, compiled: bool
-) -> tuple[dict[str, Callable[[Tensor], tuple[Tensor, ...]]], Callable[[Tensor], tuple[Tensor, ...]], Tensor]:
-    """What runs against each other, the float64 reference, and the image (1, 3, side, side), normalised float32."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    theirs = transformers_model(name, side)
+    name: str, side: int, window: int, device: torch.device, compiled: bool, image: Tensor
+) -> tuple[dict[str, Forward], tuple[Tensor, ...]]:
+    """What runs against each other, and the maps they are compared with.
+
+    Args:
+        name: Of the size.
+        side: Of the square images.
+        window: Side of a window.
+        device: Where.
+        compiled: Whether compiled ones take part.
+        image: (B, 3, side, side), normalised, float32.
+    """
+    is_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if is_gpu else torch.float32
+    own = {"window_size": window, "pretrained_window_size": window, "extra_norm_interval": 0}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        save_file({key: value.contiguous() for key, value in theirs.state_dict().items()}, path)
-        windows = {"window_size": WINDOW, "pretrained_window_size": WINDOW}
-        official = {key: tensor.clone() for key, tensor in read_weights(path).tensors.items()}
-        ours = load_backbone(name, weights=path, dtype=dtype, device=device, **windows).network
-        precise = load_backbone(name, weights=path, dtype=torch.float64, **windows).network
-    eager = timm_model(name, side, official).to(device, dtype)
-    theirs = theirs.to(device, dtype)
-    entries = {
-        "permafrost": ours,
-        "timm": lambda x: tuple(eager.forward_intermediates(x, intermediates_only=True)),
-        "transformers": lambda x: theirs(x).feature_maps,
-    }
+        weights: str | Path = "random"
+        theirs = transformers_model(name, side, window) if name in IN_TRANSFORMERS else None
+        if theirs is not None:
+            weights = Path(folder) / "model.safetensors"
+            save_file({key: value.contiguous() for key, value in theirs.state_dict().items()}, weights)
+            read_weights(weights)
+        precise = load_backbone(
+            name, weights=weights, dtype=torch.float32 if is_gpu else torch.float64, device=device, **own
+        ).network
+        expected = tuple(one.cpu() for one in precise(image.to(device, next(precise.parameters()).dtype)))
+        del precise
+        gc.collect()
+        ours = load_backbone(name, weights=weights, dtype=dtype, device=device, **own).network
+    eager = timm_model(name, side, window, ours.state_dict(), device).to(device, dtype)
+
+    def in_timm(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(eager.forward_intermediates(x, intermediates_only=True))
+
+    entries: dict[str, Forward] = {"permafrost": ours, "timm": in_timm}
+    if theirs is not None:
+        theirs = theirs.to(device, dtype)
+        entries["transformers"] = lambda x: theirs(x).feature_maps
+    others = {"residual_norm": "triton", "gelu": "epilogue"}
+    if is_gpu:
+        for kernel in ("triton", "cuda"):
+            entries[f"permafrost {kernel}"] = twin(ours, attention=kernel, **others)
+            entries[f"permafrost {kernel} graph"] = CapturedNetwork(twin(ours, attention=kernel, **others))
     if compiled:
-        entries["permafrost compiled"] = CompiledNetwork(ours)
-        entries["timm compiled"] = torch.compile(entries["timm"], dynamic=False)
-    image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    return entries, precise, image
+        entries["permafrost compiled"] = CompiledNetwork(twin(ours))
+        entries["timm compiled"] = torch.compile(in_timm, dynamic=False)
+        if is_gpu:
+            entries["permafrost cuda compiled"] = CompiledNetwork(twin(ours, attention="cuda"))
+            entries["timm max-autotune"] = torch.compile(in_timm, dynamic=False, mode="max-autotune-no-cudagraphs")
+            if torch.cuda.get_device_capability(device) >= CAPABILITY:
+                quantised = twin(ours, attention="cuda")
+                quantise_linears(quantised)
+                entries["permafrost cuda fp8 compiled"] = CompiledNetwork(quantised)
+    return entries, expected
 
 
-def relative_error(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """Worst of the maps."""
-    return max(
-        float((one.double().cpu() - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True)
-    )
+def differences(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> tuple[float, float]:
+    """The largest relative L2 error over the maps, and their least cosine."""
+    pairs = [(one.double().cpu().flatten(), other.double().flatten()) for one, other in zip(found, expected)]
+    errors = [float((one - other).norm() / other.norm()) for one, other in pairs]
+    return max(errors), min(float(nn.functional.cosine_similarity(one, other, dim=0)) for one, other in pairs)
 
 
 @torch.no_grad()
-def measure(name: str, side: int, device: torch.device, compiled: bool, repeats: int) -> list[dict[str, object]]:
-    """One row per contestant."""
-    entries, precise, image = contestants(name, side, device, compiled)
-    expected = precise(image.double())
-    image = image.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    errors, first = {}, {}
+def measure(
+    name: str, side: int, *, window: int, batch: int, device: torch.device, compiled: bool, repeats: int, is_right: bool
+) -> list[dict[str, object]]:
+    """One row per contestant; without speed-ups unless the tests have passed."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    image = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+    entries, expected = contestants(name, side, window, device, compiled, image)
+    image = image.to(device, dtype)
+    found, first = {}, {}
     for key, forward in entries.items():
         start = time.perf_counter()
         maps = forward(image)
+        found[key] = differences(maps, expected)
         first[key] = round(time.perf_counter() - start, 1)
-        errors[key] = relative_error(maps, expected)
-    products = Products()
+    products, counter = Products(), FlopCounterMode(display=False)
+    with counter:
+        entries["permafrost"](image)
     with products:
         entries["permafrost"](image)
+    rate = measure_rates(device, dtype).products
     runs: dict[str, Callable[[], object]] = {
         key: (lambda forward=forward: forward(image)) for key, forward in entries.items()
     }
     runs["products"] = products
-    seconds: dict[str, list[float]] = {key: [] for key in runs}
-    for _ in range(repeats + 1):
-        for key, call in runs.items():
-            start = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[key].append(time.perf_counter() - start)
-    medians = {key: statistics.median(values[1:]) for key, values in seconds.items()}
-    where = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
+    times = {key: percentiles(values) for key, values in take_turns(runs, device, repeats=repeats, cold=False).items()}
+    floor = times["products"]["p50_ms"]
+    size = {"name": name, "side": side, "window": window, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
+    versions = {"timm": timm.__version__, "transformers": transformers.__version__}
+    rows = []
+    for key, values in times.items():
+        median = values["p50_ms"]
+        error, cosine = found.get(key, (None, None))
+        rows.append(
+            describe_machine(device)
+            | versions
+            | size
+            | {"contestant": key}
+            | values
+            | {
+                "floor_ms": floor,
+                "times_floor": round(median / floor, 2),
+                "times_as_fast_as_timm": round(times["timm"]["p50_ms"] / median, 3) if is_right else "",
+                "of_matrix_rate": round(counter.get_total_flops() / (median / 1000) / rate, 3),
+                "error": "" if error is None else f"{error:.2e}",
+                "cosine": "" if cosine is None else f"{cosine:.6f}",
+                "repeats": repeats,
+                "first_s": first.get(key, ""),
+            }
+        )
+    return rows
+
+
+def not_measured(row: dict[str, object]) -> list[dict[str, object]]:
+    """Rows of the giant on a GPU, for a run without one: what was not measured is said, not estimated.
+
+    Args:
+        row: Of this run, for the columns and the versions.
+    """
+    blank = {key: NOT_MEASURED if key.endswith("_ms") or key == "error" else "" for key in row}
+    giant = {"name": "swinv2_giant", "side": 1024, "window": 16, "batch": 4, "dtype": "bfloat16"}
     return [
-        {
-            "date": datetime.date.today().isoformat(),
-            "device": where,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "transformers": transformers.__version__,
-            "name": name,
-            "side": side,
-            "contestant": key,
-            "median_ms": round(median * 1000, 2),
-            "fastest_ms": round(min(seconds[key][1:]) * 1000, 2),
-            "times_timm": round(medians["timm"] / median, 3),
-            "error": f"{errors[key]:.2e}" if key in errors else "",
-            "repeats": repeats,
-            "first_s": first.get(key, ""),
-        }
-        for key, median in medians.items()
+        blank | giant | {"date": row["date"], "device": "a GPU", "contestant": name}
+        for name in ("permafrost triton", "permafrost cuda compiled", "permafrost cuda fp8 compiled", "timm compiled")
     ]
 
 
-def _processor() -> str:
-    return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", default="swinv2_tiny", choices=("swinv2_tiny", "swinv2_small", "swinv2_base"))
+    parser.add_argument("--name", default="swinv2_tiny", choices=tuple(SWINV2_SIZES))
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--window", type=int, default=8, help="a divisor of every map's side, or of none larger")
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="the compiled ones too")
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()
+    is_right = passes(*(GPU_TESTS if device.type == "cuda" else CPU_TESTS))
+    if not is_right:
+        print("the tests of what runs here fail: no speed-ups are given", flush=True)
     for side in arguments.sides:
-        rows = measure(arguments.name, side, device, arguments.compile, arguments.repeats)
+        rows = measure(
+            arguments.name,
+            side,
+            window=arguments.window,
+            batch=arguments.batch,
+            device=device,
+            compiled=arguments.compile,
+            repeats=arguments.repeats,
+            is_right=is_right,
+        )
         for row in rows:
-            print({key: row[key] for key in ("side", "contestant", "median_ms", "times_timm", "error")}, flush=True)
-        is_new = not RESULTS.exists()
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        with RESULTS.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            if is_new:
-                writer.writeheader()
-            writer.writerows(rows)
+            shown = ("side", "contestant", "p50_ms", "times_floor", "times_as_fast_as_timm", "of_matrix_rate", "error")
+            print("  ".join(str(row[key]) for key in shown), flush=True)
+        append_rows(RESULTS / "backbone.csv", rows)
+    if device.type != "cuda":
+        append_rows(RESULTS / "backbone.csv", not_measured(rows[0]))
+    return 0 if is_right else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -75,8 +75,12 @@ class CocoFile:
         return {category["id"]: label for label, category in enumerate(self.categories)}
 
 
-def load_coco_file(path: Path) -> CocoFile:
+def load_coco_file(path: Path, *, labelled: bool = True) -> CocoFile:
     """Read and check an annotation file; findings are collected, not raised.
+
+    Args:
+        path: the JSON.
+        labelled: False for one of images and categories alone (image_info_test-dev2017.json).
 
     Raises:
         DataError: it is missing, not JSON, or not of COCO's overall shape, so that nothing more can be said about it.
@@ -95,6 +99,8 @@ def load_coco_file(path: Path) -> CocoFile:
         raise DataError(
             f"{path}: the JSON is a {type(content).__name__}, expected an object with images, annotations, categories"
         )
+    if not labelled:
+        content = {"annotations": [], **content}
     for key in ("images", "annotations", "categories"):
         entries = content.get(key)
         if not isinstance(entries, list):

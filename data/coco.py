@@ -87,6 +87,7 @@ class CocoDetection(Dataset):
         bad_annotations: See CocoDataConfig.
         train_empty_images: See CocoDataConfig.
         corrupt_share: See CocoDataConfig.
+        labelled: False for images that nothing is known of: a test set.
 
     Attributes:
         classes: names by label.
@@ -120,6 +121,7 @@ class CocoDetection(Dataset):
         bad_annotations: str = "refuse",
         train_empty_images: bool = False,
         corrupt_share: float = 0.001,
+        labelled: bool = True,
     ) -> None:
         self.annotation_file = annotations
         self.image_folder = images
@@ -134,7 +136,7 @@ class CocoDetection(Dataset):
         self.semantic = semantic
         self.corrupt_share = corrupt_share
         self.notes: list[str] = []
-        coco_file = load_coco_file(annotations)
+        coco_file = load_coco_file(annotations, labelled=labelled)
         dropped = refuse_or_drop(coco_file.findings, bad_annotations)
         records = group_by_image(coco_file, dropped)
         raise_fatal(missing_images(records, images))
@@ -157,7 +159,7 @@ class CocoDetection(Dataset):
                 )
         if max_images is not None:
             records = records[:max_images]
-        if not any(not entry["iscrowd"] for record in records for entry in record["annotations"]):
+        if labelled and not any(not entry["iscrowd"] for record in records for entry in record["annotations"]):
             raise DataError(
                 f"{annotations}: not one object in {len(records)} images: there is nothing to learn or to score"
             )
@@ -172,8 +174,8 @@ class CocoDetection(Dataset):
             self._check_semantic(records)
 
     @classmethod
-    def from_config(cls, config: CocoDataConfig, train: bool) -> CocoDetection:
-        """The training or validation set of a configuration.
+    def from_config(cls, config: CocoDataConfig, train: bool, *, labelled: bool = True) -> CocoDetection:
+        """The training or validation set of a configuration; `labelled` is False where the latter is a test set.
 
         Raises:
             DataError: see the class; a missing root or folder says the layout that is expected.
@@ -196,6 +198,7 @@ class CocoDetection(Dataset):
             bad_annotations=config.bad_annotations,
             train_empty_images=config.train_empty_images,
             corrupt_share=config.corrupt_share,
+            labelled=labelled,
         )
 
     def __len__(self) -> int:

@@ -153,6 +153,9 @@ class TaskEvaluator(Protocol):
     def result_files(self, head: str) -> dict[str, bytes]:
         """Content by file name of what is written beside the metrics: results_<head>.json and perhaps more."""
 
+    def pictures(self) -> dict[str, np.ndarray]:
+        """After `compute`: pictures of it for TensorBoard, (H, W, 3) uint8 by title, such as a confusion matrix."""
+
 
 class InputReader(Protocol):
     """Files without labels, for one head.

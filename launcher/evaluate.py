@@ -59,6 +59,7 @@ def evaluate_heads(
     results_folder: Path | None = None,
     say: Callable[[str], None] | None = None,
     is_interrupted: Callable[[], bool] | None = None,
+    show: Callable[[str, Mapping[str, Any]], None] | None = None,
 ) -> Metrics | None:
     """Score several heads on a validation set. Collective; every rank gets the same metrics.
 
@@ -72,6 +73,8 @@ def evaluate_heads(
             none.
         say: prints a line; called now and then while a long evaluation runs.
         is_interrupted: whether this rank has been asked to end; None never asks.
+        show: on the main rank, called with each head's name and the evaluator's pictures, (H, W, 3) uint8 by title; None draws
+            none.
 
     Returns:
         of each head, the evaluator's values; None if any rank was asked to end.
@@ -113,7 +116,7 @@ def evaluate_heads(
     metrics: Metrics = {}
     for name, evaluator in evaluators.items():
         states = world.gather_objects(evaluator.state())
-        metrics[name] = on_main(world, lambda: _score(dataset, states, name, results_folder, say))  # noqa: B023 - called at once
+        metrics[name] = on_main(world, lambda: _score(dataset, states, name, results_folder, say, show))  # noqa: B023 - called at once
     return metrics
 
 
@@ -271,6 +274,7 @@ def _score(
     name: str,
     results_folder: Path | None,
     say: Callable[[str], None] | None,
+    show: Callable[[str, Mapping[str, Any]], None] | None,
 ) -> dict[str, float]:
     evaluator = dataset.evaluator()
     evaluator.merge(states)
@@ -280,7 +284,10 @@ def _score(
             write_atomically(results_folder / file, content)
         if say is not None:
             say(f"head {name}: {', '.join(files)} in {results_folder}")
-    return evaluator.compute()
+    metrics = evaluator.compute()
+    if show is not None:
+        show(name, evaluator.pictures())
+    return metrics
 
 
 def _silent(text: str) -> None:

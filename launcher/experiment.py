@@ -164,7 +164,8 @@ class LoopConfig:
     evaluate_every: int | None = None
     """Steps between evaluations; None evaluates at the end only."""
     image_every: int = 5_000
-    """Steps between pictures of predicted against true boxes and masks in TensorBoard; 0 draws none."""
+    """Steps between pictures of predicted against true boxes and masks in TensorBoard; 0 draws none, not even an evaluation's
+    (precision over recall, confusion matrix)."""
     evaluation_batch: int = 1
     """Images per rank and forward in evaluation."""
     keep_checkpoints: int = 3

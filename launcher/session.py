@@ -6,7 +6,7 @@ The loop itself is in train.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -214,6 +214,11 @@ def evaluate(session: Session, step: int) -> None:
     Raises:
         Interrupted: a signal has come; this step is saved already.
     """
+
+    def show(name: str, pictures: Mapping[str, Any]) -> None:
+        for title, picture in pictures.items():
+            session.monitor.image(step, f"{name}/{title}", picture)
+
     metrics = evaluate_heads(
         session.engines,
         session.parts.backbone,
@@ -222,6 +227,7 @@ def evaluate(session: Session, step: int) -> None:
         session.experiment.loop,
         say=session.monitor.say,
         is_interrupted=lambda: session.interruption.received is not None,
+        show=show if session.experiment.loop.image_every else None,
     )
     if metrics is None:
         end_interrupted(session, step)

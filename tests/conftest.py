@@ -13,6 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker per core for the suite as it is; one process for chosen files, slow tests (groups of processes) and a GPU's."""
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    is_plain = config.option.markexpr == "not slow and not gpu" and not config.option.keyword
+    return len(os.sched_getaffinity(0)) if is_whole and is_plain else 0
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""

@@ -1,4 +1,4 @@
-"""COCO's average precision by pycocotools, for boxes and masks.
+"""COCO's average precision by pycocotools (or a library that is called alike), for boxes and masks.
 
 What pycocotools takes silently is handled before it gets there: no predictions at all (IndexError in its loader), a
 score that is not a number (reported as AP 1), a ground-truth annotation with id 0 (never matched), annotations
@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as mask_api
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from permafrost.data.annotations import encode_segmentation
 from permafrost.data.config import EvaluationConfig
 from permafrost.data.errors import DataError
+from permafrost.data.metrics.scorers import find_scorer
 from permafrost.data.metrics.views import merge_views
 from permafrost.data.types import DetectionResult
 
@@ -99,12 +98,14 @@ class CocoEvaluator:
         evaluation: EvaluationConfig | None = None,
     ) -> None:
         self.evaluation = evaluation or EvaluationConfig()
+        self.scorer = find_scorer(self.evaluation.scorer)
         self._views: dict[int, list[DetectionResult]] = {}
         self.records = {record["id"]: record for record in records}
         self.classes = list(classes)
         self.category_ids = list(category_ids)
         self._found: dict[int, list[dict[str, Any]]] = {}
         self._with_masks: bool | None = None
+        self._precisions: dict[str, np.ndarray] = {}
 
     def update(self, results: Sequence[DetectionResult]) -> None:
         """Take in the results of some images, on any device; of an image with several views, of each.
@@ -210,8 +211,10 @@ class CocoEvaluator:
             were given.
 
         Numbers without any ground truth to count (a class or a size that does not occur) are left out; AP, AP50 and
-        AP75 are always there.
+        AP75 are always there. Without any annotation at all there are no numbers: the images of a test set.
         """
+        if not any(record["annotations"] for record in self.records.values()):
+            return {}
         truth = self._ground_truth()
         kinds = ("bbox",) if self._with_masks is False else ("bbox", "segm")
         metrics: dict[str, float] = {}
@@ -219,7 +222,7 @@ class CocoEvaluator:
             metrics.update(self._evaluate(truth, kind))
         return metrics
 
-    def _ground_truth(self) -> COCO:
+    def _ground_truth(self) -> Any:
         annotations = []
         for record in self.records.values():
             for entry in record["annotations"]:
@@ -238,7 +241,7 @@ class CocoEvaluator:
                 )
         return self._coco(annotations)
 
-    def _predictions(self, kind: str) -> COCO:
+    def _predictions(self, kind: str) -> Any:
         annotations = []
         for image_id in sorted(self._found):
             for entry in self._found[image_id]:
@@ -247,9 +250,9 @@ class CocoEvaluator:
                 annotations.append({**entry, "id": len(annotations) + 1, "area": area, "iscrowd": 0})
         return self._coco(annotations)
 
-    def _coco(self, annotations: list[dict[str, Any]]) -> COCO:
+    def _coco(self, annotations: list[dict[str, Any]]) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
-            coco = COCO()
+            coco = self.scorer.coco()
             coco.dataset = {
                 "images": [
                     {name: record[name] for name in ("id", "height", "width")} for record in self.records.values()
@@ -260,24 +263,42 @@ class CocoEvaluator:
             coco.createIndex()
         return coco
 
-    def _evaluate(self, truth: COCO, kind: str) -> dict[str, float]:
+    def _evaluate(self, truth: Any, kind: str) -> dict[str, float]:
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = COCOeval(truth, self._predictions(kind), iouType=kind)
+            evaluation = self.scorer.evaluation(truth, self._predictions(kind), iouType=kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
         metrics = {}
-        for name, value in zip(STATISTICS, evaluation.stats.tolist()):
+        for name, value in zip(STATISTICS, np.asarray(evaluation.stats).tolist()):
             if value >= 0:
                 metrics[f"{kind}/{name}"] = value
             elif name in ("AP", "AP50", "AP75"):
                 metrics[f"{kind}/{name}"] = 0.0
         # precision: (IoU thresholds, recalls, classes, areas, detection limits); all areas, the largest limit. -1 is
         # "no ground truth".
-        precision = evaluation.eval["precision"][:, :, :, 0, -1]
+        precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
+        # By label, not by category id.
+        columns = [list(evaluation.params.catIds).index(number) for number in self.category_ids]
+        self._precisions[kind] = precision[:, :, columns]
+        self._axes = (evaluation.params.iouThrs, evaluation.params.recThrs)
         for label, name in enumerate(self.classes):
-            values = precision[:, :, evaluation.params.catIds.index(self.category_ids[label])]
+            values = self._precisions[kind][:, :, label]
             values = values[values > -1]
             if values.size:
                 metrics[f"{kind}/AP-{name}"] = float(values.mean())
         return metrics
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """After `compute`: precision over recall and the confusion matrix of boxes, (H, W, 3) uint8 by name."""
+        if not self._precisions:
+            return {}
+        from permafrost.data.metrics.confusion import confusion_matrix
+        from permafrost.data.metrics.plots import confusion_picture, precision_curves
+
+        labels = {number: label for label, number in enumerate(self.category_ids)}
+        matrix = confusion_matrix(self.records, self._found, labels)
+        return {
+            "precision_recall": precision_curves(self._precisions, *self._axes),
+            "confusion": confusion_picture(matrix, self.classes),
+        }

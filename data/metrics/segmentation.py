@@ -179,3 +179,11 @@ class SegmentationEvaluator:
         np.save(matrix, self._confusion)
         listed = json.dumps(self.results_json(), indent=1) + "\n"
         return {f"results_{head}.json": listed.encode(), f"confusion_{head}.npy": matrix.getvalue()}
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """The confusion matrix; nothing without labels."""
+        if self.truth is None:
+            return {}
+        from permafrost.data.metrics.plots import confusion_picture
+
+        return {"confusion": confusion_picture(self._confusion, self.classes)}

@@ -12,11 +12,10 @@ from PIL import Image
 
 from permafrost.data.coco import MIN_TOLERATED
 from permafrost.data.errors import DataError
+from permafrost.data.metrics.plots import confusion_picture
 from permafrost.data.types import ClipResult
 
 TOP = 5
-_CELL = 14
-_MIN_SIDE = 560
 
 
 class VideoEvaluator:
@@ -147,7 +146,7 @@ class VideoEvaluator:
     def result_files(self, head: str) -> dict[str, bytes]:
         """results_<head>.json, see `results_json`, and results_<head>_confusion.png, the confusion matrix."""
         picture = io.BytesIO()
-        Image.fromarray(confusion_image(self.confusion(), self.classes)).save(picture, format="PNG")
+        Image.fromarray(confusion_picture(self.confusion(), self.classes)).save(picture, format="PNG")
         return {
             f"results_{head}.json": json.dumps(self.results_json()).encode(),
             f"results_{head}_confusion.png": picture.getvalue(),
@@ -169,36 +168,6 @@ class VideoEvaluator:
             )
         return listed
 
-
-def confusion_image(matrix: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """A confusion matrix as a picture, each row divided by its sum, names along both sides where they can be read.
-
-    Args:
-        matrix: (K, K) counts, rows are the true classes.
-        classes: K names.
-
-    Returns:
-        (H, W, 3) uint8.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    count = len(classes)
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = max(_MIN_SIDE, _CELL * count) / 100
-    figure = Figure(figsize=(side, side), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    axes.set_title(f"{int(np.trace(matrix))} of {int(matrix.sum())} right")
-    axes.set_xticks(range(count), classes, rotation=90, fontsize=7)
-    axes.set_yticks(range(count), classes, fontsize=7)
-    if count <= 20:
-        for row in range(count):
-            for column in range(count):
-                color = "black" if shares[row, column] > 0.6 else "white"
-                axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=7, color=color)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    def pictures(self) -> dict[str, np.ndarray]:
+        """The confusion matrix."""
+        return {"confusion": confusion_picture(self.confusion(), self.classes)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,8 +19,9 @@ from torchvision.ops import roi_align
 
 from permafrost.data.annotations import decode_masks
 from permafrost.data.coco import CocoDetection
+from permafrost.data.config import EvaluationConfig
 from permafrost.data.errors import DataError
-from permafrost.data.metrics.coco import STATISTICS, paste_mask
+from permafrost.data.metrics.coco import STATISTICS, CocoEvaluator, paste_mask
 from permafrost.data.types import DetectionResult, DetectionTarget, SampleKey
 
 
@@ -161,8 +164,6 @@ def test_numbers_are_those_of_pycocotools(shapes_config, seed):
 
 
 def test_max_val_images_scores_those_only(shapes_config):
-    from dataclasses import replace
-
     part = replace(shapes_config, max_val_images=6).build_val()
     evaluator = part.evaluator()
     evaluator.update([result_of(target) for target in targets_of(part)])
@@ -342,3 +343,24 @@ def test_pasting_touches_only_the_box():
     assert (time.perf_counter() - start) / 20 < 0.05
     assert mask_api.area(encoded) == 20 * 30
     assert mask_api.toBbox(encoded).tolist() == [4000, 2000, 20, 30]
+
+
+@pytest.mark.parametrize("with_masks", [True, False])
+def test_the_faster_scorer_gives_the_same_numbers(shapes_config, with_masks):
+    dataset = shapes_config.build_val()
+    results = [replace(one, masks=one.masks if with_masks else None) for one in noisy_results(dataset, 0)]
+    found = {}
+    for name in ("pycocotools", "faster_coco_eval"):
+        config = EvaluationConfig(scorer=name)
+        evaluator = CocoEvaluator(list(dataset.records), dataset.classes, dataset.category_ids, config)
+        evaluator.update(results)
+        found[name] = evaluator.compute()
+    assert found["faster_coco_eval"] == pytest.approx(found["pycocotools"], abs=1e-9)
+    assert 0.05 < found["pycocotools"]["bbox/AP"] < 0.95
+    assert ("segm/AP" in found["pycocotools"]) == with_masks
+
+
+def test_a_scorer_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(DataError, match=r"pip install 'permafrost\[fast-eval\]'"):
+        CocoEvaluator([], [], [], EvaluationConfig(scorer="faster_coco_eval"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from permafrost.data import ClipResult, DataError, VideoEvaluator
-from permafrost.data.metrics.video import confusion_image
+from permafrost.data.metrics.plots import confusion_picture
 
 CLASSES = [f"c{i}" for i in range(7)]
 
@@ -111,8 +111,8 @@ def test_what_cannot_be_scored_is_named():
 @pytest.mark.parametrize("count", [3, 60])
 def test_the_confusion_matrix_is_a_picture_that_shows_the_diagonal(count):
     names = [f"class {i}" for i in range(count)]
-    right = confusion_image(np.eye(count, dtype=np.int64) * 4, names)
-    wrong = confusion_image(np.roll(np.eye(count, dtype=np.int64) * 4, 1, axis=1), names)
+    right = confusion_picture(np.eye(count, dtype=np.int64) * 4, names)
+    wrong = confusion_picture(np.roll(np.eye(count, dtype=np.int64) * 4, 1, axis=1), names)
     assert right.dtype == np.uint8
     assert right.shape[2] == 3
     assert right.shape == wrong.shape

@@ -80,6 +80,16 @@ def forwards(world, group) -> dict:
     return errors
 
 
+def attending(world, group) -> float:
+    """The largest relative error of a split network whose own heads attend by window_attention, against the whole one by default."""
+    own = {"weights": "random:3", "dtype": torch.float64, **NETWORKS["extra_norms"]}
+    split = load_backbone("swinv2_nano", attention="reference", residual_norm="reference", tensor_group=group, **own)
+    assert split.describe()["attention"].startswith("reference (as asked for)")
+    images = draw_images(world, "uneven")
+    expected = load_backbone("swinv2_nano", **own)(images) if len(images) else None
+    return compare(split(images), images, split.spec, expected)
+
+
 def half_precision(world, group) -> dict[str, float]:
     """How far the maps in bfloat16 are from those in float64, split and whole."""
     images = draw_images(world, "equal")
@@ -272,6 +282,7 @@ def main() -> None:
         if degree == 2:
             result["half"] = world.gather_objects(half_precision(world, group))
             result["steps"] = {kind: detection_losses(world, own) for kind, own in (("split", group), ("whole", None))}
+            result["attending"] = world.gather_objects(attending(world, group))
             result["custom"] = world.gather_objects(custom_size(world, group))
             result["faults"] = world.gather_objects(faults(world, group, args["faults"]))
             old = load_backbone("swinv2_nano", weights="random", tensor_group=group)

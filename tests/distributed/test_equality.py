@@ -22,6 +22,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # groups of processes, started for minutes in all
+
 LAYOUTS = {
     1: {
         "plain": {"plain": True},
@@ -65,7 +67,7 @@ def steps(run_ranks: Callable) -> Steps:
         ("alone", "plain"),
         ("data2", "plain"),
         ("tensor2", "plain"),
-        pytest.param("mesh2x2", "plain", marks=pytest.mark.slow),
+        ("mesh2x2", "plain"),
         ("trained", "plain_trained"),
         ("trained2", "plain_trained"),
     ],

@@ -13,6 +13,8 @@ import pytest
 import safetensors.torch
 from torch import Tensor
 
+pytestmark = pytest.mark.slow  # groups of processes, started for minutes in all
+
 KINDS: dict[str, dict] = {
     "accelerate": {},
     **{f"zero{stage}": {"kind": "deepspeed", "zero_stage": stage} for stage in (1, 2, 3)},
@@ -103,7 +105,6 @@ def test_the_first_step_is_that_of_one_process(outcome: tuple[Path, dict], kind:
     assert_same_first_step(outcome[0], kind)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", ["accumulated", "again", *(f"{kind}_again" for kind in AGAIN_KINDS), "zero3_accumulated"]
 )
@@ -125,7 +126,6 @@ def test_twenty_steps_are_those_of_one_process(outcome: tuple[Path, dict], kind:
     assert all(own.keys() == {"metrics"} for ranks in outcomes.values() for one in ranks for own in one)
 
 
-@pytest.mark.slow
 def test_the_backbone_has_a_learning_rate_of_its_own(outcome: tuple[Path, dict], more: dict) -> None:
     folder, _ = outcome
     slow, fast = ([line["probe/loss"] for line in metrics(folder / run)[:3]] for run in ("alone", "same_rate"))
@@ -133,7 +133,6 @@ def test_the_backbone_has_a_learning_rate_of_its_own(outcome: tuple[Path, dict],
     assert slow[1:] != pytest.approx(fast[1:], rel=1e-3)
 
 
-@pytest.mark.slow
 def test_a_run_moves_from_zero_3_on_two_ranks_to_one_process(outcome: tuple[Path, dict], more: dict) -> None:
     folder, _ = outcome
     assert more[2][-1] == [{"killed": True}] * 2

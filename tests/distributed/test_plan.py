@@ -10,6 +10,8 @@ import pytest
 from permafrost.launcher.cli import parse_experiment
 from permafrost.launcher.plan import Machines, Planner, Row
 
+pytestmark = pytest.mark.slow  # groups of processes, started for minutes in all
+
 RECIPE = f"{Path(__file__).parents[1] / 'launcher' / 'tiny_recipe.py'}:tiny"
 # Parameters on both sides of ZeRO 3's threshold, and activations that outweigh them.
 MODEL = "--heads.detection.model"

@@ -16,6 +16,8 @@ import torch
 from permafrost.model import SwinV2Classifier, load_backbone, save_weights
 from permafrost.model.weights import draw_weights
 
+pytestmark = pytest.mark.slow  # groups of processes, started for minutes in all
+
 
 def random_classifier(name: str, seed: int) -> SwinV2Classifier:
     with torch.device("meta"):
@@ -68,6 +70,10 @@ def test_maps_are_those_of_the_whole_network(found: dict[str, Any], degree: int)
 
 def test_maps_of_a_network_of_ones_own_size(found: dict[str, Any]) -> None:
     assert max(found["custom"]) < 1e-13
+
+
+def test_the_ops_serve_the_heads_of_a_member(found: dict[str, Any]) -> None:
+    assert max(found["attending"]) < 1e-13
 
 
 def test_bfloat16_is_as_near_as_that_of_the_whole_network(found: dict[str, Any]) -> None:

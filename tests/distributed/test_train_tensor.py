@@ -11,6 +11,8 @@ import pytest
 
 from permafrost.launcher.evaluate import evaluate_run
 
+pytestmark = pytest.mark.slow  # groups of processes, started for minutes in all
+
 BOTH = ["detection", "probe"]
 
 

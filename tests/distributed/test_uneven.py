@@ -18,6 +18,8 @@ from permafrost.data.config import ShapesWorld
 from permafrost.data.procedural.shapes_files import ensure_world
 from permafrost.data.sampler import GlobalStream
 
+pytestmark = pytest.mark.slow  # groups of processes, started for minutes in all
+
 NUM_STEPS, GLOBAL_BATCH, NUM_VAL = 4, 4, 5
 LOSSES = ("loss_rpn_objectness", "loss_rpn_box", "loss_classifier", "loss_box", "loss_mask")
 BOXES = ("loss_rpn_box", "loss_box", "loss_mask")

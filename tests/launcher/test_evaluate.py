@@ -16,6 +16,7 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from permafrost.data.config import JitterConfig, ShapesDataConfig, ShapesWorld
 from permafrost.heads.config import FPNConfig
@@ -131,6 +132,15 @@ def test_a_run_folder_is_all_that_is_needed(
             assert expected["detection"][f"{kind}/{name}"] == pytest.approx(value, abs=2e-3), (kind, name)
     assert expected["detection"]["bbox/AP"] > 0.2  # else 0 would equal 0
     assert expected["detection"]["segm/AP"] > 0.1
+
+
+@pytest.mark.parametrize("image_every", [0, 1])
+def test_an_evaluation_in_training_shows_its_pictures(tiny: Callable[..., Experiment], image_every: int) -> None:
+    experiment = tiny(num_steps=1, image_every=image_every)
+    train(experiment)
+    events = EventAccumulator(str(Path(experiment.output) / "tensorboard"), size_guidance={"images": 0}).Reload()
+    names = ("predicted_and_true", "precision_recall", "confusion") if image_every else ()
+    assert set(events.Tags()["images"]) == {f"detection/{name}" for name in names}
 
 
 def test_several_views_of_an_image_are_one_result(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from permafrost.model import WeightsError, frozen, load_backbone
+from permafrost.model import WeightsError, load_backbone, load_swin
 from permafrost.model.shards import INDEX_NAME, MANIFEST_NAME
 from permafrost.model.swin import SwinV2, SwinV2Classifier
 from permafrost.model.weights import is_backbone, read_weights, save_sharded, save_weights
@@ -212,7 +212,7 @@ def half_index(folder: Path) -> None:
 )
 def test_damage_is_named_before_anything_is_built(folder: Path, monkeypatch, damage, message: str) -> None:
     damage(folder)
-    monkeypatch.setattr(frozen, "SwinV2", lambda *_, **__: pytest.fail("a network was built"))
+    monkeypatch.setattr(load_swin, "SwinV2", lambda *_, **__: pytest.fail("a network was built"))
     with pytest.raises(WeightsError, match=message):
         load_backbone("swinv2_nano", weights=folder)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # groups of processes, started for minutes in all
+
 PATIENCE = 10
 ODD = "a b'c\"d $HOME `id` $(id) ;&|<>* é 测试 %h%n\\ \n-x~"
 """Everything that a shell, or pdsh, could take for its own."""
@@ -105,7 +107,6 @@ def test_killed_launcher(cluster, endless):
     cluster.assert_nothing_left(PATIENCE + 10)
 
 
-@pytest.mark.slow
 def test_stopped_rank(cluster, endless):
     program = endless()
     os.kill(cluster.rank_pid(1), signal.SIGSTOP)
@@ -115,7 +116,6 @@ def test_stopped_rank(cluster, endless):
     assert re.search(r"launch: rank 1 on node02 \(pid \d+\) has been stopped for 10 s", outcome.output)
 
 
-@pytest.mark.slow
 def test_killed_pdsh(cluster, endless):
     """DeepSpeed's own launcher answers this with code 0 and leaves the ranks."""
     program = endless()
@@ -126,7 +126,6 @@ def test_killed_pdsh(cluster, endless):
     assert outcome.code not in (0, 1, 2), outcome.output[-6000:]
 
 
-@pytest.mark.slow
 def test_interrupt(cluster, endless):
     program = endless()
     program.process.send_signal(signal.SIGINT)
@@ -136,7 +135,6 @@ def test_interrupt(cluster, endless):
     assert "launch: the launcher received SIGINT" in outcome.output
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_restart(cluster, read_losses, tmp_path):
     """Two ranks on a node, one killed, another start from the last checkpoint: the losses of a run without all that."""
