@@ -69,7 +69,7 @@ def test_a_run_learns_scores_and_draws(run) -> None:
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
-    assert events.Tags()["images"] == ["segmentation/predicted_and_true"]
+    assert set(events.Tags()["images"]) == {"segmentation/predicted_and_true", "segmentation/confusion"}
 
 
 def test_evaluate_writes_every_class_and_the_confusion_of_integers(run, capsys) -> None:
