@@ -75,6 +75,9 @@ class BackboneConfig:
     """Multiplies in 8-bit floating point (E4M3, a scale per row; weights quantised once, when they are loaded) in the linear layers
     of a frozen Swin: features change by a few percent. Needs a GPU of compute capability 9.0, bfloat16, and mesh.tensor 1; pays
     together with compile, which joins the quantising of activations with what comes before."""
+    max_images: int | None = None
+    """Most images in one pass through the frozen network; more are taken in several. A clip has as many as frames. None: all
+    of a micro-batch at once."""
     frozen: bool = True
     """False trains all of the network with its one head. The fields below are for that, and mean nothing while frozen."""
     learning_rate_factor: float = 1.0
@@ -118,6 +121,8 @@ class BackboneConfig:
             if not valid or any(isinstance(tap, bool) or not isinstance(tap, int) for tap in self.taps):
                 raise BackboneError(f"backbone.taps is {self.taps!r}: give at least one number of a layer, or None")
             self.taps = tuple(self.taps)
+        if self.max_images is not None and self.max_images < 1:
+            raise BackboneError(f"backbone.max_images is {self.max_images}: give at least 1, or None for all at once")
         self._check_training()
         of_some = ("window_size", "pretrained_window_size", "extra_norm_interval", "taps")
         values = {f"backbone.{field}": getattr(self, field) for field in of_some}
@@ -135,6 +140,11 @@ class BackboneConfig:
                 f"backbone.drop_path_rate is {self.drop_path_rate}: give a probability of at least 0 and below 1"
             )
         if not self.frozen:
+            if self.max_images is not None:
+                raise BackboneError(
+                    f"backbone.max_images is {self.max_images}, but backbone.frozen is False: a network that learns keeps what all "
+                    "images leave behind, in however many passes. Leave it out; more engine.accumulation takes less memory"
+                )
             for field, done in (("compile", "compiled"), ("cuda_graph", "captured"), ("fp8", "quantised")):
                 if getattr(self, field):
                     raise BackboneError(
@@ -192,6 +202,7 @@ class BackboneConfig:
                 # Before it is loaded.
                 require_graphs(torch.device(device))
             backbone = load_backbone(self.name, tensor_group=tensor_group, fp8=self.fp8, **common)
+            backbone.max_images = self.max_images
             if self.compile:
                 backbone.compile_forward()
             if self.cuda_graph:

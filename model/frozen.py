@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -138,13 +138,16 @@ class Backbone(nn.Module):
         }
 
     def _check_images(self, images: Tensor) -> None:
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or len(images) < self.min_batch:
+        is_tensor = isinstance(images, Tensor) and images.ndim in (4, 5)
+        if not is_tensor or images.shape[-3] != 3 or len(images) < self.min_batch or images.shape[1] == 0:
             found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise BackboneError(f"A backbone takes images of shape (B, 3, H, W), found {found}.")
-        smallest = self.network.min_image_size
-        if min(images.shape[2:]) < smallest:
             raise BackboneError(
-                f"Images of {images.shape[2]} x {images.shape[3]} pixels are smaller than one patch "
+                f"A backbone takes images of shape (B, 3, H, W) or clips of shape (B, T, 3, H, W), found {found}."
+            )
+        smallest = self.network.min_image_size
+        if min(images.shape[-2:]) < smallest:
+            raise BackboneError(
+                f"Images of {images.shape[-2]} x {images.shape[-1]} pixels are smaller than one patch "
                 f"({smallest} x {smallest}); resize or pad them."
             )
         if images.dtype == torch.uint8:
@@ -160,6 +163,13 @@ class Backbone(nn.Module):
                     "give uint8, or divide by 255 and do nothing else."
                 )
             self._range_checked = True
+
+    def _folded(self, images: Tensor, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """`compute` on images (N, 3, H, W); of clips (B, T, 3, H, W) on all their frames, with maps (B, T, C_i, ...) again."""
+        if images.ndim == 4:
+            return compute(images)
+        frames = images.shape[:2]
+        return tuple(one.unflatten(0, frames) for one in compute(images.flatten(0, 1)))
 
     def _normalise(self, images: Tensor) -> Tensor:
         """Brings images to the network's device, statistics and dtype."""
@@ -187,6 +197,8 @@ class FrozenBackbone(Backbone):
         super().train(False)
         self._compiled: CompiledNetwork | None = None
         self._captured: CapturedNetwork | None = None
+        self.max_images: int | None = None
+        """Most images (of clips: frames) in one pass through the network; None: all of a forward's."""
 
     def compile_forward(self) -> None:
         """Runs its forward through torch.compile from now on, with a program for each size of images.
@@ -210,8 +222,9 @@ class FrozenBackbone(Backbone):
 
     @property
     def stages(self) -> tuple[nn.Module, ...]:
-        """As of Backbone; none of a compiled or captured forward, which gives all of its maps at its end."""
-        return super().stages if self._compiled is None and self._captured is None else ()
+        """As of Backbone; none of a compiled or captured forward, or of one in several passes, which give all maps at their end."""
+        is_whole = self._compiled is None and self._captured is None and self.max_images is None
+        return super().stages if is_whole else ()
 
     def describe(self) -> dict[str, Any]:
         """As of Backbone, and whether it is compiled or captured."""
@@ -229,17 +242,42 @@ class FrozenBackbone(Backbone):
 
         Args:
             images: (B, 3, H, W), RGB: uint8, or floating point in [0, 1]. Any size from one patch up (4 x 4 for a Swin).
+                Clips are (B, T, 3, H, W), and each of their frames is an image.
 
         Returns:
-            Maps (B, C_i, ceil(H / s_i), ceil(W / s_i)) as `spec` says, channels_last, in the network's dtype.
+            Maps (B, C_i, ceil(H / s_i), ceil(W / s_i)) as `spec` says, channels_last, in the network's dtype; of clips
+            (B, T, C_i, ...).
 
         Raises:
             BackboneError: If shape, dtype or range of the images are others.
         """
         self._check_images(images)
+        return self._folded(images, self._maps)
+
+    def _maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Maps of images (N, 3, H, W), in passes of at most `max_images`.
+
+        Images do not depend on one another, so passes change rounding at most.
+        """
         compute = self._compute if self._captured is None else self._captured
+        size = self.max_images or len(images)
+        maps: tuple[Tensor, ...] | None = None
         with full_precision(self.device):
-            return compute(self._normalise(images))
+            for start in range(0, len(images), size):
+                part = compute(self._normalise(images[start : start + size]))
+                if size >= len(images):
+                    return part
+                # Joined in place: a list of parts and their join at its end would hold all maps twice.
+                if maps is None:
+                    shapes = [(len(images), *one.shape[1:]) for one in part]
+                    maps = tuple(
+                        torch.empty(shape, dtype=one.dtype, device=one.device, memory_format=torch.channels_last)
+                        for shape, one in zip(shapes, part)
+                    )
+                for whole, one in zip(maps, part):
+                    whole[start : start + size] = one
+        assert maps is not None
+        return maps
 
     def train(self, mode: bool = True) -> FrozenBackbone:
         """Does nothing: a frozen network has no training mode."""

@@ -270,7 +270,7 @@ class SplitBackbone(FrozenBackbone):
         except BackboneError as error:
             problem = error
         group = self.network.group
-        shape = (0, 0, 0) if problem else (images.shape[0], *images.shape[2:])
+        shape = (0, 0, 0) if problem else (images.shape[:-3].numel(), *images.shape[-2:])
         reports = group.exchange((problem is not None, *shape))
         if problem is not None:
             raise problem
@@ -281,8 +281,25 @@ class SplitBackbone(FrozenBackbone):
                 f"The backbone refuses the images of rank {', '.join(str(ranks[member]) for member in refusing)} of this "
                 "tensor group; see the error there."
             )
+        return self._folded(images, lambda flat: self._maps_together(flat, [tuple(sizes) for _, *sizes in reports]))
+
+    def _maps_together(self, images: Tensor, shapes: Sequence[tuple[int, int, int]]) -> tuple[Tensor, ...]:
+        """Maps of images (N, 3, H, W), in as many passes as the member with most images needs.
+
+        Args:
+            images: This member's.
+            shapes: (N, H, W) of every member's, in rank order.
+        """
+        most = max(count for count, *_ in shapes)
+        size = self.max_images or max(1, most)
+        parts = []
         with full_precision(self.device):
-            return self.network(self._normalise(images), [tuple(sizes) for _, *sizes in reports])
+            for start in range(0, max(1, most), size):
+                entries = [(min(max(0, count - start), size), *sides) for count, *sides in shapes]
+                parts.append(self.network(self._normalise(images[start : start + size]), entries))
+        # A join with maps of no images would not be channels_last.
+        own = [part for part in parts if len(part[0])] or parts[:1]
+        return own[0] if len(own) == 1 else tuple(torch.cat(maps) for maps in zip(*own))
 
 
 class ShardReader:

@@ -53,7 +53,7 @@ class TrainableBackbone(Backbone):
 
         Args:
             images: As FrozenBackbone takes them.
-            generators: What drop path draws from, in training.
+            generators: What drop path draws from, in training; one for each image or clip.
 
         Returns:
             Maps as of FrozenBackbone, in the parameters' dtype or that of the autocast.
@@ -62,7 +62,7 @@ class TrainableBackbone(Backbone):
             BackboneError: If shape, dtype or range of the images are others.
         """
         self._check_images(images)
-        return self.network(self._normalise(images), generator=generators)
+        return self._folded(images, lambda flat: self.network(self._normalise(flat), generator=generators))
 
     def train(self, mode: bool = True) -> TrainableBackbone:
         """Switches between training and evaluation, but for batch norms and dropout."""

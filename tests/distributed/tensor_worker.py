@@ -90,6 +90,25 @@ def attending(world, group) -> float:
     return compare(split(images), images, split.spec, expected)
 
 
+def passes(world, group) -> dict[str, float]:
+    """The largest relative error of maps that are computed in several passes, of which members need unequally many."""
+    whole = load_backbone("swinv2_nano", weights="random:3", dtype=torch.float64)
+    split = load_backbone("swinv2_nano", weights="random:3", dtype=torch.float64, tensor_group=group)
+    split.max_images = 2
+    errors = {}
+    for kind in ("uneven", "counts", "none"):
+        images = draw_images(world, kind)
+        errors[kind] = compare(split(images), images, split.spec, whole(images) if len(images) else None)
+    random = torch.Generator().manual_seed(world.rank)
+    clips = torch.randint(0, 256, (world.rank % 2, 3, 3, 64, 64), dtype=torch.uint8, generator=random)
+    found = split(clips)
+    assert [one.shape[:2] for one in found] == [clips.shape[:2]] * 4
+    if len(clips):
+        frames = clips.flatten(0, 1)
+        errors["clips"] = compare(tuple(one.flatten(0, 1) for one in found), frames, split.spec, whole(frames))
+    return errors
+
+
 def half_precision(world, group) -> dict[str, float]:
     """How far the maps in bfloat16 are from those in float64, split and whole."""
     images = draw_images(world, "equal")
@@ -280,6 +299,7 @@ def main() -> None:
         result["errors"][degree] = world.gather_objects(forwards(world, group))
         result["loading"][degree] = world.gather_objects(loading(world, group, args["files"]))
         if degree == 2:
+            result["passes"] = world.gather_objects(passes(world, group))
             result["half"] = world.gather_objects(half_precision(world, group))
             result["steps"] = {kind: detection_losses(world, own) for kind, own in (("split", group), ("whole", None))}
             result["attending"] = world.gather_objects(attending(world, group))

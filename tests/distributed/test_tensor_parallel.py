@@ -68,6 +68,12 @@ def test_maps_are_those_of_the_whole_network(found: dict[str, Any], degree: int)
             assert error < limit, (rank, network, batches)
 
 
+def test_maps_in_several_passes_and_of_clips_are_those_of_the_whole_network(found: dict[str, Any]) -> None:
+    for rank, errors in enumerate(found["passes"]):
+        assert set(errors) == {"uneven", "counts", "none", *(["clips"] if rank % 2 else [])}
+        assert max(errors.values()) < 1e-13, (rank, errors)
+
+
 def test_maps_of_a_network_of_ones_own_size(found: dict[str, Any]) -> None:
     assert max(found["custom"]) < 1e-13
 
@@ -121,7 +127,7 @@ def test_faults_of_one_rank_are_told_to_its_group(found: dict[str, Any]) -> None
     for own in (first, odd):
         assert "rank 1 of this tensor group reads other weights than the first one" in own["other"]
     assert odd["images"].startswith(
-        "BackboneError: A backbone takes images of shape (B, 3, H, W), found (1, 4, 64, 64)"
+        "BackboneError: A backbone takes images of shape (B, 3, H, W) or clips of shape (B, T, 3, H, W), found (1, 4, 64, 64)"
     )
     assert first["images"].startswith("BackboneError: The backbone refuses the images of rank 1 of this tensor group")
     for own in others:

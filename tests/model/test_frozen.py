@@ -50,6 +50,37 @@ def test_uint8_equals_floats_in_0_to_1(backbone, images) -> None:
         assert torch.equal(one, two)
 
 
+def test_a_clip_is_a_batch_of_its_frames(backbone) -> None:
+    random = torch.Generator().manual_seed(1)
+    clips = torch.randint(0, 256, (2, 3, 3, 40, 61), dtype=torch.uint8, generator=random)
+    for found, expected in zip(backbone(clips), backbone(clips.flatten(0, 1)), strict=True):
+        assert found.shape == (2, 3, *expected.shape[1:])
+        assert torch.equal(found.flatten(0, 1), expected)
+    with pytest.raises(BackboneError, match=r"clips of shape \(B, T, 3, H, W\), found \(2, 0, 3, 40, 61\)"):
+        backbone(clips[:, :0])
+
+
+@pytest.mark.parametrize("max_images", [1, 2, 4, 5, 6, 100])
+def test_passes_bound_the_memory_and_change_nothing_else(backbone, max_images: int) -> None:
+    random = torch.Generator().manual_seed(2)
+    clips = torch.randint(0, 256, (2, 3, 3, 64, 64), dtype=torch.uint8, generator=random)
+    seen = []
+    hook = backbone.network.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    expected = backbone(clips)
+    chunked = copy.deepcopy(backbone)
+    chunked.max_images = max_images
+    seen.clear()
+    found = chunked(clips)
+    hook.remove()
+    assert seen == [min(max_images, 6 - start) for start in range(0, 6, max_images)]
+    for one, two in zip(found, expected, strict=True):
+        assert one.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+        assert one.is_contiguous() == two.is_contiguous()
+        # A matrix product may sum in another order when its batch is smaller.
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(one, two) for one, two in zip(found, chunked(clips)))
+
+
 def test_features_serve_a_heads_backward(backbone, images) -> None:
     head = nn.Conv2d(32, 4, 1)
     feature = backbone(images)[0]

@@ -54,6 +54,21 @@ def test_in_evaluation_it_is_the_frozen_network(name: str, images: torch.Tensor,
     assert max(errors) < 1e-5
 
 
+def test_the_frames_of_a_clip_are_images_that_share_its_drop_path(images: torch.Tensor) -> None:
+    backbone = load_trainable("swinv2_nano", weights="random", drop_path_rate=0.5).train()
+    clips = images[:1].expand(2, 3, -1, -1, -1)
+    for one, two in zip(
+        backbone(clips, generators(KEYS[:2])), backbone(images[:1].expand(2, -1, -1, -1), generators(KEYS[:2]))
+    ):
+        assert one.shape == (2, 3, *two.shape[1:])
+        torch.testing.assert_close(one, two[:, None].expand_as(one), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(one[0], one[1], atol=1e-2), "the clips have draws of their own"
+    with pytest.raises(BackboneError, match=r"max_images is 8, but backbone.frozen is False"):
+        BackboneConfig(name="swinv2_nano", weights="random", frozen=False, max_images=8)
+    with pytest.raises(BackboneError, match=r"max_images is 0: give at least 1"):
+        BackboneConfig(name="swinv2_nano", weights="random", max_images=0)
+
+
 def test_constants_follow_the_parameters(images: torch.Tensor) -> None:
     backbone = load_trainable("swinv2_nano", weights="random").eval()
     assert "folded" not in backbone.describe()["attention"]
