@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from permafrost.launcher.errors import USER_ERRORS, LaunchError, RecipeError
+from permafrost.launcher.errors import USER_ERRORS, RecipeError
 from permafrost.launcher.experiment import Experiment
 from permafrost.launcher.mesh import World
 
@@ -43,10 +43,8 @@ def build_parts(experiment: Experiment, world: World) -> TrainingParts:
     Raises:
         DataError, WeightsError, BackboneError, HeadError: what cannot be built, on every rank.
         RecipeError: the two splits have different classes.
-        LaunchError: the ranks do not see the same recipe, data or weights.
+        LaunchError: the ranks do not see the same data or weights.
     """
-    # First: processes with other recipes would wait for each other in other places below.
-    require_agreement(world, {"recipe": repr(experiment)})
     # A built-in world is written by the main rank; the others find it there.
     train_set = main_first(world, experiment.data.build_train)
     val_set = main_first(world, experiment.data.build_val)
@@ -56,6 +54,8 @@ def build_parts(experiment: Experiment, world: World) -> TrainingParts:
             f"annotations {', '.join(val_set.classes)}: they must be the same, in the same order of category ids"
         )
     backbone = build_backbone(experiment, world, experiment.mesh.tensor)
+    from permafrost.launcher.agreement import require_agreement  # it needs this module
+
     require_agreement(
         world,
         {
@@ -155,24 +155,3 @@ def main_first(world: World, make: Callable[[], T]) -> T:
     made: list[T] = []
     on_main(world, lambda: made.append(make()))
     return made[0] if world.is_main else make()
-
-
-def require_agreement(world: World, facts: Mapping[str, str]) -> None:
-    """Refuse ranks that would train on different things. Collective.
-
-    Raises:
-        LaunchError: on every rank, naming what differs and where.
-    """
-    everyone = world.gather_objects(dict(facts))
-
-    def check() -> None:
-        assert everyone is not None
-        for what, value in facts.items():
-            odd = [rank for rank, own in enumerate(everyone) if own[what] != value]
-            if odd:
-                raise LaunchError(
-                    f"the {what} of rank {', '.join(map(str, odd))} is not that of rank 0: give every process the same "
-                    "command, files and version of permafrost"
-                )
-
-    on_main(world, check)

@@ -21,6 +21,10 @@ class LaunchError(ValueError):
     """Processes, devices or engines do not fit together: says which variable or file, and what would."""
 
 
+class OutOfDeviceMemory(ValueError):
+    """A device is too small for the recipe: says what it is estimated to need, and what would need less."""
+
+
 class TrainingStopped(RuntimeError):
     """Training stopped because the loss was not finite (of a head: several times in a row, and raised when everything
     else of the run is done).
@@ -53,4 +57,5 @@ USER_ERRORS = (
     CheckpointError,
     RunFolderError,
     LaunchError,
+    OutOfDeviceMemory,
 )

@@ -73,6 +73,12 @@ class Beat:
         """Whether it should have beaten several times since."""
         return self.silence(now) > MISSED * self.interval
 
+    @property
+    def is_running_here(self) -> bool:
+        """Whether its process is one of this machine that has not ended."""
+        here = self.host == platform.node() and process_start(self.pid) == self.started
+        return here and _stat(self.pid, 0) != "Z"
+
     def describe(self) -> str:
         """`rank 3 (pid 812 on node7)`."""
         return f"rank {self.rank} (pid {self.pid} on {self.host})"

@@ -189,7 +189,7 @@ def _run_head(run: HeadRun, batch_size: int, side: int) -> HeadPlan:
             autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=run.precision == "bfloat16")
             with _kernels_of(run.device_type):
                 with offload.saving(head, kept, taken), autocast:
-                    losses = head(taken, batch)
+                    losses = head(taken, batch, _own_counts)
                 del taken
                 saved, forward_peak, forward_flops = trace.live, trace.take_peak(), trace.flops
                 torch.stack(list(losses.values())).sum().backward()
@@ -206,6 +206,11 @@ def _run_head(run: HeadRun, batch_size: int, side: int) -> HeadPlan:
         forward_flops=forward_flops,
         flops=trace.flops,
     )
+
+
+def _own_counts(name: str, count: Tensor) -> Tensor:
+    """LossCounts of this process alone: a plan may be made while other ranks do something else."""
+    return count.float().clamp(min=1.0)
 
 
 @contextmanager

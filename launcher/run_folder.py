@@ -158,6 +158,20 @@ class RunFolder:
         self._is_new = True
         return "new"
 
+    def require_place(self) -> None:
+        """Refuse a path that can never become a run folder, without making anything: it takes no time.
+
+        Raises:
+            RunFolderError: it lies under a file, or in a folder or on a file system that cannot be written.
+        """
+        place = Path(os.path.abspath(self.path))
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise RunFolderError(f"cannot write to the run folder {self}: {place} is no folder; give another --output")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise RunFolderError(f"cannot write to the run folder {self}: {place} is read-only; give another --output")
+
     def withdraw(self) -> None:
         """Undo a `prepare` that returned "new", unless something was trained since.
 
@@ -328,11 +342,16 @@ class RunFolder:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a small file: whoever reads it, whenever the power fails, finds the old or the new content."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

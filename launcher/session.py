@@ -63,6 +63,7 @@ class Session:
         metrics: of the last evaluation.
         window: what was measured since the last log line.
         save_error: why the last checkpoint could not be written; None when it was.
+        failed_saves: checkpoints that could not be written since this start. The main rank knows.
     """
 
     experiment: Experiment
@@ -80,6 +81,7 @@ class Session:
     metrics: Metrics = field(default_factory=dict)
     window: Window = field(default_factory=Window)
     save_error: str | None = None
+    failed_saves: int = 0
 
     def attempt(self, what: str, write: Callable[[], object]) -> None:
         """Write a small file; a full disk is a warning, and training goes on."""
@@ -205,6 +207,7 @@ def _write_checkpoint(session: Session, states: dict[str, HeadState], step: int,
         session.save_error = None
     except OSError as error:
         session.save_error = f"the checkpoint of step {step} could not be written: {error}"
+        session.failed_saves += 1
         session.monitor.warn(f"{session.save_error}; training goes on")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from permafrost.data.loader import WorkerError, train_loader
 from permafrost.data.sampler import GlobalStream
 from permafrost.heads.base import world_mean_counts
+from permafrost.launcher.agreement import require_same_program
 from permafrost.launcher.build import build_parts, on_main
 from permafrost.launcher.checkpoint import load_newest
 from permafrost.launcher.counts import RecordedCounts
@@ -31,6 +32,7 @@ from permafrost.launcher.layout import micro_batch_size
 from permafrost.launcher.mesh import init_world
 from permafrost.launcher.meters import memory_peaks
 from permafrost.launcher.monitor import Monitor
+from permafrost.launcher.out_of_memory import memory_explained
 from permafrost.launcher.pictures import Pictures
 from permafrost.launcher.ranks import among_ranks
 from permafrost.launcher.run_folder import RunFolder
@@ -80,6 +82,7 @@ def train(experiment: Experiment, *, resume: str = "auto", device: str = "auto")
     world = init_world(device, timeout=loop.process_group_timeout)
     run = RunFolder.of(experiment)
     try:
+        require_same_program(experiment, world)
         world.require_mesh(experiment.mesh.tensor)
         micro_batch_size(global_batch=loop.global_batch, world_size=world.world_size, accumulation=accumulation)
         on_main(world, lambda: run.prepare(experiment, resume))
@@ -90,6 +93,7 @@ def train(experiment: Experiment, *, resume: str = "auto", device: str = "auto")
         with (
             Interruption().catch() as interruption,
             among_ranks(world, run.heartbeats, loop.process_group_timeout) as heartbeat,
+            memory_explained(experiment, world),
         ):
             final = start_and_train(experiment, world, run, heartbeat, interruption)
         return conclude(run, final)
@@ -322,6 +326,7 @@ def log(session: Session, done: int, stream: GlobalStream, offload: ActivationOf
         values[f"{name}/learning_rate"] = trainee.rate(done - 1, loop.num_steps)
         values[f"{name}/skipped_steps"] = trainee.skipped
     values |= {"data/epoch": stream.epoch(done, loop.global_batch), "data/replaced_images": session.tracker.count}
+    values["checkpoints/failed"] = session.failed_saves
     values |= session.stopwatch.take(loop.global_batch)
     values |= memory_peaks(session.world.device)
     if offload.mode != "off":

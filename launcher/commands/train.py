@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from permafrost.launcher.cli import parse_experiment
 from permafrost.launcher.commands.arguments import add_device, add_resume, split_recipe
+from permafrost.launcher.run_folder import RunFolder
 
 EPILOG = """RECIPE is a name from `permafrost recipes`, package.module:function, or file.py:function.
 Its fields are options: `permafrost train RECIPE --help` shows each with its type and default.
@@ -57,6 +59,10 @@ def run(argv: Sequence[str]) -> int:
     if options.init_head is not None:
         for head in experiment.heads.values():
             head.init = options.init_head
+
+    if os.environ.get("RANK", "0") == "0":
+        # At once: the imports below take seconds, the weights perhaps minutes.
+        RunFolder.of(experiment).require_place()
 
     from permafrost.launcher.train import train
 

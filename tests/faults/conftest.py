@@ -117,10 +117,10 @@ class Job:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """start(recipe, *arguments, ranks=2, launcher=None, fault=None, variables=None, cwds=None): a running Job.
+    """start(recipe, *arguments, ranks=2, launcher=None, fault=None, variables=None, ...): a running Job.
 
     `recipe` is a function of recipe.py. launcher: None starts each rank by itself; "torchrun" and "deepspeed" are real.
-    `fault` is read by recipe.py.
+    `fault` is read by recipe.py. Without a launcher, ranks may have `rank_variables`, `cwds` and `more` arguments of their own.
     """
     jobs: list[Job] = []
 
@@ -133,6 +133,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
         variables: dict[str, str] | None = None,
         rank_variables: list[dict[str, str]] | None = None,
         cwds: list[Path] | None = None,
+        more: list[list[str]] | None = None,
     ) -> Job:
         environ = {**clean_environment(), **(variables or {})}
         if fault is not None:
@@ -147,7 +148,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
             command = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, "--module", *train]
             commands, environs = [command], [environ]
         else:
-            commands = [[sys.executable, "-m", *train]] * ranks
+            commands = [[sys.executable, "-m", *train, *own_words] for own_words in more or [[]] * ranks]
             environs = [dict(environ) for _ in range(ranks)]
             if ranks > 1:
                 for rank, one in enumerate(environs):

@@ -13,12 +13,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from permafrost.data.config import JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.data.config import CocoDataConfig, JitterConfig, ShapesDataConfig, ShapesWorld
 from permafrost.data.types import DetectionResult
 from permafrost.heads.base import Head, world_mean_counts
 from permafrost.heads.config import BoxHeadConfig, FPNConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
@@ -104,6 +105,13 @@ def smooth() -> Experiment:
     return dataclasses.replace(experiment, name="smooth", heads={"probe": head})
 
 
+def on_disk() -> Experiment:
+    """The smooth head on files of the user's own, below the current folder."""
+    experiment = smooth()
+    data = CocoDataConfig(root="world", image_size=64, jitter=JitterConfig(scale_range=(1.0, 1.0)))
+    return dataclasses.replace(experiment, name="on_disk", data=data)
+
+
 def endless() -> Experiment:
     """So many steps that something has to end it."""
     experiment = smooth()
@@ -124,6 +132,8 @@ def deed(fault: dict[str, Any]) -> Callable[[], None]:
             time.sleep(0.2)  # until the thread that notes it has done so
         elif fault["do"] == "raise":
             raise KeyError("the odd one")
+        elif fault["do"] == "remove":
+            os.remove(fault["path"])
         elif fault["do"] == "sleep":
             time.sleep(fault["seconds"])
         else:
@@ -170,5 +180,22 @@ def prepare(fault: dict[str, Any]) -> None:
     before(*places[fault["at"]], deed(fault), fault.get("number", 1))
 
 
+def record_samples(folder: Path) -> None:
+    """Write down the keys of every step's samples: rank_0, rank_1, ... in a folder."""
+    import permafrost.launcher.train as loop
+
+    original, file = loop.head_losses, folder / f"rank_{os.environ.get('RANK', '0')}"
+
+    def wrapped(engine: Any, features: Any, micro_batches: Any, *more: Any) -> Any:
+        keys = [[key.epoch, key.index] for batch in micro_batches for key in batch.keys]
+        with file.open("a") as lines:
+            lines.write(json.dumps(keys) + "\n")
+        return original(engine, features, micro_batches, *more)
+
+    loop.head_losses = wrapped
+
+
+if os.environ.get("SAMPLES"):
+    record_samples(Path(os.environ["SAMPLES"]))
 if os.environ.get("FAULT"):
     prepare(json.loads(os.environ["FAULT"]))
