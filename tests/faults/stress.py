@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -138,9 +139,18 @@ def losses(run: Path) -> list[dict[str, Any]]:
 
 
 def state(run: Path) -> dict[str, Any]:
-    """What the last checkpoint holds: the hash of every file, and its counters."""
-    content = json.loads((run / f"checkpoints/step_{STEPS:08d}/state.json").read_text())
-    return {name: content[name] for name in ("files", "loop", "heads", "step", "epoch")}
+    """What the last checkpoint holds: the hash of every tensor, and its counters."""
+    from safetensors.numpy import load_file
+
+    folder = run / f"checkpoints/step_{STEPS:08d}"
+    content = json.loads((folder / "state.json").read_text())
+    # The files themselves differ: the notes in their headers come in any order.
+    tensors = {
+        f"{path.stem}.{name}": hashlib.sha256(tensor.tobytes()).hexdigest()
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in sorted(load_file(path).items())
+    }
+    return {"tensors": tensors, **{name: content[name] for name in ("loop", "heads", "step", "epoch")}}
 
 
 def start_steps(run: Path) -> list[int]:
@@ -153,7 +163,9 @@ def difference(run: Path, whole: Path) -> str:
     for what in (losses, state):
         found, expected = what(run), what(whole)
         if found != expected:
-            return f"{what.__name__}: {found} instead of {expected}"
+            pairs = zip(found, expected) if what is losses else [(found["tensors"], expected["tensors"])]
+            names = [f"{name} of {one.get('step', 'the last step')}" for one, two in pairs for name in two if one.get(name) != two[name]]
+            return f"{what.__name__}: {', '.join(names[:5])} differ"
     for file in ("evaluations.jsonl", "final.json"):
         if (run / file).read_text() != (whole / file).read_text():
             return file
