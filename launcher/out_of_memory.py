@@ -59,9 +59,7 @@ def _from_plan(experiment: Experiment, world: World) -> tuple[str, list[str]]:
     is_cuda = world.device.type == "cuda"
     memory = torch.cuda.get_device_properties(world.device).total_memory if is_cuda else None
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
-    machines = Machines(
-        gpus=here, nodes=max(1, world.world_size // here), memory=memory, device_type=world.device.type
-    )
+    machines = Machines(gpus=here, nodes=max(1, world.world_size // here), memory=memory, device_type=world.device.type)
     planner = Planner(experiment, machines)
     row = planner.row(planner.own)
     changes = [change for change in remedies(planner, row, planner.table()) if change[1].peak < row.peak]

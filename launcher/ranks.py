@@ -82,7 +82,10 @@ def _explain(world: World, heartbeat: Heartbeat, error: BaseException) -> str:
         # A process loses its connections a moment before it is gone, and before it has said why.
         time.sleep(0.05)
         culprits = find_culprits(read_beats(heartbeat.folder), world.world_size, exclude=world.rank)
-    while any(c.beat and c.beat.phase == "failed" and c.beat.is_running_here for c in culprits) and time.monotonic() < limit:
+    while (
+        any(c.beat and c.beat.phase == "failed" and c.beat.is_running_here for c in culprits)
+        and time.monotonic() < limit
+    ):
         # Its traceback comes first.
         time.sleep(0.05)
     if not culprits:

@@ -164,7 +164,12 @@ def difference(run: Path, whole: Path) -> str:
         found, expected = what(run), what(whole)
         if found != expected:
             pairs = zip(found, expected) if what is losses else [(found["tensors"], expected["tensors"])]
-            names = [f"{name} of {one.get('step', 'the last step')}" for one, two in pairs for name in two if one.get(name) != two[name]]
+            names = [
+                f"{name} of {one.get('step', 'the last step')}"
+                for one, two in pairs
+                for name in two
+                if one.get(name) != two[name]
+            ]
             return f"{what.__name__}: {', '.join(names[:5])} differ"
     for file in ("evaluations.jsonl", "final.json"):
         if (run / file).read_text() != (whole / file).read_text():
@@ -259,7 +264,10 @@ class Stress:
             variables = {"SAMPLES": str(seen)}
             (codes,) = self.run(slug, [None], arguments=[*settings, *engine], ranks=ranks, variables=variables)
             if codes != [0] * ranks:
-                yield {"name": name, "problem": f"exit codes {codes}: {(self.folder / f'{slug}.log').read_text()[-3000:]}"}
+                yield {
+                    "name": name,
+                    "problem": f"exit codes {codes}: {(self.folder / f'{slug}.log').read_text()[-3000:]}",
+                }
                 continue
             run = self.folder / slug
             found = samples(seen, ranks), losses(run)[4:]

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROWS = (*range(1, 20), *range(26, 29))
-TABLE = re.findall(r"^\| (\d+) \|[^|]*\|([^|]*)\|", Path(__file__).with_name("README.md").read_text(), flags=re.MULTILINE)
+TABLE = re.findall(
+    r"^\| (\d+) \|[^|]*\|([^|]*)\|", Path(__file__).with_name("README.md").read_text(), flags=re.MULTILINE
+)
 
 
 def test_every_row_is_there() -> None:
