@@ -12,10 +12,11 @@ from torch import Tensor
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.plan_trace import FusedAttention, Trace
 from permafrost.model import swin, swin_parts, swin_v1
+from permafrost.model.backbone import Network
 from permafrost.model.config import BackboneConfig
 from permafrost.model.errors import WeightsError
 from permafrost.model.fairscale_groups import TensorGroup
-from permafrost.model.frozen import FrozenBackbone, Network
+from permafrost.model.frozen import FrozenBackbone
 from permafrost.model.known_weights import find_public
 from permafrost.model.load_swin import IMAGENET_MEAN, IMAGENET_STD, resident_dtype
 from permafrost.model.spec import SWIN_V1_SIZES, SWINV2_SIZES, TIMM_PREFIX, FeatureSpec

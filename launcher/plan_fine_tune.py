@@ -65,7 +65,10 @@ def build_trained(config: BackboneConfig, options: dict[str, object]) -> Trainab
         )
     network = build_network(config, options)
     network.set_training(drop_path_rate=config.drop_path_rate, checkpoint_activations=config.checkpoint_activations)
-    return TrainableBackbone(network, mean=IMAGENET_MEAN, std=IMAGENET_STD, fingerprint="", choices={})
+    backbone = TrainableBackbone(network, mean=IMAGENET_MEAN, std=IMAGENET_STD, fingerprint="", choices={})
+    if config.patch_frames > 1:
+        backbone.inflate_patches(config.patch_frames)
+    return backbone
 
 
 def plan_trained(

@@ -78,6 +78,9 @@ class BackboneConfig:
     max_images: int | None = None
     """Most images in one pass through the frozen network; more are taken in several. A clip has as many as frames. None: all
     of a micro-batch at once."""
+    patch_frames: int = 1
+    """Frames of a clip that a Swin's patch embedding takes together: 1 sees each by itself; 2 is Video-Swin's, whose weights are the
+    file's repeated over both and halved. Clips then have half as many maps as frames."""
     frozen: bool = True
     """False trains all of the network with its one head. The fields below are for that, and mean nothing while frozen."""
     learning_rate_factor: float = 1.0
@@ -123,11 +126,20 @@ class BackboneConfig:
             self.taps = tuple(self.taps)
         if self.max_images is not None and self.max_images < 1:
             raise BackboneError(f"backbone.max_images is {self.max_images}: give at least 1, or None for all at once")
+        if self.patch_frames < 1:
+            raise BackboneError(f"backbone.patch_frames is {self.patch_frames}: give 1 for each frame by itself, or 2")
         self._check_training()
         of_some = ("window_size", "pretrained_window_size", "extra_norm_interval", "taps")
         values = {f"backbone.{field}": getattr(self, field) for field in of_some}
         values |= {f"backbone.{field}": given(getattr(self, field)) for field in ("attention", "residual_norm", "gelu")}
-        check_fields(self.name, **values, **{"backbone.fp8": self.fp8 or None})
+        check_fields(
+            self.name,
+            **values,
+            **{
+                "backbone.fp8": self.fp8 or None,
+                "backbone.patch_frames": self.patch_frames if self.patch_frames > 1 else None,
+            },
+        )
 
     def _check_training(self) -> None:
         if not self.learning_rate_factor > 0 or self.learning_rate_factor == float("inf"):
@@ -203,6 +215,8 @@ class BackboneConfig:
                 require_graphs(torch.device(device))
             backbone = load_backbone(self.name, tensor_group=tensor_group, fp8=self.fp8, **common)
             backbone.max_images = self.max_images
+            if self.patch_frames > 1:
+                backbone.inflate_patches(self.patch_frames)
             if self.compile:
                 backbone.compile_forward()
             if self.cuda_graph:
@@ -212,6 +226,9 @@ class BackboneConfig:
             raise BackboneError("A network that is trained is not split over a tensor group: ZeRO 3 shards it.")
         from permafrost.model.trainable import load_trainable
 
-        return load_trainable(
+        trainable = load_trainable(
             self.name, drop_path_rate=self.drop_path_rate, checkpoint_activations=self.checkpoint_activations, **common
         )
+        if self.patch_frames > 1:
+            trainable.inflate_patches(self.patch_frames)
+        return trainable

@@ -21,7 +21,7 @@ from permafrost.model.weights import Checkpoint, check_fit, draw_weights, read_w
 from permafrost.model.windows import Windows, choose_windows
 
 if TYPE_CHECKING:
-    from permafrost.model.frozen import Network
+    from permafrost.model.backbone import Network
 
 # Per-channel mean and standard deviation (RGB, pixels in [0, 1]) of ImageNet, which every released Swin was trained
 # with; files of our own may state others.

@@ -236,6 +236,13 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, kernel_size=PATCH_SIZE, stride=PATCH_SIZE)
         self.norm = nn.LayerNorm(dim)
 
+    def inflate(self, num_frames: int) -> None:
+        """Takes (B, 3 * num_frames, H, W) from now on: weights repeated over the frames and divided by their number."""
+        weight = self.proj.weight
+        inflated = weight.detach().repeat(1, num_frames, 1, 1) / num_frames
+        self.proj.weight = nn.Parameter(inflated, requires_grad=weight.requires_grad)
+        self.proj.in_channels = inflated.shape[1]
+
     def forward(self, images: Tensor) -> Tensor:
         """Maps normalised images (B, 3, H, W) to (B, ceil(H / 4), ceil(W / 4), C)."""
         height, width = images.shape[2:]
@@ -446,8 +453,9 @@ class Swin(nn.Module):
         Raises:
             BackboneError: If the images are not (B, 3, H, W) or smaller than a patch.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise BackboneError(f"Images must have shape (B, 3, H, W), found {tuple(images.shape)}.")
+        channels = self.patch_embed.proj.in_channels
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise BackboneError(f"Images must have shape (B, {channels}, H, W), found {tuple(images.shape)}.")
         if min(images.shape[2:]) < PATCH_SIZE:
             raise BackboneError(
                 f"Images of {images.shape[2]} x {images.shape[3]} pixels are smaller than one patch "

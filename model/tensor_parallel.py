@@ -26,9 +26,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from permafrost.model.backbone import Network
 from permafrost.model.errors import BackboneError, WeightsError
 from permafrost.model.fairscale_groups import TensorGroup
-from permafrost.model.frozen import FrozenBackbone, Network
+from permafrost.model.frozen import FrozenBackbone
 from permafrost.model.precision import full_precision
 from permafrost.model.spec import FeatureSpec
 from permafrost.model.swin import SwinV2
@@ -270,7 +271,7 @@ class SplitBackbone(FrozenBackbone):
         except BackboneError as error:
             problem = error
         group = self.network.group
-        shape = (0, 0, 0) if problem else (images.shape[:-3].numel(), *images.shape[-2:])
+        shape = (0, 0, 0) if problem else (images.shape[:-3].numel() // self.patch_frames, *images.shape[-2:])
         reports = group.exchange((problem is not None, *shape))
         if problem is not None:
             raise problem

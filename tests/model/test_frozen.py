@@ -81,6 +81,32 @@ def test_passes_bound_the_memory_and_change_nothing_else(backbone, max_images: i
     assert all(torch.equal(one, two) for one, two in zip(found, chunked(clips)))
 
 
+def test_frames_embedded_together_are_an_inflated_convolution(backbone) -> None:
+    inflated = copy.deepcopy(backbone)
+    inflated.inflate_patches(2)
+    random = torch.Generator().manual_seed(3)
+    clips = torch.randint(0, 256, (2, 4, 3, 40, 61), dtype=torch.uint8, generator=random)
+    seen = []
+    hook = inflated.network.patch_embed.proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    found = inflated(clips)
+    hook.remove()
+    assert [one.shape[:2] for one in found] == [(2, 2)] * 4
+    # Independently: a 3-D convolution over (T, H, W), as Video-Swin has it.
+    weight = backbone.network.patch_embed.proj.weight
+    pixels = (clips / 255 - backbone.mean[:, None, None]) / backbone.std[:, None, None]
+    volume = nn.functional.pad(pixels.transpose(1, 2), (0, 3))
+    bias = backbone.network.patch_embed.proj.bias
+    whole = nn.functional.conv3d(volume, weight[:, :, None].expand(-1, -1, 2, -1, -1) / 2, bias, stride=(2, 4, 4))
+    torch.testing.assert_close(seen[0], whole.transpose(1, 2).flatten(0, 1), rtol=1e-4, atol=1e-5)
+    still = clips[:, :1].expand(-1, 4, -1, -1, -1)
+    for one, two in zip(inflated(still), backbone(clips[:, :1]), strict=True):
+        torch.testing.assert_close(one, two.expand_as(one), rtol=1e-4, atol=1e-4)
+    for wrong in (clips[:, :3], clips[:, 0]):
+        with pytest.raises(BackboneError, match=r"backbone\.patch_frames is 2: clips"):
+            inflated(wrong)
+    assert inflated.fingerprint == backbone.fingerprint
+
+
 def test_features_serve_a_heads_backward(backbone, images) -> None:
     head = nn.Conv2d(32, 4, 1)
     feature = backbone(images)[0]

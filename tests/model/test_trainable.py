@@ -69,6 +69,20 @@ def test_the_frames_of_a_clip_are_images_that_share_its_drop_path(images: torch.
         BackboneConfig(name="swinv2_nano", weights="random", max_images=0)
 
 
+def test_an_inflated_embedding_learns_each_frame_by_itself() -> None:
+    config = BackboneConfig(name="swinv2_nano", weights="random", frozen=False, patch_frames=2)
+    backbone = config.build().train()
+    clips = torch.randint(0, 256, (1, 2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    backbone(clips, generators(KEYS[:1]))[-1].square().sum().backward()
+    gradient = backbone.network.patch_embed.proj.weight.grad
+    assert gradient.shape[1] == 6
+    assert not torch.allclose(gradient[:, :3], gradient[:, 3:])
+    with pytest.raises(BackboneError, match=r"backbone\.patch_frames is 2, but timm/"):
+        BackboneConfig(name="timm/resnet18", weights="random", patch_frames=2)
+    with pytest.raises(BackboneError, match=r"backbone\.patch_frames is 0"):
+        BackboneConfig(name="swinv2_nano", weights="random", patch_frames=0)
+
+
 def test_constants_follow_the_parameters(images: torch.Tensor) -> None:
     backbone = load_trainable("swinv2_nano", weights="random").eval()
     assert "folded" not in backbone.describe()["attention"]
