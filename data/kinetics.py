@@ -17,6 +17,7 @@ from permafrost.data.types import ClipResult, ClipTarget, Sample, SampleKey
 from permafrost.data.video.config import ClipConfig, KineticsDataConfig
 from permafrost.data.video.decoder import Decoder
 from permafrost.data.video.errors import VideoError
+from permafrost.data.video.inputs import view_sampling
 from permafrost.data.video.lists import read_split
 from permafrost.data.video.transforms import random_crop, to_clip, view_crop
 
@@ -95,6 +96,11 @@ class KineticsClips(Dataset):
         return len(self.records) * self.num_views
 
     @property
+    def groups(self) -> list[int] | None:
+        """See TaskDataset: the views of each video, whose crops share a decoded clip."""
+        return None if self.is_train else [self.num_views] * len(self.records)
+
+    @property
     def extent(self) -> str:
         """See TaskDataset: videos, and how many clips evaluation makes of them."""
         videos = f"{len(self.records):,} videos"
@@ -147,11 +153,8 @@ class KineticsClips(Dataset):
         moment, crop = divmod(view, clip.test_crops)
         path, label = self.records[video]
         if self._last is None or self._last[0] != (video, moment):
-            sampling = {"length": clip.num_frames, "clip": moment, "num_clips": clip.test_clips}
-            if clip.sampling == "dense":
-                sampling["stride"] = clip.frame_stride
             try:
-                decoded: Any = self.decoder.read(Path(path), kind=clip.sampling, **sampling)[0]
+                decoded: Any = self.decoder.read(Path(path), **view_sampling(clip, moment))[0]
             except VideoError as error:
                 decoded = str(error)
             self._last = ((video, moment), decoded)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from permafrost.data.errors import DataError
-from permafrost.data.task import Task, TaskDataConfig
+from permafrost.data.task import Progress, Task, TaskDataConfig
 
 if TYPE_CHECKING:
+    from permafrost.data.annotations import Finding
     from permafrost.data.kinetics import KineticsClips
+    from permafrost.data.video.inputs import VideoInputs
 
 EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 """Which files of a folder are taken for videos."""
@@ -146,6 +149,18 @@ class KineticsDataConfig(TaskDataConfig):
         from permafrost.data.kinetics import KineticsClips
 
         return KineticsClips.from_config(self.located(), train=False)
+
+    def check(self, *, decode: bool = True, on_progress: Progress | None = None) -> list[Finding]:
+        """See TaskDataConfig and `check_kinetics`."""
+        from permafrost.data.video.check import check_kinetics
+
+        return check_kinetics(self, decode=decode, on_progress=on_progress)
+
+    def inputs(self, classes: Sequence[str], category_ids: Sequence[int]) -> VideoInputs:
+        """See TaskDataConfig; `category_ids` is not needed."""
+        from permafrost.data.video.inputs import VideoInputs
+
+        return VideoInputs(self, classes)
 
 
 @dataclass

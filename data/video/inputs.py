@@ -1,0 +1,195 @@
+"""Videos without labels, for a video head: seen in the views of evaluation, written again with the best classes beneath."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from permafrost.data.draw import class_color
+from permafrost.data.errors import DataError
+from permafrost.data.types import ClipResult, ClipTarget, Sample, SampleKey
+from permafrost.data.video.config import ClipConfig, KineticsDataConfig
+from permafrost.data.video.decoder import Decoder
+from permafrost.data.video.errors import VideoError
+from permafrost.data.video.transforms import to_clip, view_crop
+
+TOP = 5
+_NAMED = 2
+_MIN_WIDTH = 320
+"""Narrower videos are enlarged by a whole factor, or names would not fit."""
+_CHUNK_BYTES = 64 << 20
+"""Frames decoded at a time for the drawing."""
+_FALLBACK_RATE = 25
+
+
+@dataclass
+class VideoClass:
+    """What one file shows.
+
+    Attributes:
+        video_id: position among the inputs.
+        num_views: over which the probabilities are averaged.
+        top: (label, probability) of the most probable classes, the best first.
+    """
+
+    video_id: int
+    num_views: int
+    top: list[tuple[int, float]]
+
+
+@dataclass
+class SourceVideo:
+    """What a result is drawn on.
+
+    Attributes:
+        path: the file.
+        num_frames: pictures it shows.
+        rate: of them per second, the mean where it varies.
+        frame_bytes: of one picture.
+    """
+
+    path: Path
+    num_frames: int
+    rate: float
+    frame_bytes: int
+
+
+class VideoInputs:
+    """See InputReader.
+
+    Args:
+        config: which views a video is seen in, and how it is decoded.
+        classes: names by label.
+    """
+
+    suffix = ".mp4"
+    threshold = 0.0
+
+    def __init__(self, config: KineticsDataConfig, classes: Sequence[str]) -> None:
+        self.config, self.classes = config, list(classes)
+        self.decoder = Decoder(
+            timeout=config.decode_timeout, backend=config.decoder, num_threads=config.decoder_threads
+        )
+
+    def read(self, file: Path, index: int) -> tuple[list[Sample], SourceVideo]:
+        """One sample for each view, and where the video is.
+
+        Raises:
+            DataError: it cannot be decoded.
+        """
+        clip = self.config.clip
+        samples: list[Sample] = []
+        try:
+            for moment in range(clip.test_clips):
+                frames, facts = self.decoder.read(file, **view_sampling(clip, moment))
+                for crop in range(clip.test_crops):
+                    image = view_crop(to_clip(frames), clip.test_short_side, clip.crop_size, crop, clip.test_crops)
+                    target = ClipTarget(index, len(samples), torch.tensor(0))
+                    samples.append(Sample(image, target, SampleKey(0, 0, index)))
+        except VideoError as error:
+            raise DataError(f"{file}: {error}") from error
+        return samples, SourceVideo(file, facts["num_frames"], facts["rate"], int(frames[0].nbytes))
+
+    def keep(self, results: Sequence[ClipResult], threshold: float) -> VideoClass:
+        """The best classes of the mean over the views, from the threshold up."""
+        scores = torch.stack([result.scores for result in results]).double().mean(dim=0)
+        best = torch.argsort(scores, descending=True, stable=True)[:TOP].tolist()
+        top = [(label, float(scores[label])) for label in best if scores[label] >= threshold]
+        return VideoClass(results[0].video_id, len(results), top)
+
+    def describe(self, result: VideoClass) -> str:
+        """The best classes with their probabilities."""
+        return ", ".join(f"{self.classes[label]} {score:.2f}" for label, score in result.top[:_NAMED]) or "nothing"
+
+    def entries(self, result: VideoClass, file: Path) -> list[dict[str, Any]]:
+        """One entry: the file, over how many views, and the best classes, the best first."""
+        top = [{"label": k, "class": self.classes[k], "score": round(score, 6)} for k, score in result.top]
+        return [{"video_id": result.video_id, "file_name": str(file), "num_views": result.num_views, "top": top}]
+
+    def write(self, source: SourceVideo, result: VideoClass, target: Path) -> None:
+        """The video as H.264 in MP4, without sound, with the best classes beneath. It ends where decoding fails.
+
+        A video of variable frame rate plays at its mean rate.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        import av
+
+        name = str(target.with_name(f".{target.stem}.part.mp4"))
+        panel: np.ndarray | None = None
+        try:
+            with av.open(name, "w") as sink:
+                rate = Fraction(source.rate or _FALLBACK_RATE).limit_denominator(1001)
+                stream = sink.add_stream("libx264", rate=rate)
+                stream.pix_fmt = "yuv420p"
+                stream.options = {"crf": "20", "preset": "veryfast"}
+                stream.codec_context.thread_count = 1
+                for picture in self._pictures(source):
+                    shown = _enlarged(picture)
+                    if panel is None:
+                        panel = draw_panel(result.top, self.classes, shown.shape[1])
+                        stream.height, stream.width = shown.shape[0] + panel.shape[0], shown.shape[1]
+                    frame = av.VideoFrame.from_ndarray(np.concatenate([shown, panel]), format="rgb24")
+                    sink.mux(stream.encode(frame))
+                if panel is not None:
+                    sink.mux(stream.encode(None))
+            if panel is None:
+                raise OSError(f"no frame of {source.path} can be decoded once more")
+            os.replace(name, target)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+    def _pictures(self, source: SourceVideo) -> Iterator[np.ndarray]:
+        """Every frame (H, W, 3) uint8, some at a time."""
+        length = max(1, _CHUNK_BYTES // max(1, source.frame_bytes))
+        for start in range(0, source.num_frames, length):
+            indices = list(range(start, min(start + length, source.num_frames)))
+            try:
+                yield from self.decoder.read(source.path, kind="frames", indices=indices)[0]
+            except VideoError:
+                return
+
+
+def view_sampling(clip: ClipConfig, moment: int) -> dict[str, Any]:
+    """What a Decoder is asked for to get one of evaluation's clips over time."""
+    asked = {"kind": clip.sampling, "length": clip.num_frames, "clip": moment, "num_clips": clip.test_clips}
+    return asked | {"stride": clip.frame_stride} if clip.sampling == "dense" else asked
+
+
+def draw_panel(top: Sequence[tuple[int, float]], classes: Sequence[str], width: int) -> np.ndarray:
+    """Classes with their probabilities as bars.
+
+    Args:
+        top: (label, probability).
+        classes: names by label.
+        width: pixels, even.
+
+    Returns:
+        (H, width, 3) uint8, H even and the same for any classes.
+    """
+    size = max(12, min(24, width // 28))
+    line = size + 8
+    picture = Image.new("RGB", (width, TOP * line + (TOP * line) % 2), (24, 24, 24))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=size)
+    for row, (label, score) in enumerate(top[:TOP]):
+        color = tuple(value // 2 for value in class_color(label))
+        draw.rectangle((0, row * line + 1, max(1, round(score * (width - 1))), (row + 1) * line - 2), fill=color)
+        draw.text((4, row * line + 2), f"{score:.2f}  {classes[label]}", fill=(255, 255, 255), font=font)
+    return np.asarray(picture)
+
+
+def _enlarged(picture: np.ndarray) -> np.ndarray:
+    """A frame by a whole factor, and its last row or column once more where H.264 asks for even sides."""
+    factor = max(1, -(-_MIN_WIDTH // picture.shape[1]))
+    picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    height, width = picture.shape[:2]
+    return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
