@@ -29,12 +29,12 @@ def quickstart_video() -> Experiment:
             )
         },
         loop=LoopConfig(
-            num_steps=300,
+            num_steps=500,
             global_batch=16,
             num_workers=1,
             log_every=20,
-            checkpoint_every=150,
-            image_every=150,
+            checkpoint_every=250,
+            image_every=250,
             evaluation_batch=16,
         ),
     )

@@ -22,6 +22,7 @@ from permafrost.launcher.plan_fine_tune import build_trained
 from permafrost.launcher.recipes import RecipeInfo, build_recipe, list_recipes
 
 NUM_CLASSES = {"CocoDataConfig": 80, "ShapesDataConfig": 8, "ADE20KDataConfig": 150, "SceneryDataConfig": 12}
+NUM_CLASSES |= {"KineticsDataConfig": 400, "MotionDataConfig": 10}
 RECIPES = {
     info.name: info for info in list_recipes() if info.name.startswith(("paper:", "low_data:", "detection_shapes:"))
 }
