@@ -1,8 +1,8 @@
 """The paper's Table 4 in small: which head tells the order of frames on a frozen backbone, and what full fine-tuning adds.
 
-    python benchmarks/evidence_video.py --seeds 0      runs what is missing, all cells of one seed first
-    python benchmarks/evidence_video.py --summarise    prints the table
-    python benchmarks/evidence_video.py --list         prints the cells that are there
+    python benchmarks/evidence_video.py --seeds 0 [--num-steps 240]    runs what is missing, all cells of one seed first
+    python benchmarks/evidence_video.py --summarise                    prints the table
+    python benchmarks/evidence_video.py --list                         prints the cells that are there
 
 A cell is a head (linear, temporal, global), a setting (frozen or fully fine-tuned) and a seed, on the pretrained nano SwinV2 and the
 built-in world `motion`. The three frozen heads of a seed share their clips and one frozen forward, as heads of one run may; each
@@ -25,6 +25,7 @@ import argparse
 import csv
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -52,6 +53,7 @@ FIELDS = (
 )  # fmt: skip
 
 NUM_STEPS, BATCH = 240, 16
+TRIAL_STEPS = 2
 HEADS = ("linear", "temporal", "global")
 SETTINGS = ("frozen", "full")
 BLOCKS = {"num_blocks": 2, "width": 128, "head_channels": 32, "num_frames": 8, "map_side": 2, "dropout": 0.1}
@@ -72,7 +74,7 @@ def runs(seeds: Sequence[int]) -> list[tuple[tuple[str, ...], str, int]]:
     ]
 
 
-def build(heads: Sequence[str], setting: str, seed: int, *, trial: bool = False) -> Experiment:
+def build(heads: Sequence[str], setting: str, seed: int, num_steps: int, *, trial: bool = False) -> Experiment:
     """The experiment of a run."""
     experiment = quickstart_video()
     (shared,) = experiment.heads.values()
@@ -80,7 +82,6 @@ def build(heads: Sequence[str], setting: str, seed: int, *, trial: bool = False)
     if setting == "full":
         experiment.backbone = dataclasses.replace(experiment.backbone, frozen=False, learning_rate_factor=FULL_FACTOR)
     experiment.data.world = MotionWorld(num_train=40, num_val=20) if trial else MotionWorld()
-    num_steps = 2 if trial else NUM_STEPS
     experiment.loop = LoopConfig(
         num_steps=num_steps,
         global_batch=BATCH,
@@ -92,7 +93,7 @@ def build(heads: Sequence[str], setting: str, seed: int, *, trial: bool = False)
         evaluation_batch=BATCH,
         keep_checkpoints=1,
     )
-    experiment.name = f"{'_'.join(heads)}_{setting}_{seed}"
+    experiment.name = f"{'_'.join(heads)}_{setting}_{seed}_{num_steps}"
     return experiment
 
 
@@ -115,8 +116,8 @@ def train_run(values: str) -> None:
     from permafrost.launcher.evaluate import evaluate_run
     from permafrost.launcher.train import train
 
-    heads, setting, seed, trial, folder = json.loads(values)
-    experiment = build(heads, setting, seed, trial=trial)
+    heads, setting, seed, num_steps, trial, folder = json.loads(values)
+    experiment = build(heads, setting, seed, num_steps, trial=trial)
     experiment.output = folder
     torch.set_num_threads(1)
     start = time.monotonic()
@@ -149,11 +150,11 @@ def train_run(values: str) -> None:
 
 
 def run_cells(
-    heads: Sequence[str], setting: str, seed: int, work: Path, *, trial: bool = False
+    heads: Sequence[str], setting: str, seed: int, num_steps: int, work: Path, *, trial: bool = False
 ) -> list[dict[str, object]]:
     """One run in a process of its own; its rows."""
-    folder = work / f"{'_'.join(heads)}_{setting}_{seed}"
-    values = json.dumps([list(heads), setting, seed, trial, str(folder)])
+    folder = work / f"{'_'.join(heads)}_{setting}_{seed}_{num_steps}"
+    values = json.dumps([list(heads), setting, seed, num_steps, trial, str(folder)])
     done = subprocess.run(
         [sys.executable, __file__, "--child", values],
         stdout=subprocess.PIPE,
@@ -174,7 +175,7 @@ def run_cells(
         "processor": found[1] if found else platform.machine(),
         "setting": setting,
         "seed": seed,
-        "num_steps": 2 if trial else NUM_STEPS,
+        "num_steps": num_steps,
     }
     return [common | row for row in json.loads(done.stdout.splitlines()[-1])]
 
@@ -199,18 +200,19 @@ def append(path: Path, rows: Sequence[dict[str, object]]) -> None:
 def summarise(path: Path) -> str:
     """The table: means over the seeds with the lowest and the highest."""
     rows = read(path)
-    lines = [f"{'head':10}{'setting':8}{'seeds':>6}{'top-1':>24}{'order-only pairs':>24}{'appearance pair':>24}"]
-    for setting in SETTINGS:
-        for head in HEADS:
-            found = [row for row in rows if (row["head"], row["setting"]) == (head, setting)]
-            if not found:
-                lines.append(f"{head:10}{setting:8}{0:>6}")
-                continue
-            cells = []
-            for name in ("top1", "order", "appearance"):
-                values = [float(row[name]) for row in found]
-                cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-            lines.append(f"{head:10}{setting:8}{len(found):>6}" + "".join(f"{cell:>24}" for cell in cells))
+    lines = [
+        f"{'steps':>6} {'head':10}{'setting':8}{'seeds':>6}{'top-1':>24}{'order-only pairs':>24}{'appearance pair':>24}"
+    ]
+    lengths = sorted({int(row["num_steps"]) for row in rows})
+    for length, setting, head in itertools.product(lengths, SETTINGS, HEADS):
+        found = [row for row in rows if (int(row["num_steps"]), row["head"], row["setting"]) == (length, head, setting)]
+        if not found:
+            continue
+        cells = []
+        for name in ("top1", "order", "appearance"):
+            values = [float(row[name]) for row in found]
+            cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        lines.append(f"{length:>6} {head:10}{setting:8}{len(found):>6}" + "".join(f"{cell:>24}" for cell in cells))
     for name in ("order", "appearance"):
         counts = {int(row[f"num_{name}"]) for row in rows}
         if counts:
@@ -225,6 +227,7 @@ def main() -> None:
     """Run, list or summarise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--num-steps", type=int, default=NUM_STEPS, help="cells of another length are other cells")
     parser.add_argument("--trial", action="store_true", help="two steps on a few videos: shows that the script works")
     parser.add_argument("--summarise", action="store_true")
     parser.add_argument("--list", action="store_true")
@@ -240,13 +243,14 @@ def main() -> None:
         return
     if options.trial and options.results == RESULTS:
         parser.error("--trial is no result: give --results FILE")
-    done = {(row["head"], row["setting"], int(row["seed"])) for row in read(options.results)}
+    num_steps = TRIAL_STEPS if options.trial else options.num_steps
+    done = {(row["head"], row["setting"], int(row["seed"]), int(row["num_steps"])) for row in read(options.results)}
     for heads, setting, seed in runs(options.seeds):
-        is_done = all((head, setting, seed) in done for head in heads)
+        is_done = all((head, setting, seed, num_steps) in done for head in heads)
         if options.list:
             print(f"{','.join(heads):24}{setting:8}{seed:>3}  {'done' if is_done else 'missing'}")
         elif not is_done:
-            append(options.results, run_cells(heads, setting, seed, options.work, trial=options.trial))
+            append(options.results, run_cells(heads, setting, seed, num_steps, options.work, trial=options.trial))
     if not options.list:
         print(summarise(options.results))
 
