@@ -5,8 +5,8 @@
 The call is that of a Mask2Former pixel decoder on a square image: maps of strides 32, 16 and 8, 8 heads of 32 dims, 4 points, every
 cell a query. On a CPU our plain PyTorch runs beside that of transformers; on a GPU the Triton kernel runs too. Before anything is timed
 all contestants' outputs and gradients are compared with float64, and a contestant that is wrong stops the program. `saved_mib` is what
-the forward keeps for the backward, each storage once; `peak_mib` is the allocator's on a GPU. Rows go to
-benchmarks/results/deformable_attention.csv.
+the forward keeps for the backward, each storage once; `peak_mib` is the allocator's on a GPU. Milliseconds on a CPU are processor time,
+which other work changes least (all threads together: use one). Rows go to benchmarks/results/deformable_attention.csv.
 """
 
 from __future__ import annotations
@@ -94,13 +94,14 @@ def saved_bytes(call: Callable[..., Tensor], tensors: list[Tensor]) -> int:
 
 def milliseconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median of `repeats` calls after one that is not counted."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     found = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start = clock()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        found.append((time.perf_counter() - start) * 1000)
+        found.append((clock() - start) * 1000)
     return statistics.median(found[1:])
 
 

@@ -3,7 +3,8 @@
     python benchmarks/segmentation_step.py [--batch 1] [--pixel-blocks 1 6] [--transformer-blocks 3 9] [--repeats 3]
 
 The frozen SwinV2 (random weights: time does not depend on them) and the head of the paper at full size, on images with 12 classes in
-patches, as many as ADE20K's have. Medians; on CUDA the device is waited for after each part. Before anything is timed the step is
+patches, as many as ADE20K's have. Medians: on a CPU of processor time, which other work changes least (all threads together: use one), on
+CUDA of time on the clock, the device waited for after each part. Before anything is timed the step is
 taken once and its losses must be finite. Rows are appended to benchmarks/results/segmentation_step.csv.
 """
 
@@ -57,12 +58,14 @@ def measure(pixel: int, transformer: int, *, backbone_name: str, batch_size: int
     batch = make_batch(batch_size).to(device)
     found: dict[str, list[float]] = {part: [] for part in PARTS}
 
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+
     def timed(part: str, call: Callable[[], object]) -> object:
-        start = time.perf_counter()
+        start = clock()
         value = call()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        found[part].append((time.perf_counter() - start) * 1000)
+        found[part].append((clock() - start) * 1000)
         return value
 
     def step() -> None:
