@@ -5,6 +5,7 @@ Under checkpoints/step_00000100/:
 - state.json: step, epoch, seed, fingerprint of the backbone, versions, sha256 of each file and of itself
 - HEAD/head.safetensors: parameters and buffers, in the head's own names
 - HEAD/optimizer.safetensors: exp_avg.NAME and exp_avg_sq.NAME of each parameter
+- HEAD/ema.safetensors: where running averages are kept, those of each parameter
 
 A folder is written under another name, synced to disk and renamed; only then does `latest` move. Reading one executes
 nothing in it.
@@ -33,6 +34,7 @@ from permafrost.launcher.run_folder import RunFolder, sync_folder, versions, wri
 
 FORMAT = 1
 STATE_FILE, HEAD_FILE, OPTIMIZER_FILE = "state.json", "head.safetensors", "optimizer.safetensors"
+EMA_FILE = "ema.safetensors"
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -132,7 +134,7 @@ def tensor_shapes(head: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str
 
 def is_finite(state: HeadState) -> bool:
     """Whether a head can be continued: no NaN or infinity in its parameters or moments."""
-    parts = (state.parameters, state.exp_avg, state.exp_avg_sq)
+    parts = (state.parameters, state.exp_avg, state.exp_avg_sq, state.weights)
     return all(bool(tensor.isfinite().all()) for part in parts for tensor in part.values())
 
 
@@ -296,7 +298,9 @@ def _write_folder(folder: Path, heads: Mapping[str, HeadState], state: TrainingS
         moments = {f"exp_avg.{key}": tensor for key, tensor in head.exp_avg.items()}
         moments |= {f"exp_avg_sq.{key}": tensor for key, tensor in head.exp_avg_sq.items()}
         note = {"permafrost_head": name, "backbone_fingerprint": state.backbone["fingerprint"]}
-        for file_name, tensors in ((HEAD_FILE, {**head.parameters, **head.buffers}), (OPTIMIZER_FILE, moments)):
+        contents = {HEAD_FILE: {**head.parameters, **head.buffers}, OPTIMIZER_FILE: moments}
+        contents |= {} if head.ema is None else {EMA_FILE: head.ema}
+        for file_name, tensors in contents.items():
             path = folder / name / file_name
             safetensors.torch.save_file(
                 {key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=note
@@ -309,7 +313,10 @@ def _write_folder(folder: Path, heads: Mapping[str, HeadState], state: TrainingS
     content = {
         "format": FORMAT,
         **asdict(state),
-        "heads": {name: {"optimizer_step": head.step, "buffers": sorted(head.buffers)} for name, head in heads.items()},
+        "heads": {
+            name: {"optimizer_step": head.step, "buffers": sorted(head.buffers), "has_ema": head.ema is not None}
+            for name, head in heads.items()
+        },
         "files": files,
     }
     write_atomically(folder / STATE_FILE, json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n")
@@ -339,7 +346,10 @@ def _read_state(folder: Path) -> tuple[TrainingState, dict[str, dict[str, Any]]]
     except (KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{path} does not have the expected structure: {error!r}") from None
     expected = {
-        f"{name}/{file}" for name in content["heads"] if name.isidentifier() for file in (HEAD_FILE, OPTIMIZER_FILE)
+        f"{name}/{file}"
+        for name, entry in content["heads"].items()
+        if name.isidentifier()
+        for file in (HEAD_FILE, OPTIMIZER_FILE, *([EMA_FILE] if entry.get("has_ema") else []))
     }
     if set(described) != expected:
         raise DamagedCheckpoint(f"{path} lists {', '.join(sorted(described))}: expected {', '.join(sorted(expected))}")
@@ -355,7 +365,9 @@ def _read_head(folder: Path, name: str, files: Mapping[str, Mapping[str, Any]]) 
     for key, tensor in moments.items():
         kind, _, parameter = key.partition(".")
         split[kind][parameter] = tensor
-    return HeadState(tensors, buffers, split["exp_avg"], split["exp_avg_sq"], entry["optimizer_step"])
+    averages = f"{name}/{EMA_FILE}"
+    ema = _read_tensors(folder / averages, files[averages]) if averages in files else None
+    return HeadState(tensors, buffers, split["exp_avg"], split["exp_avg_sq"], entry["optimizer_step"], ema)
 
 
 def _read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:

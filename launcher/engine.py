@@ -34,6 +34,7 @@ class HeadState:
         exp_avg: AdamW's first moments, one per parameter.
         exp_avg_sq: AdamW's second moments, one per parameter.
         step: optimizer steps taken so far; AdamW's bias correction depends on it. At 0 the moments are zero.
+        ema: running averages of the parameters; None where none are kept.
     """
 
     parameters: dict[str, Tensor]
@@ -41,6 +42,12 @@ class HeadState:
     exp_avg: dict[str, Tensor]
     exp_avg_sq: dict[str, Tensor]
     step: int
+    ema: dict[str, Tensor] | None = None
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What is evaluated and used: the averages where they are kept, else the parameters."""
+        return self.parameters if self.ema is None else self.ema
 
     def require_fit(self, shapes: Mapping[str, Sequence[int]], buffer_shapes: Mapping[str, Sequence[int]]) -> None:
         """Check this state against the names and shapes of a head.
@@ -53,6 +60,7 @@ class HeadState:
             ("exp_avg", self.exp_avg, shapes),
             ("exp_avg_sq", self.exp_avg_sq, shapes),
             ("buffers", self.buffers, buffer_shapes),
+            ("averages", self.weights, shapes),
         )
         for part, found, expected in parts:
             problems = [f"{name} is missing" for name in expected if name not in found]
@@ -111,6 +119,16 @@ class Engine(Protocol):
 
     def export_state(self) -> HeadState:
         """The full state, on every rank. Between steps only."""
+
+    def masters(self) -> list[Tensor]:
+        """What this rank's optimizer steps: the parameters themselves or this rank's float32 parts of them, always in the same
+        order. Whoever changes them puts them back, or calls `load_parameters`."""
+
+    def export_parameters(self) -> dict[str, Tensor]:
+        """The full parameters by name, CPU copies on every rank. Between steps only."""
+
+    def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Put full parameters in; moments and step stay. Every rank passes the same. Between steps only."""
 
     def import_state(self, state: HeadState) -> None:
         """Continue exactly from a state; every rank passes the same full one. Between steps only.

@@ -106,6 +106,15 @@ class HeadExperiment:
     init: str | None = None
     """Where its first weights come from: another run's folder, or the file of a released Mask R-CNN or Cascade of the Swin
     papers, or of Mask2Former's model zoo. What does not fit is initialised anew, and listed. None: all of it is."""
+    ema_decay: float | None = None
+    """Keep a running average of its weights with this decay (0.999, say); it is what is evaluated, and used afterwards. None: no
+    average."""
+
+    def __post_init__(self) -> None:
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise RecipeError(
+                f"ema_decay is {self.ema_decay}: give a number between 0 and 1 such as 0.999, or None to average nothing"
+            )
 
 
 @dataclass

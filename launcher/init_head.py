@@ -134,7 +134,7 @@ def read_source(path: str, head: str) -> Source:
         raise CheckpointError(f"heads.*.init is {path!r}: there is no such run folder, checkpoint folder or file")
     checkpoint = load_head(place, head if head in _heads_in(place) else None)
     ((_, state),) = checkpoint.heads.items()
-    tensors = state.parameters | state.buffers
+    tensors = state.weights | state.buffers
     notes = []
     if any(name.startswith("backbone.") for name in tensors):
         # That run trained its backbone along: this one has its own.

@@ -7,6 +7,7 @@ alike. What a row is made of is found out in plan_backbone.py (the frozen networ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -231,13 +232,17 @@ class Planner:
             layouts.insert(0, self.own)
         return [self.row(layout) for layout in layouts]
 
+    def _memory(self, engine: EnginePlan, name: str, groups: Sequence[Sequence[int]]) -> EngineMemory:
+        memory = engine.memory(groups)
+        return memory if self.experiment.heads[name].ema_decay is None else engine.with_average(memory)
+
     def row(self, layout: Layout) -> Row:
         """One layout's numbers."""
         micro_batch, accumulation = self.micro_batch(layout), layout.accumulation
         backbone = self._backbone(layout.tensor, micro_batch)
         engine = self._engine(layout)
         heads = [
-            (self._head(name, micro_batch, layout.offload), engine.memory(groups), engine.sent(groups))
+            (self._head(name, micro_batch, layout.offload), self._memory(engine, name, groups), engine.sent(groups))
             for name, groups in self._groups.items()
         ]
         memories = [memory for _, memory, _ in heads]

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 FLOAT32 = 4
@@ -109,6 +109,13 @@ class EnginePlan:
         if self.stage == 0:
             return self._accelerate(groups)
         return self._zero3(groups) if self.stage == 3 else self._zero12(groups)
+
+    def with_average(self, memory: EngineMemory) -> EngineMemory:
+        """The same with a running average of the weights, kept beside what the optimizer steps."""
+        if self.offloads_optimizer:
+            # Of master weights, two moments and two buffers of gradients one more.
+            return replace(memory, host=memory.host + memory.host // 5)
+        return replace(memory, optimizer=memory.optimizer + memory.optimizer // (3 if self.stage in (1, 2) else 2))
 
     def sent(self, groups: Sequence[Sequence[int]]) -> dict[str, int]:
         """Bytes a rank sends in a step, in rings, by collective; arguments as of `memory`."""

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from permafrost.launcher.build import TrainingParts, on_main
 from permafrost.launcher.checkpoint import Checkpoint, TrainingState, is_finite, save_checkpoint
+from permafrost.launcher.ema import Average
 from permafrost.launcher.engine import Engine, HeadState, build_engine
 from permafrost.launcher.errors import CheckpointError, Interrupted, RecipeError, TrainingStopped
 from permafrost.launcher.evaluate import Metrics, evaluate_heads, metrics_table
@@ -37,6 +39,7 @@ class Trainee:
         skipped: steps that were not taken because something was not finite.
         in_a_row: the last of them, without a good one in between.
         evidence: what this rank saw in those.
+        average: of its weights, where the recipe asks for one.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Trainee:
     skipped: int = 0
     in_a_row: int = 0
     evidence: list[dict[str, Any]] = field(default_factory=list)
+    average: Average | None = None
 
     def rate(self, step: int, num_steps: int) -> float:
         """The learning rate of 0-based `step`."""
@@ -143,7 +147,12 @@ def open_session(
         if checkpoint is not None:
             engine.import_state(checkpoint.heads[name])
         engine.train(True)
-        session.trainees[name] = Trainee(name, config, engine, config.optimizer.scaled_learning_rate(global_batch))
+        trainee = Trainee(name, config, engine, config.optimizer.scaled_learning_rate(global_batch))
+        session.trainees[name] = trainee
+        if config.ema_decay is not None:
+            trainee.average = Average(engine, config.ema_decay)
+            if checkpoint is not None and (averages := checkpoint.heads[name].ema) is not None:
+                trainee.average.load(averages, checkpoint.heads[name].step)
     if checkpoint is not None:
         session.stopped = dict(stopped)
         session.window = Window(checkpoint.state.loop["window"])
@@ -177,6 +186,9 @@ def save(session: Session, step: int, epoch: float) -> None:
     Collective. A full disk is a warning: training goes on, the last good one stays.
     """
     states = {name: engine.export_state() for name, engine in session.engines.items()}
+    for name, trainee in session.trainees.items():
+        if trainee.average is not None:
+            states[name].ema = trainee.average.export()
     for name in [name for name, state in states.items() if not is_finite(state)]:
         # Every rank holds the full state, so all of them decide alike.
         del states[name]
@@ -222,16 +234,20 @@ def evaluate(session: Session, step: int) -> None:
         for title, picture in pictures.items():
             session.monitor.image(step, f"{name}/{title}", picture)
 
-    metrics = evaluate_heads(
-        session.engines,
-        session.parts.backbone,
-        session.parts.val_set,
-        session.world,
-        session.experiment.loop,
-        say=session.monitor.say,
-        is_interrupted=lambda: session.interruption.received is not None,
-        show=show if session.experiment.loop.image_every else None,
-    )
+    with ExitStack() as averages:
+        for trainee in session.trainees.values():
+            if trainee.average is not None:
+                averages.enter_context(trainee.average.used())
+        metrics = evaluate_heads(
+            session.engines,
+            session.parts.backbone,
+            session.parts.val_set,
+            session.world,
+            session.experiment.loop,
+            say=session.monitor.say,
+            is_interrupted=lambda: session.interruption.received is not None,
+            show=show if session.experiment.loop.image_every else None,
+        )
     if metrics is None:
         end_interrupted(session, step)
     session.metrics = metrics

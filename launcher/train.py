@@ -277,6 +277,8 @@ def step_head(
         trainee.engine.skip_step()
     if is_good:
         trainee.in_a_row, trainee.evidence = 0, []
+        if trainee.average is not None:
+            trainee.average.update()
         values = {"loss": total, **losses, **({} if grad_norm is None else {"grad_norm": grad_norm})}
         session.window.add({f"{trainee.name}/{name}": value for name, value in values.items()})
         return

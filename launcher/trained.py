@@ -123,4 +123,4 @@ def _restore(
     checkpoint.require_backbone(name=experiment.backbone.name, fingerprint=backbone.fingerprint)
     checkpoint.require_fit({name: head})
     state = checkpoint.heads[name]
-    head.load_state_dict(state.parameters | state.buffers)
+    head.load_state_dict(state.weights | state.buffers)

@@ -142,11 +142,25 @@ class AccelerateEngine:
             for key in MOMENTS
         }
         return HeadState(
-            parameters={name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()},
+            parameters=self.export_parameters(),
             buffers=export_buffers(self.head, self._buffer_names, self._world),
             step=single_step([states[p]["step"].item() for p in self._parameters.values() if p in states]),
             **moments,
         )
+
+    def masters(self) -> list[Tensor]:
+        """See Engine."""
+        return [parameter.detach() for parameter in self._parameters.values()]
+
+    def export_parameters(self) -> dict[str, Tensor]:
+        """See Engine."""
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters.items()}
+
+    @torch.no_grad()
+    def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """See Engine."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(parameters[name])
 
     @torch.no_grad()
     def import_state(self, state: HeadState) -> None:

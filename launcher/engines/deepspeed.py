@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,10 @@ from permafrost.launcher.engines.adamw import build_adamw, set_learning_rate
 from permafrost.launcher.engines.deepspeed_json import merge_settings, read_settings
 from permafrost.launcher.engines.zero_state import (
     drop_gradients,
+    export_weights,
     export_zero,
+    flat_partitions,
+    import_weights,
     import_zero,
     parameter_shapes,
     skip_shared_memory_op,
@@ -136,6 +139,18 @@ class DeepSpeedEngine:
         parameters, moments, step = export_zero(self._engine, self._parameters)
         buffers = export_buffers(self.head, self._buffer_names, self._world)
         return HeadState(parameters=parameters, buffers=buffers, step=step, **moments)
+
+    def masters(self) -> list[Tensor]:
+        """See Engine."""
+        return [flat.detach() for flat in flat_partitions(self._engine)]
+
+    def export_parameters(self) -> dict[str, Tensor]:
+        """See Engine."""
+        return export_weights(self._parameters)
+
+    def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """See Engine."""
+        import_weights(self._engine, self._parameters, parameters)
 
     def import_state(self, state: HeadState) -> None:
         """See Engine."""

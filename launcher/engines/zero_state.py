@@ -49,18 +49,17 @@ def export_zero(
     engine: deepspeed.DeepSpeedEngine, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], int]:
     """(weights, {"exp_avg", "exp_avg_sq"}, step): full float32 CPU tensors on every rank. Collective."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.utils import safe_get_full_optimizer_state
 
     states = engine.optimizer.optimizer.state
-    flats = _flat_partitions(engine)
+    flats = flat_partitions(engine)
     # A flat tensor gets its state in its group's first step; the linking below may leave an empty entry before that.
     has_moments = all(states.get(flat) for flat in flats)
     if has_moments:
         _link(engine)
-    weights: dict[str, Tensor] = {}
+    weights = export_weights(parameters)
     moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
     for name, parameter in parameters.items():
-        weights[name] = safe_get_full_fp32_param(parameter).detach().to("cpu", copy=True)
         for key in MOMENTS:
             if has_moments:
                 full = safe_get_full_optimizer_state(parameter, key)
@@ -71,12 +70,32 @@ def export_zero(
     return weights, moments, step
 
 
+def export_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Full float32 CPU tensors on every rank. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {
+        name: safe_get_full_fp32_param(parameter).detach().to("cpu", copy=True)
+        for name, parameter in parameters.items()
+    }
+
+
+@torch.no_grad()
+def import_weights(
+    engine: deepspeed.DeepSpeedEngine, parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]
+) -> None:
+    """Put full weights back, and leave moments as they are. Collective: every rank passes the same ones."""
+    set_part = _set_partition if _is_stage3(engine) else _set_fragment
+    for name, parameter in parameters.items():
+        set_part(parameter, {"weight": weights[name]})
+
+
 @torch.no_grad()
 def import_zero(engine: deepspeed.DeepSpeedEngine, parameters: Mapping[str, nn.Parameter], state: HeadState) -> None:
     """Put full weights, moments and the step back into the partitions. Collective: every rank passes the same state."""
     zero = engine.optimizer
     group_of = _groups_of_flats(engine)
-    for flat in _flat_partitions(engine):
+    for flat in flat_partitions(engine):
         # AdamW makes this itself in its first step; made here, the moments have a place before any step.
         zero.optimizer.state[flat] = adamw_state(flat, group_of[flat], state.step)
     _link(engine)
@@ -112,7 +131,7 @@ def _is_stage3(engine: deepspeed.DeepSpeedEngine) -> bool:
     return engine.zero_optimization_stage() == 3
 
 
-def _flat_partitions(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
+def flat_partitions(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
     """This rank's flat float32 tensors: what the inner AdamW holds as its parameters."""
     zero = engine.optimizer
     return list(zero.fp32_partitioned_groups_flat if _is_stage3(engine) else zero.single_partition_of_fp32_groups)
@@ -122,7 +141,7 @@ def _groups_of_flats(engine: deepspeed.DeepSpeedEngine) -> dict[Tensor, dict[str
     """The parameter group (decay or not) that each flat tensor is stepped with."""
     zero = engine.optimizer
     groups = zero.optimizer.param_groups
-    flats = _flat_partitions(engine)
+    flats = flat_partitions(engine)
     if _is_stage3(engine):
         return {flat: groups[zero.sub_group_to_group_id[index]] for index, flat in enumerate(flats)}
     return dict(zip(flats, groups))
@@ -146,7 +165,7 @@ def _set_fragment(parameter: nn.Parameter, values: Mapping[str, Tensor]) -> None
 
     parameter.data.copy_(values["weight"])
     safe_set_full_fp32_param(parameter, values["weight"])
-    for key in MOMENTS:
+    for key in values.keys() & set(MOMENTS):
         safe_set_full_optimizer_state(parameter, values[key], key)
 
 
@@ -167,7 +186,7 @@ def _set_partition(parameter: nn.Parameter, values: Mapping[str, Tensor]) -> Non
         return padded.narrow(0, rank * size, size)
 
     safe_set_local_fp32_param(parameter, local(values["weight"]))
-    for key in MOMENTS:
+    for key in values.keys() & set(MOMENTS):
         safe_set_local_optimizer_state(parameter, local(values[key]), key)
     # The model computes with a copy of its own where the optimizer is offloaded, and keeps small parameters whole.
     with zero.GatheredParameters([parameter], modifier_rank=0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -107,6 +108,7 @@ def experiment(
     root: str = "",
     backbone: dict | None = None,
     coco: str = "",
+    ema: float | None = None,
     **fields,
 ) -> Experiment:
     configs = {"probe": ProbeConfig(bad=tuple(bad)), "detection": mask_rcnn()}
@@ -128,7 +130,7 @@ def experiment(
         name="ranks",
         backbone=BackboneConfig(name="swinv2_nano", weights="random", **(backbone or {})),
         data=data,
-        heads={name: head(configs[name]) for name in heads},
+        heads={name: dataclasses.replace(head(configs[name]), ema_decay=ema) for name in heads},
         loop=LoopConfig(**{**defaults, **fields}),
         engine=EngineConfig(**(engine or {})),
         mesh=MeshConfig(tensor=tensor),
