@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 class Window:
@@ -111,6 +112,73 @@ class Stopwatch:
         for part, start, end in self._events:
             self._seconds[part] = self._seconds.get(part, 0.0) + start.elapsed_time(end) / 1000
         self._events = []
+
+
+class CommunicationMeter:
+    """Seconds of a step in which collectives run: gradients, ZeRO's parts, tensor groups, counts, whoever started them.
+
+    Torch's profiler sees them all, also those that DDP starts from C++; it is on for one step now and then. Waiting for a slower
+    rank is in it, and so is what overlaps with computing: the time is a part of the others, not beside them.
+    """
+
+    def __init__(self, world_size: int, device: torch.device, every: int) -> None:
+        """
+        Args:
+            world_size: one rank has nothing to measure.
+            device: of the run.
+            every: steps from one measured step to the next. The second step is the first one: the first sets up.
+        """
+        self._every = every
+        self._is_on = world_size > 1
+        self._on_cuda = device.type == "cuda"
+        self._wait = 1
+        self._seconds: float | None = None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around everything that ranks do together in a step."""
+        is_due, self._wait = self._is_on and self._wait == 0, (self._wait or self._every) - 1
+        if not is_due:
+            yield
+            return
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_cuda else [])]
+        profiler = profile(activities=activities)
+        try:
+            profiler.start()
+        except RuntimeError:
+            # Somebody else profiles this process.
+            self._is_on = False
+            yield
+            return
+        try:
+            yield
+        finally:
+            profiler.stop()
+        events = profiler.profiler.kineto_results.events()
+        self._seconds = _covered(
+            [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if self._is_collective(e)]
+        )
+
+    def take(self) -> dict[str, float]:
+        """What was measured since the last call, if anything."""
+        seconds, self._seconds = self._seconds, None
+        return {} if seconds is None else {"time/communication": seconds}
+
+    def _is_collective(self, event: Any) -> bool:
+        name = event.name()
+        if name.startswith("gloo:"):
+            return True
+        # Of NCCL's the kernels, not their launches.
+        return self._on_cuda and "nccl" in name.lower() and event.device_type() == torch.autograd.DeviceType.CUDA
+
+
+def _covered(intervals: list[tuple[int, int]]) -> float:
+    """Seconds that are in at least one of some intervals of nanoseconds."""
+    total, end = 0, 0
+    for start, stop in sorted(intervals):
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return total / 1e9
 
 
 def memory_peaks(device: torch.device) -> dict[str, float]:

@@ -17,7 +17,7 @@ from permafrost.launcher.ema import Average
 from permafrost.launcher.engine import Engine, HeadState, build_engine
 from permafrost.launcher.errors import CheckpointError, Interrupted, RecipeError, TrainingStopped
 from permafrost.launcher.evaluate import Metrics, evaluate_heads, metrics_table
-from permafrost.launcher.meters import Stopwatch, Window
+from permafrost.launcher.meters import CommunicationMeter, Stopwatch, Window
 from permafrost.launcher.run_folder import write_atomically
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from permafrost.launcher.mesh import World
     from permafrost.launcher.monitor import Monitor
     from permafrost.launcher.run_folder import RunFolder
+
+
+MEASURE_EVERY = 20
+"""Steps, at least, from one whose collectives are timed to the next."""
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Session:
         stopped: step at which a head stopped, by name.
         best: of each evaluated head, the step and value of its best checkpoint.
         metrics: of the last evaluation.
+        communication: times collectives, in a step now and then.
         window: what was measured since the last log line.
         save_error: why the last checkpoint could not be written; None when it was.
         failed_saves: checkpoints that could not be written since this start. The main rank knows.
@@ -77,6 +82,7 @@ class Session:
     parts: TrainingParts
     tracker: ReplacementTracker
     stopwatch: Stopwatch
+    communication: CommunicationMeter
     heartbeat: Heartbeat
     interruption: Interruption
     trainees: dict[str, Trainee] = field(default_factory=dict)
@@ -129,6 +135,7 @@ def open_session(
         parts,
         parts.train_set.tracker(),
         Stopwatch(world.device),
+        CommunicationMeter(world.world_size, world.device, max(MEASURE_EVERY, experiment.loop.log_every)),
         heartbeat,
         interruption,
     )

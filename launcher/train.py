@@ -166,19 +166,20 @@ def train_steps(session: Session, start: int) -> int:
                 # The signal went to all processes of the job. The other ranks wait for this step: it is loaded here.
                 batches = iter(make_loader(start_step=step, num_workers=0))
                 micro_batches = [next(batches).to(world.device) for _ in range(accumulation)]
-        enter("backbone")
-        with stopwatch.device("backbone"), torch.no_grad():
-            features = [offload.forward(parts.backbone, batch.images) for batch in micro_batches]
-        enter("heads")
-        with stopwatch.device("heads"):
-            losses = {
-                name: head_losses(engine, features, micro_batches, world, offload)
-                for name, engine in session.engines.items()
-            }
-            enter("step")
-            means, interrupted = mean_over_ranks(losses, world, session.interruption)
-            for trainee in list(session.trainees.values()):
-                step_head(session, trainee, step, means[trainee.name], micro_batches)
+        with session.communication.step():
+            enter("backbone")
+            with stopwatch.device("backbone"), torch.no_grad():
+                features = [offload.forward(parts.backbone, batch.images) for batch in micro_batches]
+            enter("heads")
+            with stopwatch.device("heads"):
+                losses = {
+                    name: head_losses(engine, features, micro_batches, world, offload)
+                    for name, engine in session.engines.items()
+                }
+                enter("step")
+                means, interrupted = mean_over_ranks(losses, world, session.interruption)
+                for trainee in list(session.trainees.values()):
+                    step_head(session, trainee, step, means[trainee.name], micro_batches)
         del features, losses
         track_replaced(session, micro_batches)
         done = step + 1
@@ -329,7 +330,7 @@ def log(session: Session, done: int, stream: GlobalStream, offload: ActivationOf
         values[f"{name}/skipped_steps"] = trainee.skipped
     values |= {"data/epoch": stream.epoch(done, loop.global_batch), "data/replaced_images": session.tracker.count}
     values["checkpoints/failed"] = session.failed_saves
-    values |= session.stopwatch.take(loop.global_batch)
+    values |= session.stopwatch.take(loop.global_batch) | session.communication.take()
     values |= memory_peaks(session.world.device)
     if offload.mode != "off":
         saved = offload.take_statistics()

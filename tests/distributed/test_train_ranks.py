@@ -120,6 +120,16 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_both(outcome: tuple[Path, 
     assert all(math.isfinite(line["detection/loss"]) for line in metrics(folder / "nan2"))
 
 
+@pytest.mark.parametrize("layout", ["plain1", "plain2", "zero2", "zero3"])
+def test_collectives_are_timed(outcome: tuple[Path, dict], layout: str) -> None:
+    """In the second step, and not in every one; a single process has none."""
+    lines = metrics(outcome[0] / layout)
+    timed = [line["step"] for line in lines if "time/communication" in line]
+    assert timed == ([] if layout == "plain1" else [2])
+    for line in lines[1:2] if timed else []:
+        assert 0 < line["time/communication"] < line["time/backbone"] + line["time/heads"]
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_loop_runs_on_deepspeed(outcome: tuple[Path, dict], stage: int) -> None:
     folder, outcomes = outcome

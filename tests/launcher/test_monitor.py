@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from permafrost.launcher.meters import _covered
 from permafrost.launcher.monitor import Eta, EventFile, JsonLines, Monitor, format_duration
 from permafrost.launcher.run_folder import RunFolder
 
@@ -234,6 +235,11 @@ def test_json_lines_survive_a_broken_write(tmp_path: Path, monkeypatch: pytest.M
         other.write('{"step": 2, "half')
     file.record(2, {"b": 2})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": 1}\n{"step": 2, "b": 2}\n'
+
+
+def test_time_in_collectives_is_counted_once() -> None:
+    assert _covered([]) == 0
+    assert _covered([(30, 50), (0, 10), (5, 20), (6, 8), (40, 60)]) == 50e-9
 
 
 def test_eta_follows_the_median_step() -> None:
