@@ -230,19 +230,22 @@ class Stress:
             yield {"name": name, "codes": codes, "problem": problem or difference(run, whole)}
 
     def random(self, number: int, seed: int) -> Iterator[dict[str, Any]]:
-        """SIGKILL of a random rank at a random moment of the run's duration; where it comes too late, nothing happens."""
+        """SIGKILL of a random rank at a random moment of the run's duration, of some a second and third one."""
         whole, generator = self.whole(), random.Random(seed)
         for index in range(number):
             name = f"random_{index}"
             moments: list[tuple[int, float]] = []
             while True:
-                # The second half of the moments: where a start is cut short a second time.
                 kill = None
                 if not moments or (len(moments) < 3 and generator.random() < 0.4):
                     kill = (generator.randrange(self.ranks), generator.uniform(0, 1.1 * self.seconds))
                 (codes,) = self.run(name, [None], kill=kill)
-                if kill is None or not any(codes):
+                if kill is None or (moments and not any(codes)):
                     break
+                if not any(codes):
+                    # It came too late: once more from the beginning.
+                    shutil.rmtree(self.folder / name)
+                    continue
                 moments.append(kill)
             run = self.folder / name
             problem = f"exit codes {codes} of the last start" if any(codes) else difference(run, whole)
