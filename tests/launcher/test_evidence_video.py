@@ -50,7 +50,12 @@ def test_every_run_can_be_built_and_each_cell_is_in_one(evidence) -> None:
 
 
 def test_what_is_there_is_listed_and_summarised(evidence, tmp_path, monkeypatch, capsys) -> None:
-    facts = dict.fromkeys(evidence.FIELDS, "") | {"setting": "frozen", "num_steps": 240, "num_order": 120}
+    facts = dict.fromkeys(evidence.FIELDS, "") | {
+        "setting": "frozen",
+        "position": "sincos",
+        "num_steps": 240,
+        "num_order": 120,
+    }
     facts |= {"num_appearance": 40, "top1": 0.5, "order": 0.6, "appearance": 0.7}
     rows = [facts | {"head": head, "seed": seed} for head in evidence.HEADS for seed in (0, 1)]
     rows[1]["order"] = 0.8
