@@ -422,14 +422,14 @@ def test_a_part_of_the_validation_images_is_spread_evenly(root) -> None:
 
 def test_photos_without_labels(root, tmp_path) -> None:
     with pytest.raises(DataError, match=r"data\.test_images"):
-        config_of(root).build_test()
-    dataset = config_of(root, test_images=str(root / "images" / "validation")).build_test()
+        config_of(root).build_test(tmp_path / "labels")
+    dataset = config_of(root, test_images=str(root / "images" / "validation")).build_test(tmp_path / "labels")
     assert isinstance(dataset, SceneParsing)
     assert dataset.num_images == 3
     assert (dataset[SampleKey(0, 0, 0)].target.semantic == NO_CLASS).all()
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no photo"):
-        config_of(root, test_images=str(tmp_path / "empty")).build_test()
+        config_of(root, test_images=str(tmp_path / "empty")).build_test(tmp_path / "labels")
 
 
 @pytest.mark.parametrize(

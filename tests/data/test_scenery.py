@@ -34,7 +34,7 @@ def test_equal_parameters_give_equal_bytes_whatever_the_number_of_processes(tmp_
     assert all(found["one"][name] != found["other"][name] for name in found["one"])
 
 
-def test_the_files_are_a_data_set_without_faults(permafrost_cache) -> None:
+def test_the_files_are_a_data_set_without_faults(permafrost_cache, tmp_path) -> None:
     config = SceneryDataConfig(image_size=64, world=TINY)
     assert check_ade20k(config) == []
     train, val = config.build_train(), config.build_val()
@@ -45,7 +45,7 @@ def test_the_files_are_a_data_set_without_faults(permafrost_cache) -> None:
     # 0 - 1 is 255 in a byte: ignored.
     assert np.array_equal(sample.target.semantic.numpy(), labels - np.uint8(1))
     assert np.abs(sample.image.permute(1, 2, 0).numpy().astype(int) - picture).mean() < 12, "a JPEG of it"
-    assert config.build_test().num_images == 3
+    assert config.build_test(tmp_path).num_images == 3
     assert ensure_scenery(TINY) == ensure_scenery(TINY)
 
 
