@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from permafrost.data.video.config import MotionWorld
 
 # Part of the cache folder's name: raise it when the clips of unchanged parameters change.
-_RENDERER = 1
+_RENDERER = 2
 # A further process pays from this many clips on: it takes half a second to start, a clip some 30 ms.
 _CLIPS_PER_PROCESS = 40
 
@@ -44,7 +44,8 @@ def write_video(path: Path, frames: np.ndarray | Sequence[np.ndarray], rate: int
         stream = container.add_stream("libx264", rate=rate)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "veryfast", "g": "12"}
+        # x264's macroblock tree (measured, build 164 with AVX2) reads memory that nobody set: one clip in seven came out otherwise.
+        stream.options = {"crf": str(crf), "preset": "veryfast", "g": "12", "x264-params": "mbtree=0"}
         # One thread: the pictures are small, and the bytes depend on the number of threads.
         stream.codec_context.thread_count = 1
         for number, picture in enumerate(frames):

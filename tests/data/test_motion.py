@@ -22,6 +22,15 @@ def tiny_folder(tmp_path_factory):
     return ensure_motion_world(TINY, tmp_path_factory.mktemp("motion") / "world")
 
 
+def test_a_video_is_the_same_whatever_the_memory_held_before(tmp_path):
+    frames, rng, seen, litter = render_clip(TINY, "val", 0), np.random.default_rng(0), set(), []
+    for number in range(60):
+        litter = [*litter[-5:], rng.integers(0, 255, rng.integers(1_000, 200_000), dtype=np.uint8)]
+        motion_files.write_video(tmp_path / f"{number}.mp4", frames, TINY.rate)
+        seen.add((tmp_path / f"{number}.mp4").read_bytes())
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("pair", ORDER_PAIRS)
 def test_an_order_pair_has_the_same_frames_backwards(pair):
     first, second = (render_clip(TINY, "train", 3, CLASSES.index(name)) for name in pair)
