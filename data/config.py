@@ -279,6 +279,6 @@ class ShapesDataConfig(CocoDataConfig):
 
     def located(self) -> CocoDataConfig:
         """The same configuration with the world's files written and `root` naming their folder."""
-        from permafrost.data.procedural.shapes_files import ensure_world
+        from permafrost.data.procedural.shapes_files import SHAPES
 
-        return replace(self, root=str(ensure_world(self.world, Path(self.root) if self.root else None)))
+        return replace(self, root=str(SHAPES.ensure(self.world, Path(self.root) if self.root else None)))

@@ -7,26 +7,17 @@ Equal parameters give equal pictures; the files' bytes are equal under one versi
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from permafrost.data.procedural.motion import CLASSES, SPLITS, label_of, render_clip
-from permafrost.data.procedural.world_files import MANIFEST, ensure_folder, run_parts
+from permafrost.data.procedural.world_files import WorldFiles
 
 if TYPE_CHECKING:
     from permafrost.data.video.config import MotionWorld
-
-# Part of the cache folder's name: raise it when the clips of unchanged parameters change.
-_RENDERER = 2
-# A further process pays from this many clips on: it takes half a second to start, a clip some 30 ms.
-_CLIPS_PER_PROCESS = 40
 
 
 def write_video(path: Path, frames: np.ndarray | Sequence[np.ndarray], rate: int, *, crf: int = 18) -> None:
@@ -55,53 +46,6 @@ def write_video(path: Path, frames: np.ndarray | Sequence[np.ndarray], rate: int
         container.mux(stream.encode(None))
 
 
-def _manifest(world: MotionWorld) -> str:
-    return json.dumps({"world": "motion", "renderer": _RENDERER, **asdict(world)}, sort_keys=True, indent=1) + "\n"
-
-
-def ensure_motion_world(world: MotionWorld, folder: Path | None = None) -> Path:
-    """Write the world unless it is there already, and return its folder; see `ensure_folder`.
-
-    Raises:
-        DataError: The folder holds something else, or cannot be written.
-    """
-    return ensure_folder(
-        "motion",
-        _manifest(world),
-        folder,
-        lambda staging: write_motion_world(world, staging),
-        content=f"{world.num_train + world.num_val} videos",
-    )
-
-
-def write_motion_world(world: MotionWorld, folder: Path, num_processes: int | None = None) -> None:
-    """Render both splits into an existing folder.
-
-    Args:
-        world: The world's parameters.
-        folder: Exists and is empty.
-        num_processes: Rendering processes, this one included; None is one for each core that this process may use,
-            fewer for a small world.
-
-    Raises:
-        OSError: The folder cannot be written.
-        DataError: A rendering process died.
-    """
-    counts = dict(zip(SPLITS, (world.num_train, world.num_val)))
-    if num_processes is None:
-        num_processes = min(len(os.sched_getaffinity(0)), sum(counts.values()) // _CLIPS_PER_PROCESS, 16)
-    for split in SPLITS:
-        (folder / split).mkdir()
-    parts = max(1, num_processes)
-    job = {"world": asdict(world), "folder": str(folder)}
-    run_parts("motion", __spec__.name, job, parts, lambda: _render_part(world, folder, 0, parts))
-    for split in SPLITS:
-        lines = [f"{index:05d}.mp4 {label_of(index)}\n" for index in range(counts[split])]
-        (folder / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
-    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
-    (folder / MANIFEST).write_text(_manifest(world), encoding="utf-8")
-
-
 def _render_part(world: MotionWorld, folder: Path, part: int, parts: int) -> None:
     """Write every `parts`-th clip of both splits, from `part` on."""
     for split, num_clips in zip(SPLITS, (world.num_train, world.num_val)):
@@ -109,16 +53,27 @@ def _render_part(world: MotionWorld, folder: Path, part: int, parts: int) -> Non
             write_video(folder / split / f"{index:05d}.mp4", render_clip(world, split, index), world.rate)
 
 
-def _main() -> None:
-    """One rendering process: the job is the argument."""
-    from permafrost.data.video.config import MotionWorld
+def _write_lists(world: MotionWorld, folder: Path, _: list[None]) -> None:
+    """The lists of videos with their labels, and the classes' names."""
+    for split, count in zip(SPLITS, (world.num_train, world.num_val)):
+        lines = [f"{index:05d}.mp4 {label_of(index)}\n" for index in range(count)]
+        (folder / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
 
-    job = json.loads(sys.argv[1])
-    world = job["world"]
-    world["object_size"] = tuple(world["object_size"])
-    _render_part(MotionWorld(**world), Path(job["folder"]), job["part"], job["parts"])
-    print("null")
+
+MOTION = WorldFiles(
+    kind="motion",
+    renderer=2,
+    unit="videos",
+    per_process=40,
+    folders=SPLITS,
+    render_part=_render_part,
+    finish=_write_lists,
+    module=__spec__.name,
+)
 
 
 if __name__ == "__main__":
-    _main()
+    from permafrost.data.video.config import MotionWorld
+
+    MOTION.main(MotionWorld)

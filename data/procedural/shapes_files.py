@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +16,14 @@ import numpy as np
 from PIL import Image
 
 from permafrost.data.procedural.shapes import CLASSES, SPLITS, SceneObject, render_scene
-from permafrost.data.procedural.world_files import MANIFEST, default_folder, ensure_folder, run_parts
+from permafrost.data.procedural.world_files import WorldFiles
 
 if TYPE_CHECKING:
     from permafrost.data.config import ShapesWorld
 
 CATEGORY_IDS = (1, 2, 3, 5, 8, 13, 21, 34)
 
-# Part of the cache folder's name: raise it when the pictures of unchanged parameters change.
-_RENDERER = 1
 _FIRST_IMAGE_ID = {"train": 1, "val": 1_000_001}
-# A further process pays from this many pictures on: it takes half a second to start, a picture 5 ms.
-_IMAGES_PER_PROCESS = 200
 
 
 def _annotation(region: SceneObject, side: int) -> dict[str, Any]:
@@ -62,60 +55,6 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
     changes = np.flatnonzero(flat[1:] != flat[:-1])
     runs = np.diff(np.concatenate([[0], changes, [mask.size]]))
     return [int(run) for run in (runs[:-1] if runs[-1] == 0 else runs)]
-
-
-def world_folder(world: ShapesWorld) -> Path:
-    """The cache folder of a world; its name ends with a hash of the parameters."""
-    return default_folder("shapes", _manifest(world))
-
-
-def _manifest(world: ShapesWorld) -> str:
-    return json.dumps({"world": "shapes", "renderer": _RENDERER, **asdict(world)}, sort_keys=True, indent=1) + "\n"
-
-
-def ensure_world(world: ShapesWorld, folder: Path | None = None) -> Path:
-    """Write the world unless it is there already, and return its folder; see `ensure_folder`.
-
-    Raises:
-        DataError: The folder holds something else, or cannot be written.
-    """
-    return ensure_folder(
-        "shapes",
-        _manifest(world),
-        folder,
-        lambda staging: write_world(world, staging),
-        content=f"{world.num_train + world.num_val} images",
-    )
-
-
-def write_world(world: ShapesWorld, folder: Path, num_processes: int | None = None) -> None:
-    """Render both splits into an existing folder: annotations/instances_*2017.json, *2017/%012d.jpg and world.json.
-
-    Args:
-        world: The world's parameters.
-        folder: Exists and is empty.
-        num_processes: Rendering processes, this one included; None is one for each core that this process may use,
-            fewer for a small world.
-
-    Raises:
-        OSError: The folder cannot be written.
-        DataError: A rendering process died.
-    """
-    counts = dict(zip(SPLITS, (world.num_train, world.num_val)))
-    if num_processes is None:
-        num_processes = min(len(os.sched_getaffinity(0)), sum(counts.values()) // _IMAGES_PER_PROCESS, 16)
-    (folder / "annotations").mkdir()
-    for split in SPLITS:
-        (folder / f"{split}2017").mkdir()
-    parts = max(1, num_processes)
-    job = {"world": asdict(world), "folder": str(folder)}
-    rendered = run_parts("shapes", __spec__.name, job, parts, lambda: _render_part(world, folder, 0, parts))
-    for split in SPLITS:
-        # Picture i is the (i // parts)-th of part i % parts.
-        regions = [rendered[index % parts][split][index // parts] for index in range(counts[split])]
-        path = folder / "annotations" / f"instances_{split}2017.json"
-        path.write_text(json.dumps(_coco(world, split, regions), separators=(",", ":")), encoding="utf-8")
-    (folder / MANIFEST).write_text(_manifest(world), encoding="utf-8")
 
 
 def _coco(world: ShapesWorld, split: str, regions: list[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -157,14 +96,28 @@ def _render_part(world: ShapesWorld, folder: Path, part: int, parts: int) -> dic
     return regions
 
 
-def _main() -> None:
-    """One rendering process: the job is the argument, the annotations go to stdout as JSON."""
-    from permafrost.data.config import ShapesWorld
+def _write_annotations(world: ShapesWorld, folder: Path, rendered: list[dict[str, list[list[dict[str, Any]]]]]) -> None:
+    """COCO's JSON of both splits."""
+    for split, count in zip(SPLITS, (world.num_train, world.num_val)):
+        # Picture i is the (i // parts)-th of part i % parts.
+        regions = [rendered[index % len(rendered)][split][index // len(rendered)] for index in range(count)]
+        path = folder / "annotations" / f"instances_{split}2017.json"
+        path.write_text(json.dumps(_coco(world, split, regions), separators=(",", ":")), encoding="utf-8")
 
-    job = json.loads(sys.argv[1])
-    regions = _render_part(ShapesWorld(**job["world"]), Path(job["folder"]), job["part"], job["parts"])
-    json.dump(regions, sys.stdout, separators=(",", ":"))
+
+SHAPES = WorldFiles(
+    kind="shapes",
+    renderer=1,
+    unit="images",
+    per_process=200,
+    folders=("annotations", *(f"{split}2017" for split in SPLITS)),
+    render_part=_render_part,
+    finish=_write_annotations,
+    module=__spec__.name,
+)
 
 
 if __name__ == "__main__":
-    _main()
+    from permafrost.data.config import ShapesWorld
+
+    SHAPES.main(ShapesWorld)

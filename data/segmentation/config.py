@@ -204,6 +204,6 @@ class SceneryDataConfig(ADE20KDataConfig):
 
     def located(self) -> ADE20KDataConfig:
         """The same configuration with the world's files written and `root` naming their folder."""
-        from permafrost.data.procedural.scenery_files import ensure_scenery
+        from permafrost.data.procedural.scenery_files import SCENERY
 
-        return replace(self, root=str(ensure_scenery(self.world, Path(self.root) if self.root else None)))
+        return replace(self, root=str(SCENERY.ensure(self.world, Path(self.root) if self.root else None)))

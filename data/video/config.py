@@ -235,6 +235,6 @@ class MotionDataConfig(KineticsDataConfig):
 
     def located(self) -> KineticsDataConfig:
         """The same configuration with the world's files written and `root` naming their folder."""
-        from permafrost.data.procedural.motion_files import ensure_motion_world
+        from permafrost.data.procedural.motion_files import MOTION
 
-        return replace(self, root=str(ensure_motion_world(self.world, Path(self.root) if self.root else None)))
+        return replace(self, root=str(MOTION.ensure(self.world, Path(self.root) if self.root else None)))

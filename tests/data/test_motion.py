@@ -11,7 +11,8 @@ import pytest
 from permafrost.data import DataError, MotionDataConfig, MotionWorld, SampleKey
 from permafrost.data.procedural import motion_files
 from permafrost.data.procedural.motion import APPEARANCE, CLASSES, ORDER_PAIRS, render_clip
-from permafrost.data.procedural.motion_files import ensure_motion_world, write_motion_world
+from permafrost.data.procedural.motion_files import MOTION
+from permafrost.data.procedural.world_files import WorldFiles
 from permafrost.data.video.reader import open_video
 
 TINY = MotionWorld(num_train=10, num_val=10, side=64, num_frames=8)
@@ -19,7 +20,7 @@ TINY = MotionWorld(num_train=10, num_val=10, side=64, num_frames=8)
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory):
-    return ensure_motion_world(TINY, tmp_path_factory.mktemp("motion") / "world")
+    return MOTION.ensure(TINY, tmp_path_factory.mktemp("motion") / "world")
 
 
 def test_a_video_is_the_same_whatever_the_memory_held_before(tmp_path):
@@ -71,7 +72,7 @@ def test_files_hold_what_was_drawn(tiny_folder):
 
 
 def test_equal_parameters_give_equal_bytes_however_many_processes(tiny_folder, tmp_path):
-    write_motion_world(TINY, tmp_path, num_processes=2)
+    MOTION.write(TINY, tmp_path, num_processes=2)
 
     def digests(folder):
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -82,7 +83,7 @@ def test_equal_parameters_give_equal_bytes_however_many_processes(tiny_folder, t
 
 
 def test_it_is_rendered_once_and_read_like_kinetics(tiny_folder, monkeypatch):
-    monkeypatch.setattr(motion_files, "write_motion_world", lambda *_: pytest.fail("rendered again"))
+    monkeypatch.setattr(WorldFiles, "write", lambda *_: pytest.fail("rendered again"))
     config = MotionDataConfig(root=str(tiny_folder), world=TINY)
     train, val = config.build_train(), config.build_val()
     assert train.classes == list(CLASSES) == val.classes

@@ -9,7 +9,7 @@ import pytest
 
 from permafrost.data.errors import DataError
 from permafrost.data.procedural.scenery import CLASSES, render_labelled
-from permafrost.data.procedural.scenery_files import ensure_scenery, write_scenery
+from permafrost.data.procedural.scenery_files import SCENERY
 from permafrost.data.procedural.shapes import TEXTURES, render_scene
 from permafrost.data.segmentation.check import check_ade20k
 from permafrost.data.segmentation.config import SceneryDataConfig, SceneryWorld
@@ -26,7 +26,7 @@ def test_equal_parameters_give_equal_bytes_whatever_the_number_of_processes(tmp_
         ("other", dataclasses.replace(TINY, seed=1), 1),
     ):
         (tmp_path / name).mkdir()
-        write_scenery(world, tmp_path / name, num_processes=processes)
+        SCENERY.write(world, tmp_path / name, num_processes=processes)
         found[name] = file_bytes(tmp_path / name)
     assert found["one"] == found["three"]
     assert len(found["one"]) == 2 * 8 + 2
@@ -46,7 +46,7 @@ def test_the_files_are_a_data_set_without_faults(permafrost_cache, tmp_path) -> 
     assert np.array_equal(sample.target.semantic.numpy(), labels - np.uint8(1))
     assert np.abs(sample.image.permute(1, 2, 0).numpy().astype(int) - picture).mean() < 12, "a JPEG of it"
     assert config.build_test(tmp_path).num_images == 3
-    assert ensure_scenery(TINY) == ensure_scenery(TINY)
+    assert SCENERY.ensure(TINY) == SCENERY.ensure(TINY)
 
 
 def test_labels_are_objects_before_regions_and_strokes_are_ignored() -> None:

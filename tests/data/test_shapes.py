@@ -15,15 +15,14 @@ from pycocotools import mask as mask_api
 from permafrost.data.annotations import encode_segmentation, load_coco_file
 from permafrost.data.config import ShapesDataConfig, ShapesWorld
 from permafrost.data.errors import DataError
-from permafrost.data.procedural import shapes_files, world_files
+from permafrost.data.procedural import world_files
 from permafrost.data.procedural.shapes import CLASSES, TEXTURES, outline, render_scene, texture_field
 from permafrost.data.procedural.shapes_files import (
     CATEGORY_IDS,
+    SHAPES,
     _run_lengths,
-    ensure_world,
-    world_folder,
-    write_world,
 )
+from permafrost.data.procedural.world_files import WorldFiles
 
 TINY = ShapesWorld(num_train=5, num_val=3, image_side=64, crowd_share=0.5)
 
@@ -35,12 +34,12 @@ def _load(config: ShapesDataConfig, split: str) -> dict:
 def test_equal_parameters_give_equal_bytes(tmp_path, file_bytes):
     for name in ("first", "second", "other"):
         (tmp_path / name).mkdir()
-    write_world(TINY, tmp_path / "first")
-    write_world(TINY, tmp_path / "second")
+    SHAPES.write(TINY, tmp_path / "first")
+    SHAPES.write(TINY, tmp_path / "second")
     first = file_bytes(tmp_path / "first")
     assert first == file_bytes(tmp_path / "second")
     assert len(first) == 5 + 3 + 3
-    write_world(dataclasses.replace(TINY, seed=1), tmp_path / "other")
+    SHAPES.write(dataclasses.replace(TINY, seed=1), tmp_path / "other")
     other = file_bytes(tmp_path / "other")
     assert first.keys() == other.keys()
     assert all(first[name] != other[name] for name in first)
@@ -49,7 +48,7 @@ def test_equal_parameters_give_equal_bytes(tmp_path, file_bytes):
 def test_the_number_of_processes_changes_no_byte(tmp_path, file_bytes):
     for processes in (1, 2, 7):
         (tmp_path / str(processes)).mkdir()
-        write_world(TINY, tmp_path / str(processes), num_processes=processes)
+        SHAPES.write(TINY, tmp_path / str(processes), num_processes=processes)
     one = file_bytes(tmp_path / "1")
     assert one == file_bytes(tmp_path / "2")
     assert one == file_bytes(tmp_path / "7"), "more processes than pictures in a split"
@@ -64,10 +63,10 @@ def test_a_rendering_process_that_dies_is_an_error(tmp_path, monkeypatch):
         return child
 
     monkeypatch.setattr(world_files, "_start_process", start_and_kill)
-    monkeypatch.setattr(shapes_files, "_IMAGES_PER_PROCESS", 4)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    files = dataclasses.replace(SHAPES, per_process=4)
     with pytest.raises(DataError, match="renders the shapes world ended with -9"):
-        ensure_world(TINY, tmp_path / "world")
+        files.ensure(TINY, tmp_path / "world")
     assert list(tmp_path.iterdir()) == [], "and nothing half-written stays"
 
 
@@ -214,7 +213,7 @@ def test_run_lengths_are_those_of_pycocotools():
 
 
 def _ensure(world: ShapesWorld, folder: Path) -> None:
-    ensure_world(world, folder)
+    SHAPES.ensure(world, folder)
 
 
 def test_processes_that_start_together_agree(tmp_path, file_bytes):
@@ -228,34 +227,34 @@ def test_processes_that_start_together_agree(tmp_path, file_bytes):
     assert [process.exitcode for process in processes] == [0, 0]
     assert [path.name for path in folder.parent.iterdir()] == ["world"]
     (tmp_path / "alone").mkdir()
-    write_world(TINY, tmp_path / "alone")
+    SHAPES.write(TINY, tmp_path / "alone")
     assert file_bytes(folder) == file_bytes(tmp_path / "alone")
 
 
 def test_a_lost_race_keeps_the_winner(tmp_path, monkeypatch, capsys):
     """The other process finishes while this one renders."""
     folder = tmp_path / "world"
-    real = write_world
+    real = SHAPES.write
 
-    def render_and_lose(world: ShapesWorld, staging: Path) -> None:
+    def render_and_lose(files: WorldFiles, world: ShapesWorld, staging: Path) -> None:
         real(world, staging)
         folder.mkdir()
         real(world, folder)
 
-    monkeypatch.setattr("permafrost.data.procedural.shapes_files.write_world", render_and_lose)
-    assert ensure_world(TINY, folder) == folder
+    monkeypatch.setattr(WorldFiles, "write", render_and_lose)
+    assert SHAPES.ensure(TINY, folder) == folder
     assert [path.name for path in tmp_path.iterdir()] == ["world"]
     assert capsys.readouterr().out == ""
 
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path, monkeypatch):
-    def fail(world: ShapesWorld, staging: Path) -> None:
+    def fail(files: WorldFiles, world: ShapesWorld, staging: Path) -> None:
         (staging / "half").write_text("x")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("permafrost.data.procedural.shapes_files.write_world", fail)
+    monkeypatch.setattr(WorldFiles, "write", fail)
     with pytest.raises(DataError, match=r"cannot write the shapes world .*No space left"):
-        ensure_world(TINY, tmp_path / "world")
+        SHAPES.ensure(TINY, tmp_path / "world")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -263,14 +262,14 @@ def test_the_cache_is_written_once_with_one_line(permafrost_cache, capsys):
     world = dataclasses.replace(TINY, seed=77)
     config = ShapesDataConfig(world=world)
     root = Path(config.located().root)
-    assert root == world_folder(world)
+    assert root == SHAPES.folder(world)
     assert root.parent == permafrost_cache
     assert capsys.readouterr().out.count("\n") == 1
     before = (root / "world.json").stat().st_mtime_ns
     assert config.located().root == str(root)
     assert capsys.readouterr().out == ""
     assert (root / "world.json").stat().st_mtime_ns == before
-    assert world_folder(dataclasses.replace(world, noise=0.03)) != root
+    assert SHAPES.folder(dataclasses.replace(world, noise=0.03)) != root
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

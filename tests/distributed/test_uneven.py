@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from permafrost.data.config import ShapesWorld
-from permafrost.data.procedural.shapes_files import ensure_world
+from permafrost.data.procedural.shapes_files import SHAPES
 from permafrost.data.sampler import GlobalStream
 
 pytestmark = pytest.mark.slow  # groups of processes, started for minutes in all
@@ -60,7 +60,7 @@ def runs(run_ranks: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uneven")
     num_train = NUM_STEPS * GLOBAL_BATCH
     world = ShapesWorld(num_train=num_train, num_val=NUM_VAL, image_side=64, objects=(2, 4), crowd_share=0)
-    data = ensure_world(world, folder / "data")
+    data = SHAPES.ensure(world, folder / "data")
     stream = GlobalStream(num_train, 0)
     changes = {
         stream.key(step * GLOBAL_BATCH + place).index: change
