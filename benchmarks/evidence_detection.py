@@ -350,6 +350,7 @@ def main() -> None:
     """Run, list or summarise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=("2", "6"), default=["2", "6"])
+    parser.add_argument("--heads", nargs="+", choices=tuple(NAMES), default=list(NAMES), help="cells of these only")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one core each")
     parser.add_argument("--trial", action="store_true", help="two steps on a few pictures: shows that the script works")
@@ -369,7 +370,7 @@ def main() -> None:
     if options.trial and options.results == RESULTS:
         parser.error("--trial is no result: give --results FILE")
     done = {cell_of(row) for row in read(options.results)}
-    wanted = cells(options.tables, options.seeds)
+    wanted = [cell for cell in cells(options.tables, options.seeds) if cell.head in options.heads]
     if options.list:
         for cell in wanted:
             print(f"{cell.name:40} {'done' if cell in done else 'missing'}")
