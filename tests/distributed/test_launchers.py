@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
+import select
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,19 +79,69 @@ def test_accelerate(launch, alone, root):
     assert_two_ranks(found, alone)
 
 
+def run_accelerate_config(config: Path, answers: dict[str, str], environ: dict[str, str]) -> None:
+    """`accelerate config` on a terminal of its own, as a person answers it: of `answers` the one whose key is in the question, which
+    is the number or the text of a choice; to everything else Enter, for what is proposed."""
+    leader, follower = pty.openpty()
+    command = [str(BIN / "accelerate"), "config", "--config_file", str(config)]
+    with subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=environ) as child:
+        os.close(follower)
+        shown, everything, limit = "", "", time.monotonic() + 240
+        left = dict(answers)
+        try:
+            while True:
+                if select.select([leader], [], [], 0.5)[0]:
+                    try:
+                        data = os.read(leader, 65536).decode(errors="replace")
+                    except OSError:
+                        break  # the end of a pseudo-terminal
+                    shown, everything = shown + data, everything + data
+                    continue
+                assert time.monotonic() < limit, everything
+                text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "", shown).rstrip()
+                question, menu, choices = text.partition("selecting with enter")
+                if not menu and not text.endswith((":", "?")):
+                    continue  # it has something to do before it asks
+                key = next((key for key in left if key in question), None)
+                reply = left.pop(key) if key else ""
+                if menu and reply:
+                    lines = [line.strip(" \u2794") for line in choices.strip().splitlines()]
+                    reply = str(lines.index(reply))
+                shown = ""
+                os.write(leader, f"{reply}\r".encode())
+        finally:
+            os.close(leader)
+            if time.monotonic() >= limit:
+                child.kill()
+    assert child.returncode == 0, everything
+    assert not left, f"never asked: {left}\n{everything}"
+
+
+CONFIGURED = {
+    "multi-GPU": ({"Which type of machine": "multi-GPU", "How many GPU(s)": "2"}, "DDP over 2 processes"),
+    "DeepSpeed": (
+        {
+            "Which type of machine": "multi-GPU",
+            "use DeepSpeed?": "yes",
+            "optimization stage": "1",
+            "How many GPU(s)": "2",
+        },
+        "ZeRO 1 over 2 process(es)",
+    ),
+}
+
+
 @pytest.mark.slow
-def test_accelerate_deepspeed(launch, alone, tmp_path):
-    """distributed_type: DEEPSPEED selects DeepSpeed, with the stage that Accelerate's configuration says."""
-    config = tmp_path / "deepspeed.yaml"
-    config.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nmixed_precision: 'no'\nnum_machines: 1\n"
-        "num_processes: 2\nmachine_rank: 0\ndeepspeed_config:\n  zero_stage: 1\n  zero3_init_flag: false\n"
-    )
+@pytest.mark.parametrize("kind", CONFIGURED)
+def test_accelerate_config(launch, alone, clean_environment, tmp_path, kind):
+    """A file that `accelerate config` wrote; distributed_type: DEEPSPEED selects DeepSpeed, and the stage that was chosen."""
+    answers, engine = CONFIGURED[kind]
+    config = tmp_path / "config.yaml"
+    run_accelerate_config(config, answers, clean_environment())
     command = [str(BIN / "accelerate"), "launch", "--config_file", str(config), "--main_process_port", "{port}"]
     found = launch(command)
-    assert found["kind"] == "deepspeed"
-    assert "distributed_type is DEEPSPEED" in found["reason"]
-    assert "ZeRO 1 over 2 process(es)" in found["engine"]
+    assert engine in found["engine"]
+    assert ("distributed_type is DEEPSPEED" in found["reason"]) == (kind == "DeepSpeed")
     assert_two_ranks(found, alone)
 
 

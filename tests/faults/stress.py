@@ -3,6 +3,7 @@
     python tests/faults/stress.py FOLDER                  the fixed moments that the tests use
     python tests/faults/stress.py FOLDER --random 20      SIGKILL of a random rank at random moments
     python tests/faults/stress.py FOLDER --elastic        resumed on other numbers of ranks, engines and ZeRO stages
+    python tests/faults/stress.py FOLDER --forgetful      a start that forgets its checkpoints, which must be noticed
 
 Prints a line of JSON for each and exits with 1 if any has gone wrong. Ranks are forked from this process, which has
 imported everything, and are otherwise the processes that a launcher starts.
@@ -57,6 +58,8 @@ ELASTIC: dict[str, tuple[int, list[str]]] = {
     "4 ranks, Accelerate": (4, []),
 }
 """Where a run that 2 ranks began under ZeRO 2 goes on; the first is its own layout."""
+TOLERANCE = 1e-6
+"""Of the first loss there, relative: the layouts add in another order. About 1e-7 is found."""
 
 
 def start(
@@ -66,7 +69,7 @@ def start(
     log: Path,
     recipe: str = "tiny",
     fault: dict[str, Any] | None = None,
-    kill: tuple[int, float] | None = None,
+    kill: tuple[int, float, Path | None] | None = None,
     variables: dict[str, str] | None = None,
 ) -> list[int]:
     """One start of the command; returns the ranks' exit codes as `subprocess` gives them.
@@ -77,7 +80,8 @@ def start(
         log: what they print is appended to it.
         recipe: a function of recipe.py.
         fault: see recipe.py.
-        kill: (rank, seconds after the start) of a SIGKILL from outside.
+        kill: (rank, seconds, file) of a SIGKILL from outside: so long after the start or, where a file is given, after that is
+            there.
         variables: of the environment.
     """
     environ = {"OMP_NUM_THREADS": "1", **(variables or {})}
@@ -96,11 +100,13 @@ def start(
             _be_rank([f"{RECIPE}:{recipe}", *arguments], {**environ, **own}, log)
         pids.append(pid)
     codes: dict[int, int] = {}
-    began = time.monotonic()
+    began = armed = time.monotonic()
     while len(codes) < ranks:
-        elapsed = time.monotonic() - began
-        if elapsed > LIMIT or (kill is not None and elapsed > kill[1]):
-            for pid in pids if elapsed > LIMIT else [pids[kill[0]]]:
+        now = time.monotonic()
+        if kill is not None and kill[2] is not None and not kill[2].exists():
+            armed = now
+        if now - began > LIMIT or (kill is not None and now - armed > kill[1]):
+            for pid in pids if now - began > LIMIT else [pids[kill[0]]]:
                 if pid not in codes:
                     os.kill(pid, signal.SIGKILL)
             kill = None
@@ -155,7 +161,13 @@ def state(run: Path) -> dict[str, Any]:
 
 def start_steps(run: Path) -> list[int]:
     """At which step each start that came so far began."""
-    return [json.loads(line)["start_step"] for line in (run / "provenance.jsonl").read_text().splitlines()]
+    file = run / "provenance.jsonl"
+    return [json.loads(line)["start_step"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def newest_step(run: Path) -> int:
+    """Of the newest checkpoint that lies there complete; 0 if none does."""
+    return max((int(folder.name[5:]) for folder in (run / "checkpoints").glob("step_*")), default=0)
 
 
 def difference(run: Path, whole: Path) -> str:
@@ -201,6 +213,18 @@ class Stress:
             for fault in faults
         ]
 
+    def once(self, name: str, **options: Any) -> tuple[list[int], str]:
+        """One start: exit codes, and what is wrong with the step at which it began.
+
+        A run that silently begins anew ends with the right bits, too.
+        """
+        run = self.folder / name
+        earlier, newest = start_steps(run), newest_step(run)
+        (codes,) = self.run(name, [None], **options)
+        # One that was killed early has not said where it begins.
+        begun = start_steps(run)[len(earlier) :]
+        return codes, "" if begun in ([], [newest]) else f"begins at step {begun} and has the checkpoint of {newest}"
+
     def whole(self) -> Path:
         """The run that nothing disturbs."""
         path = self.folder / "whole"
@@ -230,35 +254,59 @@ class Stress:
             yield {"name": name, "codes": codes, "problem": problem or difference(run, whole)}
 
     def random(self, number: int, seed: int) -> Iterator[dict[str, Any]]:
-        """SIGKILL of a random rank at a random moment of the run's duration, of some a second and third one."""
+        """SIGKILL of a random rank at a random moment, of some a second and third one.
+
+        Of every second run the first moment comes after its first checkpoint; the others lie anywhere in the run's duration.
+        """
         whole, generator = self.whole(), random.Random(seed)
         for index in range(number):
-            name = f"random_{index}"
-            moments: list[tuple[int, float]] = []
+            name, problem = f"random_{index}", ""
+            run = self.folder / name
+            moments: list[tuple[int, float, Path | None]] = []
             while True:
                 kill = None
                 if not moments or (len(moments) < 3 and generator.random() < 0.4):
-                    kill = (generator.randrange(self.ranks), generator.uniform(0, 1.1 * self.seconds))
-                (codes,) = self.run(name, [None], kill=kill)
+                    rank, latest = generator.randrange(self.ranks), run / "latest"
+                    is_late = index % 2 == 0 and not moments
+                    # The start takes most of so short a run.
+                    seconds = generator.uniform(0, 0.3 * self.seconds if is_late else 1.1 * self.seconds)
+                    kill = (rank, seconds, latest if is_late else None)
+                codes, found = self.once(name, kill=kill)
+                problem = problem or found
                 if kill is None or (moments and not any(codes)):
                     break
                 if not any(codes):
                     # It came too late: once more from the beginning.
-                    shutil.rmtree(self.folder / name)
+                    shutil.rmtree(run)
                     continue
                 moments.append(kill)
-            run = self.folder / name
-            problem = f"exit codes {codes} of the last start" if any(codes) else difference(run, whole)
-            shown = [[rank, round(seconds, 2)] for rank, seconds in moments]
+            if any(codes):
+                problem = f"exit codes {codes} of the last start"
+            shown = [[rank, round(seconds, 2), "after a save" if file else ""] for rank, seconds, file in moments]
+            problem = problem or difference(run, whole)
             yield {"name": name, "killed": shown, "starts": start_steps(run), "problem": problem}
 
+    def forgetful(self) -> Iterator[dict[str, Any]]:
+        """A start that passes over its checkpoints: `once` has to say so, though everything else is in order."""
+        whole, run = self.whole(), self.folder / "forgetful"
+        self.once("forgetful", fault={"do": "kill", "rank": 1, "at": "step", "number": 5})
+        codes, problem = self.once("forgetful", variables={"FORGET": "1"})
+        problem = f"exit codes {codes}" if any(codes) else problem
+        yield {"name": "forgetful", "difference": difference(run, whole), "problem": problem}
+
     def elastic(self) -> Iterator[dict[str, Any]]:
-        """Two ranks under ZeRO 2, killed in step 6 after the checkpoint of step 4, resumed elsewhere."""
+        """Two ranks under ZeRO 2, killed in step 7 after the checkpoint of step 4, resumed elsewhere: step 5 is as it was."""
+        from permafrost.data.sampler import GlobalStream
+
         settings = ["--loop.checkpoint-every", "4"]
-        fault = {"do": "kill", "rank": 1, "at": "step", "number": 6}
+        fault = {"do": "kill", "rank": 1, "at": "step", "number": 7}
         (codes,) = self.run("begun", [fault], arguments=[*settings, *ZERO[2]], ranks=2)
         assert codes == [1, -signal.SIGKILL], (self.folder / "begun.log").read_text()
-        expected: tuple[list[Any], list[dict[str, Any]]] | None = None
+        wanted = losses(self.folder / "begun")[4]
+        # What an uninterrupted run sees: 4 of 12 images in each step.
+        stream = GlobalStream(12, 0)
+        keys = [[stream.key(4 * step + place) for place in range(4)] for step in range(4, STEPS)]
+        expected = [[[key.epoch, key.index] for key in step] for step in keys]
         for name, (ranks, engine) in ELASTIC.items():
             slug = name.replace(",", "").replace(" ", "_")
             shutil.copytree(self.folder / "begun", self.folder / slug)
@@ -273,15 +321,13 @@ class Stress:
                 }
                 continue
             run = self.folder / slug
-            found = samples(seen, ranks), losses(run)[4:]
-            expected = expected or found
-            first, wanted = found[1][0], expected[1][0]
+            found, first = samples(seen, ranks), losses(run)[4]
             error = max(abs(first[tag] - wanted[tag]) / abs(wanted[tag]) for tag in wanted if "loss" in tag)
-            problem = "" if error < 1e-5 else f"the first loss is off by {error:.1e}"
-            if start_steps(run) != [0, 4] or first["step"] != 5:
+            problem = "" if error < TOLERANCE else f"the first loss is off by {error:.1e}"
+            if start_steps(run) != [0, 4] or first["step"] != 5 or wanted["step"] != 5:
                 problem = f"starts at the steps {start_steps(run)}"
-            if found[0] != expected[0] or len(found[0]) != STEPS - 4:
-                problem = f"samples {found[0]} instead of {expected[0]}"
+            if found != expected:
+                problem = f"samples {found} instead of {expected}"
             yield {"name": name, "first_loss_error": error, "problem": problem}
 
 
@@ -299,6 +345,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--elastic", action="store_true")
+    parser.add_argument("--forgetful", action="store_true")
     options = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -314,6 +361,8 @@ def main() -> int:
         import deepspeed  # noqa: F401
 
         outcomes = stress.elastic()
+    elif options.forgetful:
+        outcomes = stress.forgetful()
     else:
         outcomes = stress.random(options.random, options.seed) if options.random else stress.fixed()
     failed = 0
