@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from permafrost.data.config import ShapesWorld
 from permafrost.data.procedural.shapes_files import SHAPES
@@ -104,6 +105,30 @@ def test_every_step_is_taken(runs: Path, kind: str) -> None:
     # The counts are those of the global batch, wherever the objects are.
     for tag in (*(f"detection/{name}" for name in LOSSES), "detection/grad_norm"):
         assert found[0][tag] == pytest.approx(alone[0][tag], rel=1e-5), tag
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_engine_is_watched(runs: Path, kind: str) -> None:
+    """What metrics.jsonl and TensorBoard say of a step's time, of memory and of skipped steps; and each rank's last beat."""
+    lines = steps(runs / kind)
+    for line in lines:
+        parts = [line[f"time/{part}"] for part in ("data_wait", "backbone", "heads")]
+        assert all(part > 0 for part in parts)
+        assert sum(parts) <= line["time/step"]
+        assert line["speed/images_per_second"] == pytest.approx(GLOBAL_BATCH / line["time/step"])
+        assert line["memory/host_gib"] > 0.05
+        assert line["checkpoints/failed"] == 0
+    # Collectives are timed in the second step, and then now and then.
+    assert [line["step"] for line in lines if "time/communication" in line] == [2]
+    assert 0 < lines[1]["time/communication"] < lines[1]["time/backbone"] + lines[1]["time/heads"]
+    events = EventAccumulator(str(runs / kind / "tensorboard")).Reload()
+    for tag in ("time/communication", "time/heads", "memory/host_gib", "detection/skipped_steps"):
+        logged = [line[tag] for line in lines if tag in line]
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx(logged), tag
+    beats = [json.loads(file.read_text()) for file in sorted((runs / kind / "heartbeats").glob("rank_*.json"))]
+    assert [(beat["rank"], beat["step"], beat["phase"]) for beat in beats] == [
+        (rank, NUM_STEPS, "done") for rank in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -105,7 +106,9 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         if result.returncode:
             if os.environ.get(REQUIRE_VARIABLE):
                 pytest.fail(f"{REQUIRE_VARIABLE} is set, and nothing can be mounted: {result.stderr}", pytrace=False)
-            pytest.skip(f"needs the right to mount a file system: {result.stderr.strip()}")
+            pytest.skip(
+                f"a disk that is full or read-only is a tmpfs here, which takes root to mount: {result.stderr.strip()}"
+            )
         return place
 
     yield mount
@@ -168,7 +171,9 @@ def test_unwritable_output(small_disk: Callable[[str], Path], tmp_path: Path, pl
         "assert 'torch' not in sys.modules\nsys.exit(code)"
     )
     command = [sys.executable, "-c", code, "train", "quickstart", "--output", str(run)]
+    begun = time.monotonic()
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert time.monotonic() - begun < 5
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith(f"error: cannot write to the run folder {run}: ")
     assert "give another --output" in result.stderr

@@ -43,7 +43,8 @@ def make_state(scale: float = 1.0, step: int = 7) -> HeadState:
     parameters = {name: p.detach() * scale for name, p in model.named_parameters()}
     buffers = {name: t.clone() for name, t in model.state_dict().items() if name not in parameters}
     moments = [{name: torch.randn_like(p) * scale for name, p in parameters.items()} for _ in range(2)]
-    return HeadState(parameters, buffers, moments[0], moments[1].copy(), step)
+    ema = {name: p * 0.5 for name, p in parameters.items()}
+    return HeadState(parameters, buffers, moments[0], moments[1].copy(), step, ema)
 
 
 def training_state(step: int, **fields: object) -> TrainingState:
@@ -80,7 +81,7 @@ def names(run: RunFolder) -> list[str]:
 
 
 def assert_equal_states(found: HeadState, expected: HeadState) -> None:
-    for part in ("parameters", "buffers", "exp_avg", "exp_avg_sq"):
+    for part in ("parameters", "buffers", "exp_avg", "exp_avg_sq", "ema"):
         own, other = getattr(found, part), getattr(expected, part)
         assert own.keys() == other.keys()
         for name in other:
@@ -132,7 +133,7 @@ def test_files_can_be_read_by_whom_the_umask_lets(run: RunFolder) -> None:
     assert modes == {0o640}
 
 
-FILES = ("state.json", "head/head.safetensors", "head/optimizer.safetensors")
+FILES = ("state.json", "head/head.safetensors", "head/optimizer.safetensors", "head/ema.safetensors")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
@@ -309,7 +310,7 @@ def test_the_last_state_of_a_stopped_head_is_kept(run: RunFolder) -> None:
 
 def test_what_is_not_finite_is_not_saved(run: RunFolder) -> None:
     save(run, 1)
-    for part in ("parameters", "exp_avg", "exp_avg_sq"):
+    for part in ("parameters", "exp_avg", "exp_avg_sq", "ema"):
         state = make_state()
         getattr(state, part)["0.weight"][3, 1, 0, 0] = float("nan")
         with pytest.raises(CheckpointError, match="'head' is not finite at step 2"):
