@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from permafrost.data.errors import DataError
-from permafrost.data.task import Progress, Task, TaskDataConfig
+from permafrost.data.task import Progress, SampleExtent, Task, TaskDataConfig
 
 if TYPE_CHECKING:
     from permafrost.data.annotations import Finding
@@ -175,6 +175,10 @@ class CocoDataConfig(TaskDataConfig):
         """Annotation files and image folders of both splits."""
         return [path for pair in self.paths.values() for path in pair]
 
+    def extent(self) -> SampleExtent:
+        """See TaskDataConfig."""
+        return SampleExtent(self.image_size)
+
     def located(self) -> CocoDataConfig:
         """The same configuration with files behind it: a built-in world writes them first."""
         return self
@@ -276,6 +280,12 @@ class ShapesDataConfig(CocoDataConfig):
     def required_paths(self) -> list[Path]:
         """None: whoever lacks the world renders it."""
         return []
+
+    def extent(self) -> SampleExtent:
+        """See TaskDataConfig."""
+        from permafrost.data.procedural.shapes import CLASSES
+
+        return SampleExtent(self.image_size, num_classes=len(CLASSES), objects=self.world.objects[1])
 
     def located(self) -> CocoDataConfig:
         """The same configuration with the world's files written and `root` naming their folder."""

@@ -28,6 +28,24 @@ Progress = Callable[[int, int], None]
 """on_progress(done, all), called now and then."""
 
 
+@dataclass(frozen=True)
+class SampleExtent:
+    """What a training sample is, before any file is there: for predictions of what a run will hold.
+
+    Attributes:
+        side: pixels, of the square that the network sees.
+        num_frames: T of a clip; None: the sample is an image.
+        num_classes: K; None: only the files say.
+        objects: most that an image has to tell apart: annotated objects (detection), classes that occur (segmentation); None: only
+            the files say. Of a clip nothing is told apart: 1.
+    """
+
+    side: int
+    num_frames: int | None = None
+    num_classes: int | None = None
+    objects: int | None = None
+
+
 @dataclass
 class TaskDataConfig:
     """Where a task's data is and how it becomes samples: values only; `build_*` makes the live data sets."""
@@ -51,6 +69,10 @@ class TaskDataConfig:
     def located(self) -> TaskDataConfig:
         """The same configuration with files behind it: a built-in world writes them first."""
         return self
+
+    def extent(self) -> SampleExtent:
+        """What a training sample is."""
+        raise NotImplementedError
 
     def build_train(self) -> TaskDataset:
         """The training set with augmentation."""

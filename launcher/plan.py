@@ -7,6 +7,7 @@ alike. What a row is made of is found out in plan_backbone.py (the frozen networ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from permafrost.data.config import ShapesDataConfig
+from permafrost.data.task import Task
 from permafrost.launcher.build import build_heads
 from permafrost.launcher.engine import choose_engine, parameter_groups, resolve_precision
 from permafrost.launcher.engines.deepspeed_json import merge_settings, read_settings
@@ -24,15 +25,18 @@ from permafrost.launcher.fine_tune import FineTuned
 from permafrost.launcher.layout import micro_batch_size
 from permafrost.launcher.mesh import World
 from permafrost.launcher.plan_backbone import BackbonePlan, degrees_of, plan_backbone, spec_of, windows_of
+from permafrost.launcher.plan_batches import PlannedData
 from permafrost.launcher.plan_engines import EngineMemory, EnginePlan, Stage
 from permafrost.launcher.plan_fine_tune import TrainedPlan, build_trained, join_plans, plan_trained
-from permafrost.launcher.plan_head import HeadPlan, HeadRun, bytes_of_batch, plan_head
+from permafrost.launcher.plan_head import HeadPlan, HeadRun, plan_head
 from permafrost.model.config import OffloadMode
 
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
-MANY_OBJECTS = 100
-"""Objects of an image that is planned for where the data does not say: no training image of COCO has more than 93."""
-MANY_CLASSES = 80
+MANY_OBJECTS: dict[Task, int] = {"detection": 100, "segmentation": 30, "video": 1}
+"""Objects of an image, or classes that occur in one, that are planned for where the data does not say: no training image of COCO has
+more than 93 objects."""
+MANY_CLASSES: dict[Task, int] = {"detection": 80, "segmentation": 150, "video": 400}
+"""Of COCO, ADE20K and Kinetics-400."""
 RESERVED = 0.08
 """Share of a GPU's memory that is left for CUDA's context, its libraries' workspaces and the allocator's gaps."""
 NODE_BANDWIDTH = 300e9
@@ -121,7 +125,7 @@ class Planner:
     Args:
         experiment: The recipe's.
         machines: What it is to run on.
-        objects: In each image; None: what the data can have, else MANY_OBJECTS.
+        objects: In each image (of segmentation: classes that occur in one); None: what the data can have, else MANY_OBJECTS.
         num_classes: K; None: what the data says, else MANY_CLASSES.
 
     Raises:
@@ -136,30 +140,11 @@ class Planner:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.experiment.data.task != "detection":
-            raise RecipeError(
-                f"data is a {type(self.experiment.data).__name__}, for {self.experiment.data.task}: plan knows detection only so "
-                "far; a first run's memory/ values in metrics.jsonl say what a step holds"
-            )
         if not self.experiment.backbone.frozen and self.experiment.engine.offload != "off":
             raise RecipeError("engine.offload with backbone.frozen at False: plan knows it only with 'off'")
         self.micro_batch(self.own)
         World(0, self.machines.world_size, 0, torch.device("cpu")).require_mesh(self.own.tensor)
-        data = self.experiment.data
-        if isinstance(data, ShapesDataConfig):
-            from permafrost.data.procedural.shapes import CLASSES
-
-            self.objects = self.objects or data.world.objects[1]
-            self.num_classes = self.num_classes or len(CLASSES)
-        if self.num_classes is None:
-            self.num_classes = MANY_CLASSES
-            self.notes.append(f"{MANY_CLASSES} classes are assumed; --classes N says otherwise")
-        if self.objects is None:
-            self.objects = MANY_OBJECTS
-            self.notes.append(
-                f"{MANY_OBJECTS} objects in every image are assumed, a crowded one: memory grows with them; --objects N "
-                "says otherwise"
-            )
+        self._describe_data()
         self._windows, notes = windows_of(self.experiment.backbone)
         self.notes += notes
         if self._crosses_nodes(self.own.tensor):
@@ -187,6 +172,23 @@ class Planner:
         self._trained_backbones: dict[int, TrainedPlan] = {}
         self._backbones: dict[tuple[int, int], BackbonePlan] = {}
         self._heads: dict[tuple[str, int, OffloadMode], HeadPlan] = {}
+
+    def _describe_data(self) -> None:
+        task, extent = self.experiment.data.task, self.experiment.data.extent()
+        self.num_classes = self.num_classes or extent.num_classes
+        if self.num_classes is None:
+            self.num_classes = MANY_CLASSES[task]
+            self.notes.append(f"{self.num_classes} classes are assumed; --classes N says otherwise")
+        self.objects = self.objects or extent.objects
+        if self.objects is None:
+            self.objects = MANY_OBJECTS[task]
+            what = "classes" if task == "segmentation" else "objects"
+            self.notes.append(
+                f"{self.objects} {what} in every image are assumed, a crowded one: memory grows with them; --objects N says otherwise"
+            )
+        maps = None if extent.num_frames is None else extent.num_frames // self.experiment.backbone.patch_frames
+        self.data = PlannedData(task, self.num_classes, self.objects, extent.num_frames, maps)
+        self._side = extent.side
 
     @cached_property
     def own(self) -> Layout:
@@ -246,8 +248,7 @@ class Planner:
             for name, groups in self._groups.items()
         ]
         memories = [memory for _, memory, _ in heads]
-        side = self.experiment.data.image_size
-        batch = accumulation * bytes_of_batch(micro_batch, side, objects=self.objects or 0)
+        batch = accumulation * self.data.num_bytes(micro_batch, self._side)
         # All micro-batches pass the backbone before the first head.
         maps = backbone.map_bytes * accumulation if layout.offload == "off" else 0
         resident = backbone.frozen_bytes + sum(memory.resident for memory in memories)
@@ -314,17 +315,14 @@ class Planner:
     @cached_property
     def _runs(self) -> dict[str, HeadRun]:
         experiment, spec = self.experiment, spec_of(self.experiment.backbone)
-        assert self.num_classes is not None
-        assert self.objects is not None
-        heads = build_heads(experiment, spec, [str(index) for index in range(self.num_classes)])
+        heads = build_heads(experiment, spec, [str(index) for index in range(self.data.num_classes)])
         return {
             name: HeadRun(
                 head=head.train(),
                 spec=spec,
                 map_dtype=self._dtype,
                 precision=resolve_precision(experiment.engine.precision, self.machines.device_type),
-                objects=self.objects,
-                num_classes=self.num_classes,
+                data=self.data,
                 offload="off",
                 device_type=self.machines.device_type,
             )
@@ -340,12 +338,11 @@ class Planner:
 
     def _trained(self, micro_batch: int) -> TrainedPlan:
         if micro_batch not in self._trained_backbones:
-            side = self.experiment.data.image_size
             self._trained_backbones[micro_batch] = plan_trained(
                 self.experiment.backbone,
                 options=self._windows,
-                batch=micro_batch,
-                size=(side, side),
+                batch=math.prod(self.data.lead(micro_batch)),
+                size=(self._side, self._side),
                 precision=resolve_precision(self.experiment.engine.precision, self.machines.device_type),
                 device_type=self.machines.device_type,
             )
@@ -357,14 +354,12 @@ class Planner:
             # All of it is the head's.
             return BackbonePlan(sum(self._trained(micro_batch).numels), 0, 0, 0, 0)
         if key not in self._backbones:
-            side = self.experiment.data.image_size
             self._backbones[key] = plan_backbone(
                 self.experiment.backbone,
                 options=self._windows,
                 dtype=self._dtype,
                 tensor=tensor,
-                batch=micro_batch,
-                size=(side, side),
+                images=self.data.image_shape(micro_batch, self._side),
             )
         return self._backbones[key]
 
@@ -374,9 +369,9 @@ class Planner:
             run, is_frozen = replace(self._runs[name], offload=offload), self.experiment.backbone.frozen
             if not is_frozen:
                 run = replace(run, map_dtype=self._trained(micro_batch).map_dtype, trains_features=True)
-            found = plan_head(run, batch=micro_batch, side=self.experiment.data.image_size)
+            found = plan_head(run, batch=micro_batch, side=self._side)
             self._heads[key] = found if is_frozen else join_plans(self._trained(micro_batch), found)
-            note = "heads were run on smaller images and extrapolated"
+            note = f"heads were run on {'fewer clips' if self.data.maps else 'smaller images'} and extrapolated"
             if self._heads[key].is_extrapolated and note not in self.notes:
                 self.notes.append(note)
         return self._heads[key]

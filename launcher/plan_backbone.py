@@ -181,8 +181,7 @@ def plan_backbone(
     options: dict[str, object],
     dtype: torch.dtype,
     tensor: int,
-    batch: int,
-    size: tuple[int, int],
+    images: tuple[int, ...],
 ) -> BackbonePlan:
     """Run a network's forward on the meta device.
 
@@ -191,8 +190,7 @@ def plan_backbone(
         options: What windows_of returned.
         dtype: What it computes in.
         tensor: Processes it is split over.
-        batch: Images of this process.
-        size: Their height and width.
+        images: Shape of this process's images, (B, 3, H, W), or of its clips, (B, T, 3, H, W).
 
     Raises:
         BackboneError: As build_network.
@@ -216,15 +214,18 @@ def plan_backbone(
         module = SplitSwinV2(network, group)
     kind = FrozenBackbone if tensor == 1 else SplitBackbone
     backbone = kind(module, mean=IMAGENET_MEAN, std=IMAGENET_STD, fingerprint="", choices={})  # type: ignore[arg-type]
-    images = torch.empty(batch, 3, *size, dtype=torch.uint8, device=META)
+    backbone.max_images = config.max_images
+    if config.patch_frames > 1:
+        backbone.inflate_patches(config.patch_frames)
+    pixels = torch.empty(images, dtype=torch.uint8, device=META)
 
     trace = Trace("meta")
     weights = trace.watch([*backbone.parameters(), *backbone.buffers()])
-    trace.watch([images])
+    trace.watch([pixels])
     with FusedAttention(trace), trace:
         # The first forward also makes the constants that are kept; the second is like all others.
         try:
-            backbone(images)
+            backbone(pixels)
         except Exception as error:  # Whatever a timm model does with numbers that are not there.
             if not config.name.startswith(TIMM_PREFIX):
                 raise
@@ -235,7 +236,7 @@ def plan_backbone(
         constants, flops = trace.live, trace.flops
         trace.take_peak()
         group.sent.clear()
-        maps = backbone(images)
+        maps = backbone(pixels)
     return BackbonePlan(
         num_parameters=num_parameters,
         frozen_bytes=weights + constants,

@@ -85,7 +85,7 @@ def plan_trained(
     Args:
         config: Which network.
         options: What windows_of returned.
-        batch: Images.
+        batch: Images; of clips the maps that come of them.
         size: Their height and width.
         precision: "float32" or "bfloat16", of the autocast.
         device_type: "cuda" or "cpu", where it will run.
@@ -112,7 +112,7 @@ def plan_trained(
                     fake = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu"))
                     fake.register_post_accumulate_grad_hook(on_gradient)
                     setattr(module, name, fake)
-            images = torch.empty(batch, 3, *size, device="cpu")
+            images = torch.empty(batch, 3 * config.patch_frames, *size, device="cpu")
             trace.watch([*network.parameters(), images])
             # A CPU has no kernel that also gives the position bias its gradient.
             with _as_on_cuda(trace, device_type == "cuda"), trace:

@@ -2,11 +2,13 @@
 
 A head's shapes depend on its data (how many proposals are left, how many are positive), so it is built and run for real
 on the CPU, forward and backward, under a trace that does not compute what is expensive. Where that would still take too
-much memory or time, four smaller runs are extrapolated: all quantities are close to bilinear in images and pixels.
+much memory or time, smaller runs are extrapolated: all quantities are close to bilinear in images and pixels. Clips are small, and
+attention over all of one grows with the square of its size: of those only fewer are run.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permafrost.data.types import Batch, DetectionTarget, SampleKey
 from permafrost.heads.base import Head
 from permafrost.heads.detection import roi_align
+from permafrost.launcher.plan_batches import PlannedData
 from permafrost.launcher.plan_trace import Trace
 from permafrost.model.config import OffloadMode
 from permafrost.model.offload import ActivationOffload, HostBuffers
@@ -65,8 +67,7 @@ class HeadRun:
         spec: of the backbone that feeds it.
         map_dtype: of the feature maps.
         precision: "float32" or "bfloat16", of the autocast.
-        objects: in each image.
-        num_classes: K.
+        data: what it learns from.
         offload: what leaves for host memory.
         device_type: "cuda" or "cpu", where it will run.
         trains_features: whether the feature maps get a gradient too.
@@ -76,70 +77,39 @@ class HeadRun:
     spec: FeatureSpec
     map_dtype: torch.dtype
     precision: str
-    objects: int
-    num_classes: int
+    data: PlannedData
     offload: OffloadMode
     device_type: str = "cuda"
     trains_features: bool = False
 
 
 def plan_head(run: HeadRun, *, batch: int, side: int) -> HeadPlan:
-    """A head's plan for a micro-batch of square images of this many pixels a side."""
-    if batch * side * side <= MAX_PIXELS:
+    """A head's plan for a micro-batch of squares of this many pixels a side: images, or the frames of clips."""
+    clips = run.data.maps is not None
+    sides = (side, side) if clips else SMALL_SIDES
+    if batch * (run.data.maps or 1) * side * side <= MAX_PIXELS or (clips and batch <= SMALL_BATCHES[-1]):
         return _run_head(run, batch, side)
-    corners = {(images, small): _run_head(run, images, small) for images in SMALL_BATCHES for small in SMALL_SIDES}
+    found = {(samples, small): _run_head(run, samples, small) for samples in SMALL_BATCHES for small in set(sides)}
+    ordered = [found[samples, small] for samples in SMALL_BATCHES for small in sides]
     low, high = SMALL_BATCHES
     share = (batch - low) / (high - low)
-    near, far = (small * small for small in SMALL_SIDES)
+    near, far = (small * small for small in sides)
     # Not below the smaller runs: what does not grow with the image keeps its value.
-    reach = max(0.0, (side * side - near) / (far - near))
+    reach = 0.0 if clips else max(0.0, (side * side - near) / (far - near))
 
     def blend(values: Sequence[int]) -> int:
         a, b, c, d = values
         return max(0, round((1 - share) * ((1 - reach) * a + reach * b) + share * ((1 - reach) * c + reach * d)))
 
-    first = corners[SMALL_BATCHES[0], SMALL_SIDES[0]]
+    first = ordered[0]
     numbers = {
-        name: blend([getattr(corner, name) for corner in corners.values()])
+        name: blend([getattr(corner, name) for corner in ordered])
         for name in ("saved_bytes", "forward_peak", "host_bytes", "forward_flops", "flops")
     }
-    peaks = zip(*(corner.backward_peaks for corner in corners.values()), strict=True)
+    peaks = zip(*(corner.backward_peaks for corner in ordered), strict=True)
     return HeadPlan(
         numels=first.numels, backward_peaks=tuple(blend(values) for values in peaks), is_extrapolated=True, **numbers
     )
-
-
-def make_batch(batch: int, side: int, *, objects: int, num_classes: int) -> Batch:
-    """Images with objects of all sizes, everywhere; equal arguments give equal batches."""
-    targets = []
-    for index in range(batch):
-        generator = SampleKey(0, 0, index).generator("plan")
-        # Diameters of 4 % to 60 % of the image, most of them small, as in photographs.
-        sides = side * 0.04 * 15 ** torch.rand(objects, 2, generator=generator).prod(dim=1, keepdim=True).expand(-1, 2)
-        corner = torch.rand(objects, 2, generator=generator) * (side - sides)
-        boxes = torch.cat([corner, corner + sides], dim=1)
-        masks = torch.zeros(objects, side, side, dtype=torch.bool)
-        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist()):
-            mask[top : bottom + 1, left : right + 1] = True
-        targets.append(
-            DetectionTarget(
-                image_id=index,
-                boxes=boxes,
-                labels=torch.randint(num_classes, (objects,), generator=generator),
-                masks=masks,
-                ignore_boxes=torch.zeros(0, 4),
-                size=(side, side),
-                original_size=(side, side),
-                semantic=torch.zeros(side, side, dtype=torch.uint8),
-            )
-        )
-    images = torch.zeros(batch, 3, side, side, dtype=torch.uint8)
-    return Batch(images, targets, [SampleKey(0, 0, index) for index in range(batch)])
-
-
-def bytes_of_batch(batch: int, side: int, *, objects: int) -> int:
-    """Of a micro-batch's images and masks on the device; boxes do not count."""
-    return batch * side * side * (3 + objects)
 
 
 class _PlannedBuffers(HostBuffers):
@@ -156,10 +126,11 @@ class _PlannedBuffers(HostBuffers):
 def _run_head(run: HeadRun, batch_size: int, side: int) -> HeadPlan:
     """One forward and backward, as train.py's head_losses does them."""
     head = run.head
-    batch = make_batch(batch_size, side, objects=run.objects, num_classes=run.num_classes)
+    batch, lead = run.data.batch(batch_size, side), run.data.lead(batch_size)
     maps = [
-        torch.zeros(batch_size, channels, -(-side // stride), -(-side // stride), dtype=run.map_dtype)
+        torch.zeros(math.prod(lead), channels, -(-side // stride), -(-side // stride), dtype=run.map_dtype)
         .contiguous(memory_format=torch.channels_last)
+        .unflatten(0, lead)
         .requires_grad_(run.trains_features)
         for channels, stride in zip(run.spec.channels, run.spec.strides)
     ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from permafrost.data.config import ShapesWorld
 from permafrost.data.errors import DataError
-from permafrost.data.task import Progress, Task, TaskDataConfig
+from permafrost.data.task import Progress, SampleExtent, Task, TaskDataConfig
 
 if TYPE_CHECKING:
     from permafrost.data.ade20k import SceneParsing
@@ -133,6 +133,10 @@ class ADE20KDataConfig(TaskDataConfig):
         """Folders of photos and labels of both splits."""
         return [*self.paths("train"), *self.paths("val")]
 
+    def extent(self) -> SampleExtent:
+        """See TaskDataConfig."""
+        return SampleExtent(self.image_size)
+
     def located(self) -> ADE20KDataConfig:
         """The same configuration with files behind it: a built-in world writes them first."""
         return self
@@ -201,6 +205,13 @@ class SceneryDataConfig(ADE20KDataConfig):
     def required_paths(self) -> list[Path]:
         """None: whoever lacks the world renders it."""
         return []
+
+    def extent(self) -> SampleExtent:
+        """See TaskDataConfig."""
+        from permafrost.data.procedural.scenery import CLASSES
+
+        most = min(self.world.objects[1] + self.world.regions[1], len(CLASSES))
+        return SampleExtent(self.image_size, num_classes=len(CLASSES), objects=most)
 
     def located(self) -> ADE20KDataConfig:
         """The same configuration with the world's files written and `root` naming their folder."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from permafrost.data.errors import DataError
-from permafrost.data.task import Progress, Task, TaskDataConfig
+from permafrost.data.task import Progress, SampleExtent, Task, TaskDataConfig
 
 if TYPE_CHECKING:
     from permafrost.data.annotations import Finding
@@ -122,6 +122,10 @@ class KineticsDataConfig(TaskDataConfig):
                 f"data.decoder_threads is {self.decoder_threads}: give at least 1, or 0 for FFmpeg's choice"
             )
 
+    def extent(self) -> SampleExtent:
+        """See TaskDataConfig."""
+        return SampleExtent(self.clip.crop_size, self.clip.num_frames, self.num_classes, objects=1)
+
     def located(self) -> KineticsDataConfig:
         """The same configuration with files behind it: a built-in world writes them first."""
         return self
@@ -232,6 +236,12 @@ class MotionDataConfig(KineticsDataConfig):
     def required_paths(self) -> list[Path]:
         """None: whoever lacks the world renders it."""
         return []
+
+    def extent(self) -> SampleExtent:
+        """See TaskDataConfig."""
+        from permafrost.data.procedural.motion import CLASSES
+
+        return replace(super().extent(), num_classes=len(CLASSES))
 
     def located(self) -> KineticsDataConfig:
         """The same configuration with the world's files written and `root` naming their folder."""

@@ -55,7 +55,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="T",
         help="10^12 operations that a GPU really computes in a second (default 400: two fifths of an H100's bfloat16)",
     )
-    parser.add_argument("--objects", type=_count("objects"), metavar="N", help="objects in each image to plan for")
+    parser.add_argument(
+        "--objects",
+        type=_count("objects"),
+        metavar="N",
+        help="objects in each image (segmentation: classes) to plan for",
+    )
     parser.add_argument("--classes", type=_count("classes"), metavar="N", help="classes of the data set")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="plan for GPUs (the default), or for a run on CPUs"
@@ -120,7 +125,7 @@ def conclusions(
 
     machines = planner.machines
     lines = [
-        f"step         {planner.experiment.loop.global_batch} images = {own.micro_batch} x {machines.world_size} rank(s) x "
+        f"step         {planner.experiment.loop.global_batch} {planner.data.unit} = {own.micro_batch} x {machines.world_size} rank(s) x "
         f"{own.layout.accumulation} micro-batch(es); {own.flops / 1e12:.2f} TFLOP a rank"
     ]
     if own.sent:

@@ -22,8 +22,9 @@ from permafrost.launcher.cli import main, parse_experiment
 from permafrost.launcher.plan import Layout, Machines, Planner
 from permafrost.launcher.plan_advice import recommend, remedies
 from permafrost.launcher.plan_backbone import plan_backbone, windows_of
+from permafrost.launcher.plan_batches import PlannedData
 from permafrost.launcher.plan_engines import EnginePlan
-from permafrost.launcher.plan_head import HeadRun, make_batch, plan_head
+from permafrost.launcher.plan_head import HeadRun, plan_head
 from permafrost.model.config import BackboneConfig
 from permafrost.model.spec import SWINV2_SIZES
 from permafrost.model.swin import SwinV2
@@ -44,7 +45,7 @@ def plan(name: str, *, tensor: int = 1, size: int = 1024, window: int = 16, batc
     config = BackboneConfig(name, "random", window_size=window)
     options, notes = windows_of(config)
     assert not notes
-    return plan_backbone(config, options=options, dtype=dtype, tensor=tensor, batch=batch, size=(size, size))
+    return plan_backbone(config, options=options, dtype=dtype, tensor=tensor, images=(batch, 3, size, size))
 
 
 # GMAC of a forward, GiB of bfloat16 weights and MiB of feature maps, calculated by hand from the published sizes.
@@ -92,13 +93,15 @@ def test_a_split_network_holds_its_parts_and_sends_its_partial_sums(degree: int)
 def head_run() -> HeadRun:
     torch.manual_seed(0)
     head = HEAD.build(spec=NANO, classes=[str(i) for i in range(8)]).train()
-    return HeadRun(head, NANO, torch.float32, "float32", objects=6, num_classes=8, offload="off", device_type="cpu")
+    return HeadRun(
+        head, NANO, torch.float32, "float32", PlannedData("detection", 8, 6), offload="off", device_type="cpu"
+    )
 
 
 def really(run: HeadRun, batch: int, side: int):
     """(peak, FLOPs) of a real forward and backward, by torch's MemTracker and FlopCounterMode."""
     head = copy.deepcopy(run.head)
-    data = make_batch(batch, side, objects=run.objects, num_classes=run.num_classes)
+    data = run.data.batch(batch, side)
     maps = [
         torch.randn(batch, c, side // s, side // s).contiguous(memory_format=torch.channels_last)
         for c, s in zip(run.spec.channels, run.spec.strides)

@@ -42,7 +42,7 @@ def test_a_real_forward_holds_and_computes_what_was_planned(name: str) -> None:
     config = BackboneConfig(name, "random")
     options, notes = windows_of(config)
     assert not notes
-    found = plan_backbone(config, options=options, dtype=torch.float32, tensor=1, batch=2, size=(96, 128))
+    found = plan_backbone(config, options=options, dtype=torch.float32, tensor=1, images=(2, 3, 96, 128))
     backbone = config.build()
     assert found.num_parameters == backbone.num_parameters
     assert spec_of(config) == backbone.spec

@@ -35,8 +35,7 @@ def test_a_backward_costs_twice_a_forward_and_recomputing_costs_another() -> Non
         options={},
         dtype=torch.bfloat16,
         tensor=1,
-        batch=BATCH,
-        size=(SIDE, SIDE),
+        images=(BATCH, 3, SIDE, SIDE),
     )
     # The frozen network has its position biases already.
     assert found.forward_flops == pytest.approx(frozen.flops, rel=0.02)
