@@ -2,7 +2,8 @@
 
 Exit codes: 0 every rank ended with 0 and the run folder has its final.json; 1 training failed on a rank; 2 a mistake in
 the command, the hostfile or a node, nothing was started, or the ranks said so; 3 a rank, a node or the network was lost;
-128 + N the launcher was sent signal N and the ranks left no code of their own.
+75 a rank was sent SIGTERM or SIGUSR1 and the run was saved; 128 + N the launcher was sent signal N and the ranks left no
+code of their own.
 """
 
 from __future__ import annotations

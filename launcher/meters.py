@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Iterator, Mapping
@@ -141,6 +142,8 @@ class CommunicationMeter:
         if not is_due:
             yield
             return
+        # Else it prints lines of its own at each start and end, an "ERROR" among them where there is no GPU.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_cuda else [])]
         profiler = profile(activities=activities)
         try:

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
+from permafrost.launcher.cli import SAVED
 from permafrost.launcher.supervision import LOST
 
 
@@ -42,7 +43,8 @@ def batch_script(
         *([f"#SBATCH --gpus-per-node={num_procs}"] if uses_gpus else []),
         "#SBATCH --output=%x-%j.log",
         "#SBATCH --open-mode=append",
-        "# Add what your cluster asks for: --partition, --account, --time, --cpus-per-task.",
+        "# Add what your cluster asks for: --partition, --account, --time, --cpus-per-task. With --signal=USR1@120 the ranks",
+        f"# save and end before the time is up, with code {SAVED}: the same script, submitted again, goes on from there.",
         "",
         "set -u",
         f"cd {shlex.quote(os.getcwd())} || exit 2",
@@ -54,8 +56,8 @@ def batch_script(
         f"    srun --kill-on-bad-exit=1 {shlex.quote(sys.executable)} -u -m permafrost.launcher.train \\",
         f"        {shlex.join(arguments)}",
         "    code=$?",
-        "    # Code 2 is a mistake, and with its final.json a run has ended: another start would come no further.",
-        '    if [ "$code" -eq 2 ] || [ -e "$final" ]; then break; fi',
+        f"    # Code 2 is a mistake, {SAVED} a signal that asked to end, and with its final.json a run has ended.",
+        f'    if [ "$code" -eq 2 ] || [ "$code" -eq {SAVED} ] || [ -e "$final" ]; then break; fi',
         "done",
         "# Without its final.json the run has not ended, whatever the ranks said.",
         f'if [ "$code" -eq 0 ] && [ ! -e "$final" ]; then exit {LOST}; fi',

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from permafrost.launcher.agents import Agents
+from permafrost.launcher.cli import SAVED
 from permafrost.launcher.hostfile import Node
 from permafrost.launcher.node_agent import LAST_WORDS
 from permafrost.launcher.starters import Starter
@@ -188,8 +189,9 @@ class Supervisor:
         if USAGE_ERROR in codes:
             return Ending(USAGE_ERROR, reasons)
         code = codes.pop() if len(codes) == 1 else FAILED
-        # With a final.json the run has ended, and the code is its verdict: a head was stopped.
-        return Ending(code, reasons, may_restart=not self._has_final())
+        # With a final.json the run has ended, and the code is its verdict: a head was stopped. A signal to a rank is no fault:
+        # whoever sent it wants the machines.
+        return Ending(code, reasons, may_restart=code != SAVED and not self._has_final())
 
     def _lost_nodes(self) -> list[str]:
         lost = []

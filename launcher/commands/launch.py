@@ -27,7 +27,8 @@ When a rank dies, stops or is silent, or a node cannot be reached, or this progr
 the launch is ended on every node. Ctrl-C and SIGTERM are passed on to the ranks first.
 
 Exit codes: 0 every rank ended well and the run folder has its final.json; 1 training failed on a rank; 2 a mistake,
-nothing was trained; 3 a rank, a node or the network was lost; 128 + N stopped by signal N. Another code is the ranks' own."""
+nothing was trained; 3 a rank, a node or the network was lost; 75 a signal to a rank ended the run, saved; 128 + N stopped by
+signal N. Another code is the ranks' own. --max-restarts answers 1 and 3."""
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -35,8 +35,8 @@ def relative(found: dict[str, Tensor], expected: dict[str, Tensor], kind: str) -
 
 
 @pytest.fixture(scope="module")
-def outcome(run_ranks: Callable, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[Any]]]:
-    """All runs of this module: {ranks: outcomes}, in one launch per number of ranks."""
+def outcome(run_ranks: Callable, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, Any]]:
+    """All runs of this module: {ranks: outcomes}, in one launch per number of ranks, and what two ranks printed."""
     folder = tmp_path_factory.mktemp("train_ranks")
     both = ["detection", "probe"]
     stream = GlobalStream(NUM_TRAIN, 0)
@@ -70,11 +70,11 @@ def outcome(run_ranks: Callable, tmp_path_factory: pytest.TempPathFactory) -> tu
             for stage, accumulation in ((2, 1), (3, 2))
         ),
     ]
-    pair = run_ranks("train_worker.py", 2, {"runs": runs})["outcomes"]
+    pair = run_ranks("train_worker.py", 2, {"runs": runs})
     moved = run_ranks("train_worker.py", 1, {"runs": [{"output": str(folder / "moving"), "heads": ["probe"]}]})[
         "outcomes"
     ]
-    return folder, {1: alone, 2: pair, 0: moved}
+    return folder, {1: alone, 2: pair["outcomes"], 0: moved, "output": pair["output"]}
 
 
 def test_the_first_step_on_two_ranks_is_that_on_one(outcome: tuple[Path, dict]) -> None:
@@ -128,6 +128,12 @@ def test_collectives_are_timed(outcome: tuple[Path, dict], layout: str) -> None:
     assert timed == ([] if layout == "plain1" else [2])
     for line in lines[1:2] if timed else []:
         assert 0 < line["time/communication"] < line["time/backbone"] + line["time/heads"]
+
+
+def test_timing_them_prints_nothing(outcome: tuple[Path, dict]) -> None:
+    """The profiler has lines of its own: USDT, STAGE, ERROR."""
+    lines = outcome[1]["output"].splitlines()
+    assert not [line for line in lines if "profiler" in line.lower() or line.startswith(("ERROR", "USDT"))]
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from permafrost.launcher import node_agent
-from permafrost.launcher.cli import main
+from permafrost.launcher.cli import SAVED, main
 
 TINY = f"{Path(__file__).parent / 'tiny_recipe.py'}:tiny"
 LAUNCH = (str(Path(sys.executable).with_name("permafrost")), "launch")
@@ -29,10 +29,11 @@ def ranks_of(launcher: subprocess.Popen) -> list[int]:
 
 
 @pytest.fixture
-def launched(tmp_path):
+def launched(tmp_path, request):
     """A run without end on two ranks, after its first step: (launcher, pids of its ranks, file of its output)."""
     output = tmp_path / "output"
     command = [*LAUNCH, TINY, "--output", str(tmp_path / "run"), "--num-procs", "2", "--device", "cpu"]
+    command += getattr(request, "param", [])
     with output.open("wb") as file:
         launcher = subprocess.Popen(
             [*command, "--loop.num-steps", "100000", "--loop.image-every", "0", "--patience", "5"],
@@ -64,6 +65,16 @@ def test_killed_rank(launched):
     os.kill(ranks[1], signal.SIGKILL)
     assert launcher.wait(20) == 3
     assert f"launch: rank 1 on this machine (pid {ranks[1]}) is gone without a word" in output.read_text()
+
+
+@pytest.mark.parametrize("launched", [["--max-restarts", "1"]], indirect=True)
+def test_a_signal_to_a_rank_is_no_fault(launched):
+    """Saved, and not started again."""
+    launcher, ranks, output = launched
+    os.kill(ranks[1], signal.SIGTERM)
+    assert launcher.wait(30) == SAVED
+    assert "ended by SIGTERM to rank 1: the same command goes on from there" in output.read_text()
+    assert "starting again" not in output.read_text()
 
 
 def test_killed_launcher(launched):

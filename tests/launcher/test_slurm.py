@@ -93,6 +93,7 @@ def test_arguments(submit, tmp_path):
         ("1 0:final", 0, 2),  # a fault, then the rest of the run
         ("1 1 1", 1, 3),  # as often as allowed
         ("2 0:final", 2, 1),  # a mistake is not tried again
+        ("75 0:final", 75, 1),  # saved on a signal: who sent it wants the machines
         ("1:final 0", 1, 1),  # a head that was stopped: the run has ended
         ("0 0 0", 3, 3),  # all is well, they say, without the marker
     ],
