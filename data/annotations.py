@@ -80,7 +80,7 @@ def load_coco_file(path: Path, *, labelled: bool = True) -> CocoFile:
 
     Args:
         path: the JSON.
-        labelled: False for one of images and categories alone (image_info_test-dev2017.json).
+        labelled: False for a test set's (image_info_test-dev2017.json): annotations, if there are any, are not looked at.
 
     Raises:
         DataError: it is missing, not JSON, or not of COCO's overall shape, so that nothing more can be said about it.
@@ -100,7 +100,7 @@ def load_coco_file(path: Path, *, labelled: bool = True) -> CocoFile:
             f"{path}: the JSON is a {type(content).__name__}, expected an object with images, annotations, categories"
         )
     if not labelled:
-        content = {"annotations": [], **content}
+        content = {**content, "annotations": []}
     for key in ("images", "annotations", "categories"):
         entries = content.get(key)
         if not isinstance(entries, list):

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 LAYOUT = """expected COCO's layout (every name is a field of `data`):
   ROOT/{train_annotations}   ROOT/{train_images}/*.jpg
-  ROOT/{val_annotations}   ROOT/{val_images}/*.jpg"""
+  ROOT/{val_annotations}   ROOT/{val_images}/*.jpg
+  ROOT/{test_annotations}   ROOT/{test_images}/*.jpg   (for submission files only)"""
 MIN_SCORE = 0.5
 """Least score of an object that is drawn."""
 MIN_TOLERATED = 10
@@ -87,7 +88,8 @@ class CocoDetection(Dataset):
         bad_annotations: See CocoDataConfig.
         train_empty_images: See CocoDataConfig.
         corrupt_share: See CocoDataConfig.
-        labelled: False for images that nothing is known of: a test set.
+        submission: Makes it a test set, of which only images and categories are read; evaluators' files are for COCO's server,
+            named after this folder.
 
     Attributes:
         classes: names by label.
@@ -121,7 +123,7 @@ class CocoDetection(Dataset):
         bad_annotations: str = "refuse",
         train_empty_images: bool = False,
         corrupt_share: float = 0.001,
-        labelled: bool = True,
+        submission: Path | None = None,
     ) -> None:
         self.annotation_file = annotations
         self.image_folder = images
@@ -135,8 +137,9 @@ class CocoDetection(Dataset):
         self.copy_paste = copy_paste
         self.semantic = semantic
         self.corrupt_share = corrupt_share
+        self.submission = submission
         self.notes: list[str] = []
-        coco_file = load_coco_file(annotations, labelled=labelled)
+        coco_file = load_coco_file(annotations, labelled=submission is None)
         dropped = refuse_or_drop(coco_file.findings, bad_annotations)
         records = group_by_image(coco_file, dropped)
         raise_fatal(missing_images(records, images))
@@ -159,7 +162,9 @@ class CocoDetection(Dataset):
                 )
         if max_images is not None:
             records = records[:max_images]
-        if labelled and not any(not entry["iscrowd"] for record in records for entry in record["annotations"]):
+        if submission is None and not any(
+            not entry["iscrowd"] for record in records for entry in record["annotations"]
+        ):
             raise DataError(
                 f"{annotations}: not one object in {len(records)} images: there is nothing to learn or to score"
             )
@@ -174,14 +179,16 @@ class CocoDetection(Dataset):
             self._check_semantic(records)
 
     @classmethod
-    def from_config(cls, config: CocoDataConfig, train: bool, *, labelled: bool = True) -> CocoDetection:
-        """The training or validation set of a configuration; `labelled` is False where the latter is a test set.
+    def from_config(cls, config: CocoDataConfig, train: bool, *, submission: Path | None = None) -> CocoDetection:
+        """The training or validation set of a configuration, or, with `submission`, its test set.
 
         Raises:
             DataError: see the class; a missing root or folder says the layout that is expected.
         """
-        annotations, images = locate(config, "train" if train else "val")
+        annotations, images = locate(config, "train" if train else "val" if submission is None else "test")
         options: dict[str, Any] = {"max_images": config.max_val_images, "evaluation": config.evaluation}
+        if submission is not None:
+            options |= {"max_images": None, "submission": submission}
         if train:
             options = {
                 "jitter": config.jitter,
@@ -198,7 +205,6 @@ class CocoDetection(Dataset):
             bad_annotations=config.bad_annotations,
             train_empty_images=config.train_empty_images,
             corrupt_share=config.corrupt_share,
-            labelled=labelled,
         )
 
     def __len__(self) -> int:
@@ -297,7 +303,8 @@ class CocoDetection(Dataset):
         """A fresh evaluator against the annotations of exactly these images."""
         from permafrost.data.metrics.coco import CocoEvaluator
 
-        return CocoEvaluator(list(self.records), self.classes, self.category_ids, self.evaluation)
+        submission = None if self.submission is None else (self.annotation_file, self.submission)
+        return CocoEvaluator(list(self.records), self.classes, self.category_ids, self.evaluation, submission)
 
     def tracker(self) -> ReplacementTracker:
         """A fresh count of replaced images, with this data set's limit."""
@@ -375,7 +382,7 @@ def locate(config: CocoDataConfig, split: str) -> tuple[Path, Path]:
     Raises:
         DataError: one is not; says the layout that is expected.
     """
-    annotations, images = config.paths[split]
+    annotations, images = config.test_paths if split == "test" else config.paths[split]
     layout = LAYOUT.format(**vars(config))
     root = Path(config.root).expanduser()
     if not root.is_dir():

@@ -116,6 +116,10 @@ class CocoDataConfig(TaskDataConfig):
     train_images: str = "train2017"
     val_annotations: str = "annotations/instances_val2017.json"
     val_images: str = "val2017"
+    test_annotations: str = "annotations/image_info_test-dev2017.json"
+    """Images and categories of a test set whose annotations are not public, for submission files; its name stands behind the last
+    underscore."""
+    test_images: str = "test2017"
     image_size: int = 1024
     """Side of the square that the network sees, pixels."""
     jitter: JitterConfig | MultiScaleConfig = field(default_factory=JitterConfig)
@@ -171,6 +175,12 @@ class CocoDataConfig(TaskDataConfig):
             "val": (root / self.val_annotations, root / self.val_images),
         }
 
+    @property
+    def test_paths(self) -> tuple[Path, Path]:
+        """Annotation file and image folder of the test set; no run needs them."""
+        root = Path(self.root).expanduser()
+        return root / self.test_annotations, root / self.test_images
+
     def required_paths(self) -> list[Path]:
         """Annotation files and image folders of both splits."""
         return [path for pair in self.paths.values() for path in pair]
@@ -194,6 +204,13 @@ class CocoDataConfig(TaskDataConfig):
         from permafrost.data.coco import CocoDetection
 
         return CocoDetection.from_config(self.located(), train=False)
+
+    def build_test(self, submission: Path) -> CocoDetection:
+        """The images of `test_annotations`, seen as in validation; its evaluators' files are for COCO's server, named after the
+        folder `submission`."""
+        from permafrost.data.coco import CocoDetection
+
+        return CocoDetection.from_config(self.located(), train=False, submission=submission)
 
     def check(self, *, decode: bool = True, on_progress: Progress | None = None) -> list[Finding]:
         """See TaskDataConfig and `check_coco`."""
@@ -269,6 +286,8 @@ class ShapesDataConfig(CocoDataConfig):
 
     root: str = ""
     """Folder of the files; empty is a folder under $PERMAFROST_CACHE or ~/.cache/permafrost."""
+    test_annotations: str = "annotations/instances_val2017.json"
+    test_images: str = "val2017"
     image_size: int = 160
     world: ShapesWorld = field(default_factory=ShapesWorld)
 

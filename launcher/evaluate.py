@@ -16,7 +16,7 @@ import torch
 from permafrost.data.loader import val_loader
 from permafrost.heads.base import LossCounts, world_mean_counts
 from permafrost.launcher.build import main_first, on_main
-from permafrost.launcher.errors import CheckpointError, RecipeError
+from permafrost.launcher.errors import CheckpointError, RecipeError, RunFolderError
 from permafrost.launcher.mesh import init_world
 from permafrost.launcher.run_folder import write_atomically
 from permafrost.launcher.trained import load_trained
@@ -69,8 +69,8 @@ def evaluate_heads(
         dataset: the validation set.
         world: which share of the images is this rank's.
         loop: batch size and workers.
-        results_folder: where the main rank writes the evaluators' files (results_<head>.json and others); None writes
-            none.
+        results_folder: where the main rank writes the evaluators' files (results_<head>.json and others), made if it is missing;
+            None writes none.
         say: prints a line; called now and then while a long evaluation runs.
         is_interrupted: whether this rank has been asked to end; None never asks.
         show: on the main rank, called with each head's name and the evaluator's pictures, (H, W, 3) uint8 by title; None draws
@@ -133,7 +133,7 @@ def evaluate_run(
 ) -> Metrics:
     """`permafrost evaluate RUN`: rebuild what a run folder describes and score its heads.
 
-    Writes evaluation.json and results_<head>.json into it; of a submission only its files.
+    Writes evaluation.json and results_<head>.json into it; of a submission only its files, and those elsewhere.
 
     Args:
         run: the run folder.
@@ -141,7 +141,8 @@ def evaluate_run(
         device: as for training.
         num_workers: data workers; None takes the recipe's.
         evaluation: fields of the recipe's `data.evaluation` that are other ones here (sizes or scales, and flip of the views).
-        submission: folder for a benchmark server's files on the test images, which have no labels; None scores the validation split.
+        submission: folder for a benchmark server's files on the data's test images, which have no labels; None scores the
+            validation split.
         head: which head; None is all of them, or, for a submission, the only one.
         say: prints a line.
 
@@ -157,10 +158,16 @@ def evaluate_run(
         if submission is not None and len(trained.heads) > 1:
             raise CheckpointError(f"{trained.folder} has the heads {', '.join(trained.heads)}: say which with --head")
         dataset = main_first(world, _builder(trained.experiment.data, evaluation or {}, submission))
+        where = "validation annotations" if submission is None else "test images"
         if list(dataset.classes) != trained.classes:
             raise CheckpointError(
-                f"{trained.folder} was trained on the classes {', '.join(trained.classes)}, the validation annotations "
+                f"{trained.folder} was trained on the classes {', '.join(trained.classes)}, the {where} "
                 f"now have {', '.join(dataset.classes)}: restore the annotation file of that run"
+            )
+        if submission is not None and list(dataset.category_ids) != trained.category_ids:
+            raise CheckpointError(
+                f"{trained.folder} was trained on classes with the ids {trained.category_ids}, the {where} have "
+                f"{list(dataset.category_ids)}: the server would take one for another"
             )
         for name, path in trained.checkpoints.items():
             say(f"head {name}: {path}")
@@ -169,7 +176,7 @@ def evaluate_run(
         loop = trained.experiment.loop
         loop = loop if num_workers is None else dataclasses.replace(loop, num_workers=num_workers)
         folder = trained.folder.path
-        results_folder = folder if submission is None else None
+        results_folder = folder if submission is None else Path(submission)
         metrics = evaluate_heads(
             trained.heads, trained.backbone, dataset, world, loop, results_folder=results_folder, say=say
         )
@@ -208,7 +215,7 @@ def _builder(
     if submission is None:
         return data.build_val
     if not hasattr(data, "build_test"):
-        raise RecipeError(f"--submission is for segmentation; the run's data is {kind}")
+        raise RecipeError(f"--submission is for detection and segmentation; the run's data is {kind}")
     return functools.partial(data.build_test, Path(submission))
 
 
@@ -281,8 +288,12 @@ def _score(
     if results_folder is not None:
         files = evaluator.result_files(name)
         for file, content in files.items():
-            write_atomically(results_folder / file, content)
-        if say is not None:
+            try:
+                (results_folder / file).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(results_folder / file, content)
+            except OSError as error:
+                raise RunFolderError(f"{results_folder / file} cannot be written: {error.strerror or error}") from error
+        if files and say is not None:
             say(f"head {name}: {', '.join(files)} in {results_folder}")
     metrics = evaluator.compute()
     if show is not None:

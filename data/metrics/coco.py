@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from pycocotools import mask as mask_api
 from permafrost.data.annotations import encode_segmentation
 from permafrost.data.config import EvaluationConfig
 from permafrost.data.errors import DataError
+from permafrost.data.metrics.coco_server import server_files
 from permafrost.data.metrics.scorers import find_scorer
 from permafrost.data.metrics.views import merge_views
 from permafrost.data.types import DetectionResult
@@ -88,6 +90,8 @@ class CocoEvaluator:
         classes: Names by label.
         category_ids: The data set's category ids by label.
         evaluation: How the views of an image become one result, if there are several.
+        submission: The file that lists the test set's images, and the folder that results for COCO's server are named after; None
+            is no test set.
     """
 
     def __init__(
@@ -96,7 +100,9 @@ class CocoEvaluator:
         classes: Sequence[str],
         category_ids: Sequence[int],
         evaluation: EvaluationConfig | None = None,
+        submission: tuple[Path, Path] | None = None,
     ) -> None:
+        self.submission = submission
         self.evaluation = evaluation or EvaluationConfig()
         self.scorer = find_scorer(self.evaluation.scorer)
         self._views: dict[int, list[DetectionResult]] = {}
@@ -203,7 +209,9 @@ class CocoEvaluator:
         return listed
 
     def result_files(self, head: str) -> dict[str, bytes]:
-        """results_<head>.json, see `results_json`."""
+        """results_<head>.json, see `results_json`; of a test set what COCO's server takes."""
+        if self.submission is not None:
+            return server_files(self.results_json(), *self.submission)
         return {f"results_{head}.json": json.dumps(self.results_json()).encode()}
 
     def compute(self) -> dict[str, float]:

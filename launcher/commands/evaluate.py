@@ -38,32 +38,27 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--flip", action="store_true", help="each view mirrored, too, and the results merged")
     parser.add_argument(
         "--submission",
-        metavar="DIR",
-        help="segmentation: label PNGs of the test images (data.test_images) for the benchmark server, instead of a score",
+        metavar="FOLDER",
+        help="no score, but files for the benchmark server into this folder, on the run's test images: for detection (data.test_images "
+        "and data.test_annotations) a zip for boxes and one for masks, named after the folder; for segmentation (data.test_images) a "
+        "PNG of labels for each",
     )
     parser.add_argument("--head", metavar="NAME", help="only this head")
-    parser.add_argument(
-        "--image-info",
-        metavar="FILE",
-        help="no scores, but results for COCO's server: on the images of this JSON (image_info_test-dev2017.json) in --images",
-    )
-    parser.add_argument("--images", metavar="FOLDER", help="where the images of --image-info are (test2017)")
     add_device(parser)
     options = parse(parser, argv)
-    if (options.image_info is None) != (options.images is None):
-        parser.error("--image-info and --images belong together")
     evaluation = {"sizes": tuple(options.sizes)} if options.sizes else {}
     evaluation |= {"scales": tuple(options.scales)} if options.scales else {}
     evaluation |= {"flip": True} if options.flip else {}
 
-    common = {"which": options.checkpoint, "device": options.device, "num_workers": options.num_workers}
-    if options.image_info is not None:
-        from permafrost.launcher.submission import write_submission
-
-        write_submission(options.run, options.image_info, options.images, evaluation=evaluation, **common)
-        return 0
-
     from permafrost.launcher.evaluate import evaluate_run
 
-    evaluate_run(options.run, evaluation=evaluation, submission=options.submission, head=options.head, **common)
+    evaluate_run(
+        options.run,
+        which=options.checkpoint,
+        device=options.device,
+        num_workers=options.num_workers,
+        evaluation=evaluation,
+        submission=options.submission,
+        head=options.head,
+    )
     return 0

@@ -3,53 +3,59 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from permafrost.data.metrics.coco_server import server_files
 from permafrost.launcher.cli import main, parse_experiment
-from permafrost.launcher.submission import write_zips
 from permafrost.launcher.train import train
 
 RECIPE = f"{Path(__file__).with_name('tiny_recipe.py')}:tiny"
 
 
+INFO = "annotations/image_info_test-dev2017.json"
+NAME = "detections_test-dev2017_swinv2g.htc_results"
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run, and its data set's root."""
-    output = tmp_path_factory.mktemp("run") / "run"
-    arguments = ["--output", str(output), "--loop.num-steps", "2", "--loop.image-every", "0"]
-    arguments += ["--heads.detection.model.box.score-threshold", "0.0"]
-    experiment = parse_experiment(RECIPE, arguments)
-    train(experiment)
-    return output, Path(experiment.data.located().root)
+    """A finished run whose data has a test set, and the data's root."""
+    folder = tmp_path_factory.mktemp("run")
+    root = parse_experiment(RECIPE, []).data.located().root
+    shutil.copytree(root, folder / "data")
+    write_info(folder / "data", lambda content: None)
+    arguments = ["--output", str(folder / "run"), "--loop.num-steps", "2", "--loop.image-every", "0"]
+    arguments += ["--heads.detection.model.box.score-threshold", "0.0", "--data.root", str(folder / "data")]
+    train(parse_experiment(RECIPE, [*arguments, "--data.test-annotations", INFO]))
+    return folder / "run", folder / "data"
 
 
-@pytest.fixture
-def image_info(run, tmp_path):
-    """As COCO publishes it for test-dev: images and categories, no annotations."""
-    _, root = run
+def write_info(root, change):
+    """The annotation file as COCO publishes it for test-dev: images and categories, no annotations."""
     content = json.loads((root / "annotations/instances_val2017.json").read_text())
-    path = tmp_path / "image_info_test-dev2017.json"
-    path.write_text(json.dumps({key: content[key] for key in ("images", "categories")} | {"info": {}, "licenses": []}))
-    return path
+    content = {key: content[key] for key in ("images", "categories")} | {"info": {}, "licenses": []}
+    change(content)
+    (root / INFO).write_text(json.dumps(content))
+    return content
 
 
-def test_the_files_are_those_of_the_server(run, image_info, capsys):
+def test_the_files_are_those_of_the_server(run, tmp_path, capsys):
     output, root = run
-    images = str(root / "val2017")
-    assert main(["evaluate", str(output), "--image-info", str(image_info), "--images", images, "--flip"]) == 0
-    assert "5 test images, 2 view(s) of each" in capsys.readouterr().out
-    content = json.loads(image_info.read_text())
+    content = write_info(root, lambda content: None)
+    folder = tmp_path / "made here" / "swinv2_g.htc"
+    before = sorted(path.name for path in output.iterdir())
+    assert main(["evaluate", str(output), "--submission", str(folder), "--flip"]) == 0
+    assert f"bbox/{NAME}.zip, segm/{NAME}.zip in {folder}" in capsys.readouterr().out
     known_images = {image["id"]: image for image in content["images"]}
     known_ids = {category["id"] for category in content["categories"]}
-    name = "detections_test-dev2017_tiny_results"
     found = {}
     for kind, field in (("bbox", "bbox"), ("segm", "segmentation")):
-        with zipfile.ZipFile(output / "test-dev2017" / "detection" / kind / f"{name}.zip") as archive:
-            assert archive.namelist() == [f"{name}.json"]
-            found[kind] = json.loads(archive.read(f"{name}.json"))
+        with zipfile.ZipFile(folder / kind / f"{NAME}.zip") as archive:
+            assert archive.namelist() == [f"{NAME}.json"]
+            found[kind] = json.loads(archive.read(f"{NAME}.json"))
         assert found[kind]
         for entry in found[kind]:
             assert set(entry) == {"image_id", "category_id", "score", field}
@@ -65,28 +71,43 @@ def test_the_files_are_those_of_the_server(run, image_info, capsys):
         assert mask["segmentation"]["size"] == [image["height"], image["width"]]
         assert isinstance(mask["segmentation"]["counts"], str)
     # It is no evaluation: what a run says of itself is as it was.
-    assert not (output / "evaluation.json").exists()
-    assert not (output / "results_detection.json").exists()
+    assert sorted(path.name for path in output.iterdir()) == before
+
+
+def test_annotations_of_a_test_set_are_not_looked_at(run):
+    """The built-in world has no test set and takes its validation images for one."""
+    _, root = run
+    data = parse_experiment(RECIPE, ["--data.root", str(root)]).data
+    dataset = data.build_test(Path("here"))
+    assert len(dataset) == len(data.build_val())
+    assert not any(record["annotations"] for record in dataset.records)
+    evaluator = dataset.evaluator()
+    evaluator.merge([])
+    assert evaluator.compute() == {}
+    assert list(evaluator.result_files("detection")) == [
+        f"{kind}/detections_val2017_here_results.zip" for kind in ("bbox", "segm")
+    ]
 
 
 def test_names_are_what_the_server_can_take_apart(tmp_path):
     entry = {"image_id": 1, "category_id": 2, "score": 0.5, "bbox": [0, 0, 1, 1]}
-    (path,) = write_zips([entry], tmp_path, "test-dev2017", "paper_table5 giant/htc")
-    assert path == tmp_path / "bbox" / "detections_test-dev2017_papertable5gianthtc_results.zip"
+    (path,) = server_files([entry], Path("image_info_test-dev2017.json"), tmp_path / "paper_table5 giant")
+    assert path == "bbox/detections_test-dev2017_papertable5giant_results.zip"
 
 
-def test_other_classes_and_missing_files_are_refused(run, image_info, tmp_path, capsys):
+def test_other_classes_and_missing_files_are_refused(run, tmp_path, capsys):
     output, root = run
-    content = json.loads(image_info.read_text())
-    content["categories"][0]["name"] = "oval"
-    other = tmp_path / "image_info_other.json"
-    other.write_text(json.dumps(content))
-    command = ["evaluate", str(output), "--image-info"]
-    assert main([*command, str(other), "--images", str(root / "val2017")]) == 2
+    command = ["evaluate", str(output), "--submission", str(tmp_path / "submission")]
+    write_info(root, lambda content: content["categories"][0].update(name="oval"))
+    assert main(command) == 2
+    assert "the test images now have oval" in capsys.readouterr().err
+    write_info(root, lambda content: content["categories"][-1].update(id=400))
+    assert main(command) == 2
     assert "the server would take one for another" in capsys.readouterr().err
-    assert main([*command, str(image_info), "--images", str(tmp_path / "nowhere")]) == 2
-    assert "there is no such folder of images" in capsys.readouterr().err
-    assert main([*command, str(tmp_path / "none.json"), "--images", str(root / "val2017")]) == 2
-    assert "there is no such annotation file" in capsys.readouterr().err
-    assert main([*command, str(image_info)]) == 2
-    assert "belong together" in capsys.readouterr().err
+    (root / INFO).unlink()
+    assert main(command) == 2
+    assert f"{INFO}: there is no such annotation file" in capsys.readouterr().err
+    write_info(root, lambda content: None)
+    (tmp_path / "file").write_text("")
+    assert main(["evaluate", str(output), "--submission", str(tmp_path / "file")]) == 2
+    assert "cannot be written: " in capsys.readouterr().err
