@@ -88,8 +88,7 @@ class CocoDetection(Dataset):
         bad_annotations: See CocoDataConfig.
         train_empty_images: See CocoDataConfig.
         corrupt_share: See CocoDataConfig.
-        submission: Makes it a test set, of which only images and categories are read; evaluators' files are for COCO's server,
-            named after this folder.
+        submission: Makes it a test set, of which only images and categories are read; the server's files are named after it.
 
     Attributes:
         classes: names by label.
@@ -162,9 +161,8 @@ class CocoDetection(Dataset):
                 )
         if max_images is not None:
             records = records[:max_images]
-        if submission is None and not any(
-            not entry["iscrowd"] for record in records for entry in record["annotations"]
-        ):
+        has_object = any(not entry["iscrowd"] for record in records for entry in record["annotations"])
+        if submission is None and not has_object:
             raise DataError(
                 f"{annotations}: not one object in {len(records)} images: there is nothing to learn or to score"
             )
