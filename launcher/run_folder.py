@@ -42,6 +42,9 @@ PACKAGES = (
     "numpy",
 )
 
+SMALL_FILES = 2**16
+"""Bytes that must be free at a start, for what it writes besides checkpoints."""
+
 FREE_FIELDS = (
     "output",
     "loop.log_every",
@@ -309,7 +312,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.path, prefix=".writable_") as probe:
-                probe.write(b"permafrost")
+                probe.write(bytes(SMALL_FILES))
                 probe.flush()
                 os.fsync(probe.fileno())
         except OSError as error:

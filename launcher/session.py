@@ -318,7 +318,7 @@ def finish(session: Session, step: int) -> dict[str, Any]:
     """Write final.json after `step` steps and print the table; every rank gets what was written. Collective.
 
     Raises:
-        CheckpointError: the last checkpoint could not be written.
+        CheckpointError: the last checkpoint, or final.json, could not be written.
     """
 
     def write() -> dict[str, Any]:
@@ -329,7 +329,12 @@ def finish(session: Session, step: int) -> dict[str, Any]:
         session.monitor.say(f"run folder: {session.run}")
         if session.save_error is not None:
             raise CheckpointError(f"{session.save_error}. Make room and run the same command again")
-        session.run.write_final(final)
+        try:
+            session.run.write_final(final)
+        except OSError as error:
+            raise CheckpointError(
+                f"{session.run.final} could not be written: {error}. Make room and run the same command again"
+            ) from None
         return final
 
     return on_main(session.world, write)

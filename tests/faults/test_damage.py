@@ -158,6 +158,29 @@ def test_a_disk_that_is_full_for_a_while(small_disk: Callable[[str], Path], ende
     assert contents(run) == contents(ended)
 
 
+def test_a_disk_that_is_full_at_the_start(
+    small_disk: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Row 9. What a start writes besides checkpoints has to fit, too; nothing is built before that is known."""
+    run = small_disk("size=48k") / "run"
+    assert main([*COMMAND, str(run)]) == 2
+    assert f"cannot write to the run folder {run}: No space left on device; give another" in capsys.readouterr().err
+    assert not (run / "recipe.json").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_disk_that_is_full_at_the_end(unfinished: Path, ended: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Row 9. The last checkpoint is there and the marker of a run that has ended is not: the same command makes up for it."""
+    (unfinished / ".final.json.partial").symlink_to("/dev/full")
+    assert main([*COMMAND, str(unfinished)]) == 2
+    error = capsys.readouterr().err
+    assert f"{unfinished / 'final.json'} could not be written: [Errno 28] No space left on device" in error
+    assert "Make room and run the same command again" in error
+    assert not (unfinished / "final.json").exists()
+    assert main([*COMMAND, str(unfinished)]) == 0
+    assert (unfinished / "final.json").read_text() == (ended / "final.json").read_text()
+
+
 @pytest.mark.parametrize("place", ["read-only", "under a file"])
 def test_unwritable_output(small_disk: Callable[[str], Path], tmp_path: Path, place: str) -> None:
     """Row 11. Refused before torch is imported, and nothing is made."""
