@@ -126,7 +126,7 @@ def test_a_single_process_evaluates_what_a_group_has_trained(outcome: tuple[Path
     folder, _ = outcome
     expected = detections(folder / "detection")
     evaluate_run(folder / "detection", device="cpu", say=lambda text: None)
-    assert json.loads((folder / "detection/evaluation.json").read_text())["num_images"] == 5
+    assert json.loads((folder / "detection/evaluation.json").read_text())["num_samples"] == 5
     assert same(detections(folder / "detection"), expected)
 
 
