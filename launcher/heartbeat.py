@@ -284,7 +284,7 @@ def kill_culprits(culprits: Sequence[Culprit]) -> list[Culprit]:
 
 
 class Watch:
-    """For a launcher: how long each rank has been silent, by this process's clock alone."""
+    """How long each rank has been silent, by this process's clock alone: from the first `poll` that saw its last beat."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -304,6 +304,17 @@ class Watch:
                 self._seen[beat.rank] = (mark, now)
             found[beat.rank] = (beat, now - self._seen[beat.rank][1])
         return found
+
+    def beats(self) -> list[Beat]:
+        """What every rank said last, in rank order, with times by this machine's clock, for `find_culprits`.
+
+        Where another machine's clock is behind by more than a few beats, all of its ranks would look silent else.
+        """
+        now = time.time()
+        return [
+            replace(beat, time=now - silence, since=now - silence - (beat.time - beat.since))
+            for beat, silence in self.poll().values()
+        ]
 
 
 def process_start(pid: int) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from permafrost.launcher.cli import FAILED
 from permafrost.launcher.errors import Interrupted, RankLost
-from permafrost.launcher.heartbeat import ENDS, Culprit, Heartbeat, Watch, find_culprits, kill_culprits, read_beats
+from permafrost.launcher.heartbeat import ENDS, Culprit, Heartbeat, Watch, find_culprits, kill_culprits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,10 +49,9 @@ def among_ranks(world: World, folder: Path, timeout: float) -> Iterator[Heartbea
     A rank that has shown no sign of life for that long ends this process even where no exception can, because it is
     computing by itself or waits for what may take its time.
     """
-    heartbeat = Heartbeat(folder, rank=world.rank, world_size=world.world_size)
+    heartbeat, watch = Heartbeat(folder, rank=world.rank, world_size=world.world_size), Watch(folder)
     if world.world_size > 1:
-        heartbeat.notice(timeout / 2, lambda: _name_early(world, heartbeat, timeout))
-        watch = Watch(folder)
+        heartbeat.notice(timeout / 2, lambda: _name_early(world, heartbeat, watch, timeout))
         heartbeat.at_each_beat(lambda: _leave_the_lifeless(world, heartbeat, watch, timeout))
         world.watched = True
     try:
@@ -64,24 +63,24 @@ def among_ranks(world: World, folder: Path, timeout: float) -> Iterator[Heartbea
         if world.world_size == 1 or not (isinstance(error, RuntimeError) and OF_COMMUNICATION.search(str(error))):
             heartbeat.close("failed", f"{type(error).__name__}: {error}".partition("\n")[0])
             raise
-        text = _explain(world, heartbeat, error)
+        text = _explain(world, heartbeat, watch, error)
         heartbeat.close("lost", text)
         world.abandon()
         raise RankLost(text) from error
     heartbeat.close()
 
 
-def _explain(world: World, heartbeat: Heartbeat, error: BaseException) -> str:
+def _explain(world: World, heartbeat: Heartbeat, watch: Watch, error: BaseException) -> str:
     beat = heartbeat.beat
     reason = str(error).partition("\n")[0].rpartition("] ")[2] or str(error)
     where = f"rank {world.rank} of {world.world_size}, in phase {beat.phase} of step {beat.step}"
     waited_in_vain = bool(OF_TIME.search(reason))
-    culprits = find_culprits(read_beats(heartbeat.folder), world.world_size, exclude=world.rank)
+    culprits = find_culprits(watch.beats(), world.world_size, exclude=world.rank)
     limit = time.monotonic() + GRACE
     while not waited_in_vain and all(culprit.is_guess for culprit in culprits) and time.monotonic() < limit:
         # A process loses its connections a moment before it is gone, and before it has said why.
         time.sleep(0.05)
-        culprits = find_culprits(read_beats(heartbeat.folder), world.world_size, exclude=world.rank)
+        culprits = find_culprits(watch.beats(), world.world_size, exclude=world.rank)
     while (
         any(c.beat and c.beat.phase == "failed" and c.beat.is_running_here for c in culprits)
         and time.monotonic() < limit
@@ -119,21 +118,19 @@ def _leave_the_lifeless(world: World, heartbeat: Heartbeat, watch: Watch, timeou
     if not lifeless:
         return
     text = f"rank {world.rank} of {world.world_size}, in phase {own.phase} of step {own.step}, gives up. "
-    text += "; ".join(
-        map(str, find_culprits(read_beats(heartbeat.folder), world.world_size, exclude=world.rank) or lifeless)
-    )
+    text += "; ".join(map(str, find_culprits(watch.beats(), world.world_size, exclude=world.rank) or lifeless))
     text += "".join(f". {c.beat.describe()} was killed" for c in kill_culprits(lifeless) if c.beat)
     heartbeat.close("lost", text)
     print(f"error: {text}", file=sys.stderr, flush=True)
     os._exit(FAILED)
 
 
-def _name_early(world: World, heartbeat: Heartbeat, timeout: float) -> None:
+def _name_early(world: World, heartbeat: Heartbeat, watch: Watch, timeout: float) -> None:
     """Half way to the timeout one rank says who is waited for: where NCCL ends a process, nothing can be said later."""
     beat = heartbeat.beat
     if beat.phase in UNHURRIED:
         return
-    culprits = find_culprits(read_beats(heartbeat.folder), world.world_size, exclude=world.rank)
+    culprits = find_culprits(watch.beats(), world.world_size, exclude=world.rank)
     named = {culprit.rank for culprit in culprits}
     speaker = min(set(range(world.world_size)) - named, default=0)
     if culprits and world.rank == speaker:

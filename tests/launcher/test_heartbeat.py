@@ -247,6 +247,29 @@ def test_a_watch_goes_by_its_own_clock(tmp_path: Path) -> None:
     assert watch.poll(31.0)[0][0].count == 2
 
 
+def test_another_clock_makes_nobody_look_silent(tmp_path: Path) -> None:
+    """A machine whose clock is a minute behind: its ranks beat, and of them only the one that really is silent is named."""
+    watch, begun = Watch(tmp_path), time.time() - 60
+
+    def write(rank: int, count: int) -> None:
+        content = dataclasses.asdict(beat(rank, count=count, interval=0.05))
+        beat_path(tmp_path, rank).write_text(json.dumps({**content, "time": begun, "since": begun - 3}))
+        os.utime(beat_path(tmp_path, rank), (begun, begun))
+
+    for rank in range(3):
+        write(rank, 1)
+    assert [culprit.rank for culprit in find_culprits(read_beats(tmp_path), 3)] == [0, 1, 2]
+    (found,) = find_culprits(watch.beats(), 3)
+    assert found.is_guess
+    assert str(found) == "rank 0 (pid 100 on elsewhere) is furthest behind, in phase heads of step 5 for 3 s"
+    time.sleep(0.3)
+    for rank in (0, 1):
+        write(rank, 2)
+    (found,) = find_culprits(watch.beats(), 3)
+    assert found.rank == 2
+    assert "has given no sign of life for" in found.reason
+
+
 def test_it_needs_no_torch(tmp_path: Path) -> None:
     code = "import sys, permafrost.launcher.heartbeat; assert not {'torch', 'numpy'} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
