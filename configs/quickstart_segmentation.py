@@ -20,18 +20,36 @@ def quickstart_segmentation() -> Experiment:
 
     Hardware: two CPU cores, 4 GB of memory. The README has the measured time and mIoU, and the random twin beside it.
     """
+    # The backbone was pretrained to name outlines whatever their fill: objects and textures are large and clear, so that this short
+    # a run tells them apart.
+    world = SceneryWorld(
+        num_train=2000,
+        num_val=200,
+        image_side=128,
+        objects=(1, 2),
+        object_size=(0.35, 0.6),
+        min_visible=0.8,
+        stretch=1.0,
+        rotation=0.0,
+        contrast=0.5,
+        background_contrast=1.0,
+        textured_share=0.0,
+        clutter=0,
+        crowd_share=0.0,
+        regions=(1, 2),
+    )
     head = Mask2FormerConfig(
         pixel_decoder=PixelDecoderConfig(num_blocks=1, channels=64, num_heads=4, ffn_channels=128),
-        transformer_decoder=TransformerDecoderConfig(num_blocks=3, num_queries=30, num_heads=4, ffn_channels=256),
-        loss=SegmentationLossConfig(num_points=1024),
+        transformer_decoder=TransformerDecoderConfig(num_blocks=3, num_queries=16, num_heads=4, ffn_channels=256),
+        loss=SegmentationLossConfig(class_weight=4.0, num_points=512),
     )
     return Experiment(
         name="quickstart_segmentation",
         backbone=BackboneConfig(name="swinv2_nano", weights="swinv2_nano_glyphs"),
         data=SceneryDataConfig(
-            image_size=160,
-            jitter=SegmentationJitterConfig(scale_range=(0.8, 1.4), color_probability=0.0),
-            world=SceneryWorld(num_train=1500, num_val=200, image_side=160),
+            image_size=128,
+            jitter=SegmentationJitterConfig(scale_range=(1.0, 1.25), color_probability=0.0),
+            world=world,
         ),
         heads={
             "segmentation": HeadExperiment(
@@ -41,12 +59,12 @@ def quickstart_segmentation() -> Experiment:
             )
         },
         loop=LoopConfig(
-            num_steps=800,
+            num_steps=1500,
             global_batch=8,
             num_workers=1,
             log_every=20,
-            checkpoint_every=400,
-            image_every=400,
+            checkpoint_every=500,
+            image_every=500,
             evaluation_batch=8,
         ),
     )

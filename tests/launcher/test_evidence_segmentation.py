@@ -31,7 +31,7 @@ def test_every_cell_is_another_experiment_and_shares_come_first(evidence) -> Non
     cells = evidence.cells([0, 1])
     assert len(set(cells)) == len(cells) == 16
     assert [cell.seed for cell in cells] == [0] * 8 + [1] * 8
-    built = [evidence.build(cell) for cell in cells]
+    built = [evidence.build(cell, 240) for cell in cells]
     assert len({repr(one) for one in built}) == len(cells)
     for cell, experiment in zip(cells, built):
         head = experiment.heads["segmentation"].model
@@ -78,6 +78,21 @@ def test_without_a_gap_there_is_no_share(evidence, tmp_path) -> None:
         evidence.append(path, row(evidence, *cell, 0, value))
     last = [line for line in evidence.summarise(path).splitlines() if line.startswith("6 pixel-decoder, (3")][-1]
     assert not any(character.isdigit() for character in last[40:])
+
+
+def test_calibration_takes_the_first_number_of_steps_that_is_enough(evidence, tmp_path) -> None:
+    path = tmp_path / "rows.csv"
+    for num_steps, value in zip(evidence.STEPS, (0.2, 0.41, 0.5)):
+        of_steps = row(evidence, 1, 3, "full", evidence.CALIBRATION_SEED, value) | {"num_steps": num_steps}
+        evidence.append(path, of_steps)
+    # All of it is on record: nothing is run, and no share is of it.
+    assert evidence.calibrate(path, tmp_path) == evidence.STEPS[1]
+    assert "0.4" not in evidence.summarise(path)
+    path.unlink()
+    for num_steps in evidence.STEPS:
+        of_steps = row(evidence, 1, 3, "full", evidence.CALIBRATION_SEED, 0.39) | {"num_steps": num_steps}
+        evidence.append(path, of_steps)
+    assert evidence.calibrate(path, tmp_path) is None
 
 
 @pytest.mark.slow
