@@ -60,7 +60,7 @@ def watch_memory(pid: int, peaks: dict[str, int], stop: threading.Event) -> None
 
     A forked data worker shares most pages with its parent: resident bytes count them twice, proportional ones (PSS) once.
     """
-    while not stop.wait(0.5):
+    while not stop.wait(2.0):
         try:
             process = psutil.Process(pid)
             used = [member.memory_full_info() for member in (process, *process.children(recursive=True))]
