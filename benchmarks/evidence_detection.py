@@ -1,6 +1,7 @@
 """The paper's Tables 2 and 6 in small: does a better neck close the gap between a frozen backbone and full fine-tuning?
 
     python benchmarks/evidence_detection.py --seeds 0 [--tables 2 6] [--jobs 2]    runs what is missing, one seed of every cell first
+    python benchmarks/evidence_detection.py --num-steps 960                        the same with longer runs
     python benchmarks/evidence_detection.py --summarise                            prints the gaps and their spreads
     python benchmarks/evidence_detection.py --list                                 prints the cells and how long the missing ones take
 
@@ -14,6 +15,7 @@ Fixed beforehand, before any cell but the calibration's was run:
 
 - The world is the first of LADDER, from hard to easy, in which the fully fine-tuned FPN reaches a box AP from 0.4 to 0.7 with the
   best of RATES for its backbone. That rate is every fine-tuned cell's. The calibration has a seed of its own, which no cell has.
+- Runs of another length (--num-steps) are other cells, with a calibration of their own by the same rule.
 - A gap (fully fine-tuned minus frozen, of equal seeds) counts beyond the spread of the seeds only: when the largest and smallest of
   both settings do not overlap, which takes two seeds at least.
 """
@@ -127,11 +129,9 @@ def cells(tables: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     return listed
 
 
-def build(cell: Cell, world: str, rate: float, *, trial: bool = False) -> Experiment:
+def build(cell: Cell, world: str, rate: float, num_steps: int = NUM_STEPS, *, trial: bool = False) -> Experiment:
     """The experiment of a cell."""
-    num_steps, num_train, num_val = NUM_STEPS, NUM_TRAIN, NUM_VAL
-    if trial:
-        num_steps, num_train, num_val = TRIAL_STEPS, TRIAL_TRAIN, TRIAL_VAL
+    num_train, num_val = (TRIAL_TRAIN, TRIAL_VAL) if trial else (NUM_TRAIN, NUM_VAL)
     experiment = HEADS["bifpn" if cell.head in LAYERS else cell.head]()
     head = experiment.heads["detection"]
     neck: NeckConfig = head.model.neck
@@ -163,15 +163,17 @@ def build(cell: Cell, world: str, rate: float, *, trial: bool = False) -> Experi
     return experiment
 
 
-def run_cell(cell: Cell, world: str, rate: float, work: Path, *, trial: bool = False) -> dict[str, object]:
+def run_cell(
+    cell: Cell, world: str, rate: float, num_steps: int, work: Path, *, trial: bool = False
+) -> dict[str, object]:
     """Trains and scores one cell in a process of its own.
 
     Returns:
         a row of the results.
     """
     # A calibration with another rate or world is another run.
-    folder = work / f"{cell.name}_{world}_{rate:g}"
-    values = json.dumps([dataclasses.asdict(cell), world, rate, trial, str(folder)])
+    folder = work / f"{cell.name}_{world}_{rate:g}_{num_steps}"
+    values = json.dumps([dataclasses.asdict(cell), world, rate, num_steps, trial, str(folder)])
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, __file__, "--child", values],
@@ -194,7 +196,7 @@ def run_cell(cell: Cell, world: str, rate: float, work: Path, *, trial: bool = F
         **dataclasses.asdict(cell),
         "world": world,
         "rate": rate if cell.setting == "full" else "",
-        "num_steps": TRIAL_STEPS if trial else NUM_STEPS,
+        "num_steps": num_steps,
         **measured,
     }
 
@@ -207,8 +209,8 @@ def train_cell(values: str) -> None:
 
     from permafrost.launcher.train import train
 
-    described, world, rate, trial, folder = json.loads(values)
-    experiment = build(Cell(**described), world, rate, trial=trial)
+    described, world, rate, num_steps, trial, folder = json.loads(values)
+    experiment = build(Cell(**described), world, rate, num_steps, trial=trial)
     experiment.output = folder
     torch.set_num_threads(1)
     start = time.monotonic()
@@ -245,9 +247,10 @@ def processor() -> str:
     return found[1] if found else platform.machine()
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows there are."""
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+def read(path: Path, num_steps: int | None = None) -> list[dict[str, str]]:
+    """The rows there are, of runs of this length or, None, of all."""
+    rows = csv.DictReader(path.read_text().splitlines()) if path.exists() else ()
+    return [row for row in rows if num_steps is None or int(row["num_steps"]) == num_steps]
 
 
 def append(path: Path, row: dict[str, object]) -> None:
@@ -269,7 +272,7 @@ def cell_of(row: dict[str, str]) -> Cell:
     return Cell(row["table"], row["head"], row["setting"], float(row["share"]), int(row["seed"]))
 
 
-def calibrate(path: Path, work: Path, jobs: int, *, trial: bool = False) -> tuple[str, float] | None:
+def calibrate(path: Path, work: Path, jobs: int, num_steps: int, *, trial: bool = False) -> tuple[str, float]:
     """The world and the fine-tuned backbone's rate, by the rule above; runs what of it is missing.
 
     Raises:
@@ -277,10 +280,11 @@ def calibrate(path: Path, work: Path, jobs: int, *, trial: bool = False) -> tupl
     """
     cell = Cell("calibration", "fpn", "full", 1.0, CALIBRATION_SEED)
     for world in LADDER:
-        known = {float(row["rate"]): row for row in read(path) if row["table"] == cell.table and row["world"] == world}
+        rows = [row for row in read(path, num_steps) if row["table"] == cell.table and row["world"] == world]
+        known = {float(row["rate"]): row for row in rows}
         missing = [rate for rate in RATES if rate not in known]
         with ThreadPoolExecutor(max(1, jobs)) as pool:
-            for row in pool.map(lambda rate: run_cell(cell, world, rate, work, trial=trial), missing):  # noqa: B023 - done here
+            for row in pool.map(lambda rate: run_cell(cell, world, rate, num_steps, work, trial=trial), missing):  # noqa: B023 - done here
                 append(path, row)
                 known[float(row["rate"])] = row
         best = max(RATES, key=lambda rate: float(known[rate]["box_ap"]))
@@ -291,9 +295,10 @@ def calibrate(path: Path, work: Path, jobs: int, *, trial: bool = False) -> tupl
     raise SystemExit(f"no world of the ladder brings the fully fine-tuned FPN into {WANTED_AP}: make another ladder")
 
 
-def eta(path: Path, missing: Sequence[Cell], jobs: int) -> str:
+def eta(path: Path, missing: Sequence[Cell], jobs: int, num_steps: int) -> str:
     """How long the missing cells take, from the processor time of those of the same head, else of all."""
-    rows = [row for row in read(path) if row["table"] != "calibration"] or read(path)
+    known = read(path, num_steps)
+    rows = [row for row in known if row["table"] != "calibration"] or known
     times = {(row["head"], row["setting"]): float(row["cpu_s"]) for row in rows}
     if not missing or not times:
         return f"{len(missing)} cells are missing" + ("" if not missing else "; the first tells how long they take")
@@ -302,9 +307,9 @@ def eta(path: Path, missing: Sequence[Cell], jobs: int) -> str:
     return f"{len(missing)} cells are missing: about {seconds / jobs / 60:.0f} minutes on {jobs} free core(s)"
 
 
-def summarise(path: Path) -> str:
+def summarise(path: Path, num_steps: int) -> str:
     """The tables of box AP with the spread of the seeds, and the gaps."""
-    rows = [row for row in read(path) if row["table"] != "calibration"]
+    rows = [row for row in read(path, num_steps) if row["table"] != "calibration"]
     lines = []
     for table, share, heads in (("2", 1.0, TABLE_2), ("6", 0.01, TABLE_6), ("6", 0.1, TABLE_6)):
         lines += [
@@ -353,6 +358,7 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", choices=tuple(NAMES), default=list(NAMES), help="cells of these only")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one core each")
+    parser.add_argument("--num-steps", type=int, default=NUM_STEPS, help="cells of another length are other cells")
     parser.add_argument("--trial", action="store_true", help="two steps on a few pictures: shows that the script works")
     parser.add_argument("--calibrate", action="store_true", help="stop once world and rate are known")
     parser.add_argument("--summarise", action="store_true")
@@ -364,28 +370,31 @@ def main() -> None:
     if options.child:
         train_cell(options.child)
         return
+    num_steps = TRIAL_STEPS if options.trial else options.num_steps
     if options.summarise:
-        print(summarise(options.results))
+        print(summarise(options.results, num_steps))
         return
     if options.trial and options.results == RESULTS:
         parser.error("--trial is no result: give --results FILE")
-    done = {cell_of(row) for row in read(options.results)}
+    done = {cell_of(row) for row in read(options.results, num_steps)}
     wanted = [cell for cell in cells(options.tables, options.seeds) if cell.head in options.heads]
     if options.list:
         for cell in wanted:
             print(f"{cell.name:40} {'done' if cell in done else 'missing'}")
-        print(eta(options.results, [cell for cell in wanted if cell not in done], options.jobs))
+        print(eta(options.results, [cell for cell in wanted if cell not in done], options.jobs, num_steps))
         return
-    world, rate = calibrate(options.results, options.work, options.jobs, trial=options.trial)
+    world, rate = calibrate(options.results, options.work, options.jobs, num_steps, trial=options.trial)
     if options.calibrate:
         return
     missing = [cell for cell in wanted if cell not in done]
     with ThreadPoolExecutor(max(1, options.jobs)) as pool:
-        started = [pool.submit(run_cell, cell, world, rate, options.work, trial=options.trial) for cell in missing]
+        started = [
+            pool.submit(run_cell, cell, world, rate, num_steps, options.work, trial=options.trial) for cell in missing
+        ]
         for number, future in enumerate(started, start=1):
             append(options.results, future.result())
-            print(eta(options.results, missing[number:], options.jobs), flush=True)
-    print(summarise(options.results))
+            print(eta(options.results, missing[number:], options.jobs, num_steps), flush=True)
+    print(summarise(options.results, num_steps))
 
 
 if __name__ == "__main__":

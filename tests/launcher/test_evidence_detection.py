@@ -29,6 +29,7 @@ def row(evidence, **values):
         "table": "2",
         "share": "1.0",
         "world": "medium",
+        "num_steps": str(evidence.NUM_STEPS),
         "cpu_s": "60",
         "mask_ap": "0",
         "wall_s": "1",
@@ -46,6 +47,7 @@ def test_every_cell_is_another_experiment(evidence):
     assert [layers[f"bifpn{n}"].num_layers for n in (1, 2, 3, 4)] == [1, 2, 3, 4]
     assert {one.backbone.frozen for one in built} == {True, False}
     # Nothing but the cell's own differs: the same schedule, batch and world for all.
+    assert {one.loop.num_steps for one in built} == {240}
     assert len({(one.loop.num_steps, one.loop.global_batch, repr(one.data.world)) for one in built}) == 1
 
 
@@ -59,13 +61,16 @@ def test_gaps_count_beyond_the_spread_of_seeds_only(evidence, tmp_path):
         for (head, setting), reached in values.items():
             for seed, value in enumerate(reached):
                 writer.writerow(row(evidence, head=head, setting=setting, seed=str(seed), box_ap=str(value)))
-    fpn = next(line for line in evidence.summarise(path).splitlines() if line.startswith("FPN  "))
+                # A longer run is another cell.
+                other = row(evidence, head=head, setting=setting, seed=str(seed), box_ap="0.9", num_steps="960")
+                writer.writerow(other)
+    fpn = next(line for line in evidence.summarise(path, 240).splitlines() if line.startswith("FPN  "))
     assert "0.310 (0.300 to 0.320, 2)" in fpn
     assert "+0.210 (+0.200 to +0.220), beyond the spread" in fpn
-    bifpn = next(line for line in evidence.summarise(path).splitlines() if line.startswith("BiFPN, 5 layers"))
+    bifpn = next(line for line in evidence.summarise(path, 240).splitlines() if line.startswith("BiFPN, 5 layers"))
     assert "+0.005 (-0.010 to +0.020), within the spread" in bifpn
     missing = [cell for cell in evidence.cells(["2"], [0, 1]) if cell.head == "cascade"]
-    assert evidence.eta(path, missing, 2) == "4 cells are missing: about 2 minutes on 2 free core(s)"
+    assert evidence.eta(path, missing, 2, 240) == "4 cells are missing: about 2 minutes on 2 free core(s)"
 
 
 def test_calibration_takes_the_first_world_of_the_wanted_difficulty(evidence, tmp_path, monkeypatch):
@@ -79,7 +84,7 @@ def test_calibration_takes_the_first_world_of_the_wanted_difficulty(evidence, tm
                 known = {"table": "calibration", "world": world, "rate": str(rate), "box_ap": str(value)}
                 writer.writerow(row(evidence, head="fpn", setting="full", seed="1000", **known))
     # All of it is on record: nothing is run.
-    assert evidence.calibrate(path, tmp_path, 1) == ("easy", 0.3)
+    assert evidence.calibrate(path, tmp_path, 1, 240) == ("easy", 0.3)
 
 
 @pytest.mark.slow
