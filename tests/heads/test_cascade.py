@@ -46,6 +46,10 @@ KINDS = {
             "neck": BiFPNConfig(channels=16, num_layers=1),
         },
     ),
+    "cascade-p3-p7": (
+        CascadeConfig,
+        {"neck": BiFPNConfig(channels=16, num_layers=1, finest_stride=8, num_extra_levels=2)},
+    ),
     "htc": (HTCConfig, {}),
     "htc-semantic": (HTCConfig, {"semantic": SemanticBranchConfig(num_classes=5, num_convs=1)}),
 }
@@ -292,8 +296,9 @@ def test_results_are_means_over_the_stages(config, spec, classes, make_batch, ma
         (result,) = head(features, batch)
         assert len(result.boxes) > 3
         pyramid = head.neck(features)
+        assert len(pyramid) == 5
         (boxes,) = head.rpn.propose(head.rpn(pyramid), batch)
-        levels, zeros = pyramid[:4], torch.zeros(len(boxes), dtype=torch.int64)
+        levels, zeros = pyramid[: head.neck.num_backbone_levels], torch.zeros(len(boxes), dtype=torch.int64)
         embedding = None if head.semantic is None else head.semantic(pyramid)[1]
 
         def extra(boxes, size):
