@@ -96,6 +96,11 @@ class MaskEmbedding(nn.Module):
         return self.layers[-1](x)
 
 
+def _rows(table: nn.Embedding) -> Tensor:
+    """All rows of a table, by a call of it: ZeRO 3 brings a module's parameters only while it is called."""
+    return table(torch.arange(table.num_embeddings, device=table.weight.device))
+
+
 class TransformerDecoder(nn.Module):
     """num_blocks blocks of masked cross-attention, self-attention and two layers; a prediction before the first and after each.
 
@@ -133,9 +138,9 @@ class TransformerDecoder(nn.Module):
         batch, channels = mask_features.shape[:2]
         sizes = [(level.shape[-2], level.shape[-1]) for level in maps]
         places = [sine_positions(*size, channels, like=mask_features) for size in sizes]
-        cells = [level.flatten(2).mT + own for level, own in zip(maps, self.level_embed.weight, strict=True)]
-        x = self.query_feat.weight.expand(batch, -1, -1)
-        code = self.query_embed.weight
+        cells = [level.flatten(2).mT + own for level, own in zip(maps, _rows(self.level_embed), strict=True)]
+        x = _rows(self.query_feat).expand(batch, -1, -1)
+        code = _rows(self.query_embed)
         predictions = [self._predict(x, mask_features)]
         blocks = zip(
             self.transformer_cross_attention_layers, self.transformer_self_attention_layers, self.transformer_ffn_layers
