@@ -343,9 +343,10 @@ def table5_giant_htc_multi_scale() -> Experiment:
         permafrost train paper:table5_giant_htc_multi_scale --data.root /path/to/coco
 
     Weights: those of `paper:table5_giant_htc`, and so is the training; a finished run of it is scored so by
-    `permafrost evaluate RUN --sizes 768 1024 1280 1536 --flip`. On test-dev (`--submission FOLDER`) the paper has 60.0 and 52.2. It gives neither the sizes
-    nor whether images are mirrored nor how results are merged. Here: squares of 3/4 to 3/2 of the training size, mirrored too,
-    so eight views of each image; boxes by one non-maximum suppression over all of them, masks voted (data/metrics/views.py).
+    `permafrost evaluate RUN --sizes 768 1024 1280 1536 --flip`. On test-dev (with --submission FOLDER) the paper has 60.0 and 52.2.
+    It gives neither the sizes nor whether images are mirrored nor how results are merged. Here: squares of 3/4 to 3/2 of the
+    training size, mirrored too, so eight views of each image; boxes by one non-maximum suppression over all of them, masks voted
+    (data/metrics/views.py).
     """
     experiment = row("table5_giant_htc_multi_scale", table5_giant_htc())
     experiment.data.evaluation = EvaluationConfig(sizes=(768, 1024, 1280, 1536), flip=True)
