@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from permafrost.launcher import node_agent
 from permafrost.launcher.cli import SAVED, main
+from permafrost.launcher.hostfile import Node
+from permafrost.launcher.preflight import _hardware_problems
 
 TINY = f"{Path(__file__).parent / 'tiny_recipe.py'}:tiny"
 LAUNCH = (str(Path(sys.executable).with_name("permafrost")), "launch")
@@ -140,3 +143,51 @@ def test_agent_answers_over_a_pipe(tmp_path):
     room = answer["rooms"][str(tmp_path / "new")]
     assert room["place"] == str(tmp_path)
     assert room["free"] > 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [
+        ({}, 4),
+        ({"CUDA_VISIBLE_DEVICES": "2,3"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8f2a, GPU-91c0"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 0),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, 0),
+        ({"CUDA_VISIBLE_DEVICES": "0,-1,1"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, 4),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2", "HIP_VISIBLE_DEVICES": "0"}, 1),
+    ],
+)
+def test_every_gpu_that_is_left_is_used(variables, count, monkeypatch, capsys):
+    """Of a machine with four, whatever this one has."""
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(node_agent, "_nvidia_gpus", lambda: 4)
+    assert node_agent.num_gpus() == count
+    # The number of ranks, as the launcher itself counts them: groups of 4 fit into four ranks alone, and a batch of 5 into none.
+    assert main(["launch", TINY, "--mesh.tensor", "4", "--loop.global-batch", "5", "--output", "/proc/run"]) == 2
+    said = capsys.readouterr().err
+    assert f"{max(count, 1)} process(es)" in said.rpartition("error: ")[2]
+    assert ("no GPU is used here: 1 process" in said) == (count == 0)
+
+
+@pytest.mark.parametrize(
+    ("fact", "uses_gpus", "problem"),
+    [
+        ({"gpus": 8, "cores": 2}, True, None),
+        ({"gpus": 4, "cores": 96}, True, "slots=8 in the hostfile, but it has 4 GPU(s): give 4 or fewer"),
+        ({"gpus": 0, "cores": 96}, True, "has 0 GPU(s): leave the node out, or run with --device cpu"),
+        ({"gpus": 8, "cores": 4}, False, "slots=8 in the hostfile, but it has 4 core(s) and no GPU: give 4 or fewer"),
+    ],
+)
+def test_slots_of_a_node(fact, uses_gpus, problem):
+    found = _hardware_problems(Node("node01", 8), fact, uses_gpus=uses_gpus, is_remote=True)
+    assert bool(found) == (problem is not None)
+    assert all(problem in text for text in found)
+
+
+@pytest.mark.gpu
+def test_gpus_are_counted_as_torch_counts_them():
+    assert node_agent.num_gpus() == torch.cuda.device_count()
