@@ -27,6 +27,7 @@ def test_a_stopped_or_killed_rank_takes_the_run_down_and_is_named(start, tmp_pat
     job = start(
         "endless",
         *("--output", str(run), "--engine.kind", engine, "--loop.process-group-timeout", str(TIMEOUT)),
+        *("--loop.num-workers", "1"),  # which must not outlive its rank
         ranks=2,
         launcher=launcher,
         fault={"do": deed, "rank": 1, "at": "step", "number": 20},
