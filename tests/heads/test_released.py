@@ -8,15 +8,15 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from permafrost.heads.config import BoxHeadConfig, FPNConfig, HeadError, MaskHeadConfig, RPNConfig
-from permafrost.heads.detection.config import CascadeConfig
+from permafrost.heads.detection.config import CascadeConfig, HTCConfig
 from permafrost.heads.detection.released import COCO_CLASSES, from_released
 
 C, K, POOL, MASK, FC = 16, 3, 5, 6, 24
 WIDTHS = (8, 12, 16, 20)
 
 
-def released(*, stages=0, convs=0, num_fc=2, agnostic=False, seed=0):
-    """A state dict as the released files have it; `stages` 0 is Mask R-CNN."""
+def released(*, stages=0, convs=0, num_fc=2, agnostic=False, flows=False, seed=0):
+    """A state dict as the released files have it; `stages` 0 is Mask R-CNN, `flows` is HTC's mask information flow."""
     random = torch.Generator().manual_seed(seed)
     state = {}
 
@@ -55,6 +55,8 @@ def released(*, stages=0, convs=0, num_fc=2, agnostic=False, seed=0):
         state[f"{mask}.upsample.weight"] = torch.randn(C, C, 2, 2, generator=random) * 0.1
         put(f"{mask}.upsample.bias", C)
         layer(f"{mask}.conv_logits", K, C, 1, 1)
+        if flows and stage:
+            layer(f"{mask}.conv_res.conv", C, C, 1, 1)
     return state
 
 
@@ -198,6 +200,30 @@ def test_cascade_stages_go_to_their_places(small_config, spec, inputs):
         expected, _ = reference_box(state, f"roi_head.bbox_head.{stage}", regions)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
     assert from_released(state).folded == [f"boxes.{stage}.convs.{i}" for stage in range(3) for i in range(2)]
+
+
+def test_masks_of_a_hybrid_task_cascade_flow_as_the_released_ones_do(small_config, spec, inputs):
+    """Its mask head: the last convolution's output of the stage before, through a 1x1 convolution and a ReLU, is added."""
+    state = released(stages=3, agnostic=True, flows=True)
+    head = loaded(config(small_config, HTCConfig, class_agnostic=True), spec, state)
+    features, boxes, _ = inputs
+    double = {name: tensor.double() for name, tensor in state.items()}
+    regions = torch.cat([torch.zeros(3, 1, dtype=torch.float64), boxes], 1)
+    pooled = roi_align(reference_pyramid(state, features)[0], regions, MASK, 1 / 4, 2, aligned=True)
+    labels, before, own = torch.tensor([2, 0, 1]), None, None
+    for stage, branch in enumerate(head.masks):
+        name = f"roi_head.mask_head.{stage}"
+        x = pooled
+        if stage:
+            handed = F.conv2d(before, double[f"{name}.conv_res.conv.weight"], double[f"{name}.conv_res.conv.bias"])
+            x = x + F.relu(handed)
+        before = F.relu(
+            F.conv2d(x, double[f"{name}.convs.0.conv.weight"], double[f"{name}.convs.0.conv.bias"], padding=1)
+        )
+        x = F.conv_transpose2d(before, double[f"{name}.upsample.weight"], double[f"{name}.upsample.bias"], stride=2)
+        x = F.conv2d(F.relu(x), double[f"{name}.conv_logits.weight"], double[f"{name}.conv_logits.bias"])
+        own = branch.features(pooled, own)
+        torch.testing.assert_close(branch.logits(own, labels), x[torch.arange(3), labels], rtol=0, atol=1e-10)
 
 
 def _rename(state, old, new):
