@@ -1,6 +1,6 @@
 """How easy the built-in world `motion` must be for appearance to give a class away; fixes the world of the quickstart and of the evidence.
 
-    OMP_NUM_THREADS=1 python benchmarks/motion_calibration.py
+    OMP_NUM_THREADS=1 python benchmarks/motion_calibration.py [--only N]
 
 For each candidate, in the order of CANDIDATES, clips of turns_star and turns_cross of a world with another seed are drawn, the frozen
 nano SwinV2's last map is averaged over cells and frames, and a linear classifier (logistic regression, converged) is trained on 400
@@ -11,6 +11,7 @@ fine-tuning. Rows are appended to benchmarks/results/motion_calibration.csv; a c
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import datetime
@@ -66,12 +67,17 @@ def linear_accuracy(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) ->
 
 
 def main() -> None:
-    """Measure candidates until one is easy enough."""
+    """Measure candidates until one is easy enough, or only one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, choices=range(len(CANDIDATES)))
+    only = parser.parse_args().only
     torch.set_num_threads(1)
     backbone = load_backbone("swinv2_nano", weights="swinv2_nano_glyphs", dtype=torch.float32, device="cpu")
     rows = list(csv.DictReader(RESULTS.read_text().splitlines())) if RESULTS.exists() else []
     done = {row["candidate"]: float(row["accuracy"]) for row in rows}
     for number, candidate in enumerate(CANDIDATES):
+        if only not in (None, number):
+            continue
         if str(number) not in done:
             world = dataclasses.replace(MotionWorld(num_frames=NUM_FRAMES, seed=SEED), **candidate)
             features = {split: pooled_features(backbone, world, split) for split in NUM_CLIPS}
