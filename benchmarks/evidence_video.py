@@ -11,8 +11,9 @@ benchmarks/results/evidence_video.csv, and a run whose rows are there is not rep
 
 Fixed beforehand, before any cell was run:
 
-- The world is MotionWorld's defaults, the heads are quickstart_video's (two blocks of width 128; linear: none), the head's learning
-  rate is the quickstart's, and the fine-tuned backbone's a tenth of it, the public Video-Swin recipe's factor. Nothing is chosen by result.
+- The world is MotionWorld's defaults, whose difficulty follows benchmarks/motion_calibration.py, with 400 validation videos. The heads are
+  quickstart_video's (two blocks of width 128; linear: none), the head's learning rate is the quickstart's, and the fine-tuned backbone's a
+  tenth of it, the public Video-Swin recipe's factor. Nothing is chosen by result.
 - Measures: "top1" over all ten classes; "order" is the share of the clips of the three order-only pairs whose own class has a higher
   score than its partner (chance 0.5: both have the same frames); "appearance" likewise for turns_star and turns_cross, which any
   frame tells apart. A class beyond a video's five best counts as lowest, and a tie as half.
@@ -51,17 +52,24 @@ from permafrost.launcher.experiment import Experiment, LoopConfig
 RESULTS = Path(__file__).parent / "results" / "evidence_video.csv"
 WORK = Path(__file__).parents[1] / "runs" / "evidence_video"
 FIELDS = (
-    "date", "commit", "processor", "torch", "head", "setting", "position", "seed", "num_steps", "run_cpu_s", "run_wall_s",
+    "date", "commit", "processor", "torch", "world", "head", "setting", "position", "seed", "num_steps", "run_cpu_s", "run_wall_s",
     "num_videos", "top1", "order", "num_order", "appearance", "num_appearance",
 )  # fmt: skip
 
 NUM_STEPS, BATCH = 240, 16
 TRIAL_STEPS = 2
+WORLD = MotionWorld(num_val=400)
 HEADS = ("linear", "temporal", "global")
 SETTINGS = ("frozen", "full")
 POSITIONS: tuple[PositionKind, ...] = ("learned", "sincos")
 BLOCKS = {"num_blocks": 2, "width": 128, "head_channels": 32, "num_frames": 8, "map_side": 2, "dropout": 0.1}
 FULL_FACTOR = 0.1
+
+
+def world_name(world: MotionWorld) -> str:
+    """What rows call a world: by what decides its difficulty."""
+    low, high = world.object_size
+    return f"objects {low:g} to {high:g}, contrast {world.contrast:g}, clutter {world.clutter}"
 
 
 def make_head(name: str, position: PositionKind = "sincos") -> LinearVideoConfig:
@@ -93,7 +101,7 @@ def build(
     experiment.heads = {name: dataclasses.replace(shared, model=make_head(name, position)) for name in heads}
     if setting == "full":
         experiment.backbone = dataclasses.replace(experiment.backbone, frozen=False, learning_rate_factor=FULL_FACTOR)
-    experiment.data.world = MotionWorld(num_train=40, num_val=20) if trial else MotionWorld()
+    experiment.data.world = MotionWorld(num_train=40, num_val=20) if trial else WORLD
     experiment.loop = LoopConfig(
         num_steps=num_steps,
         global_batch=BATCH,
@@ -192,6 +200,7 @@ def run_cells(
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip(),
         "processor": found[1] if found else platform.machine(),
+        "world": world_name(WORLD),
         "setting": setting,
         "position": position,
         "seed": seed,
@@ -218,8 +227,8 @@ def append(path: Path, rows: Sequence[dict[str, object]]) -> None:
 
 
 def summarise(path: Path) -> str:
-    """The table: means over the seeds with the lowest and the highest."""
-    rows = read(path)
+    """The table of the world as it is now: means over the seeds with the lowest and the highest."""
+    rows = [row for row in read(path) if row["world"] == world_name(WORLD)]
     lines = [
         f"{'steps':>6} {'codes':9}{'head':10}{'setting':8}{'seeds':>6}{'top-1':>24}{'order-only pairs':>24}{'appearance pair':>24}"
     ]
@@ -275,6 +284,7 @@ def main() -> None:
     done = {
         (row["head"], row["setting"], row["position"], int(row["seed"]), int(row["num_steps"]))
         for row in read(options.results)
+        if row["world"] == world_name(WORLD)
     }
     for heads, setting, seed in runs(options.seeds):
         is_done = all((head, setting, options.position, seed, num_steps) in done for head in heads)

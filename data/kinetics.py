@@ -35,7 +35,7 @@ class KineticsClips(Dataset):
 
     In training index i is video i, and a video that cannot be decoded is replaced by the next readable one, which says so in
     `Sample.replaced`. In evaluation index i is view i % V of video i // V (V views: clips over time, then crops), and a video that
-    cannot be decoded gives a black clip marked unreadable, which the evaluator counts and leaves out.
+    cannot be decoded gives a black clip marked unreadable, which the evaluator counts and leaves out with all its other views.
 
     Args:
         config: with files behind it.
@@ -81,6 +81,8 @@ class KineticsClips(Dataset):
         )
         # The last clip decoded for evaluation: the crops of a clip follow one another.
         self._last: tuple[tuple[int, int], Any] | None = None
+        # The last video that could not be decoded, and why: its other clips are not tried, each of which could take the whole timeout.
+        self._failed: tuple[int, str] | None = None
 
     @classmethod
     def from_config(cls, config: KineticsDataConfig, train: bool) -> KineticsClips:
@@ -153,10 +155,15 @@ class KineticsClips(Dataset):
         moment, crop = divmod(view, clip.test_crops)
         path, label = self.records[video]
         if self._last is None or self._last[0] != (video, moment):
+            if self._failed is not None and self._failed[0] != video:
+                self._failed = None
+            decoded: Any = None if self._failed is None else self._failed[1]
             try:
-                decoded: Any = self.decoder.read(Path(path), **view_sampling(clip, moment))[0]
+                if decoded is None:
+                    decoded = self.decoder.read(Path(path), **view_sampling(clip, moment))[0]
             except VideoError as error:
                 decoded = str(error)
+                self._failed = (video, decoded)
             self._last = ((video, moment), decoded)
         decoded = self._last[1]
         target = ClipTarget(video, view, torch.tensor(label, dtype=torch.int64), not isinstance(decoded, str))

@@ -36,6 +36,9 @@ Metrics = dict[str, dict[str, float]]
 REPORT_EVERY = 30.0
 """Seconds between two signs of life of a long evaluation."""
 
+UNREADABLE = "unreadable.json"
+"""In a results folder: the validation files that could not be read, each with the reason."""
+
 KINDS = {"bbox": "box", "segm": "mask"}
 
 
@@ -69,8 +72,8 @@ def evaluate_heads(
         dataset: the validation set.
         world: which share of the images is this rank's.
         loop: batch size and workers.
-        results_folder: where the main rank writes the evaluators' files (results_<head>.json and others), made if it is missing;
-            None writes none.
+        results_folder: where the main rank writes the evaluators' files (results_<head>.json and others), and unreadable.json where
+            files could not be read; made if it is missing; None writes none.
         say: prints a line; called now and then while a long evaluation runs.
         is_interrupted: whether this rank has been asked to end; None never asks.
         show: on the main rank, called with each head's name and the evaluator's pictures, (H, W, 3) uint8 by title; None draws
@@ -81,6 +84,7 @@ def evaluate_heads(
     """
     evaluators = {name: dataset.evaluator() for name in engines}
     reported, interrupted = time.monotonic(), False
+    unreadable: dict[str, str] = {}
     for engine in engines.values():
         engine.train(False)
     with torch.no_grad():
@@ -98,6 +102,7 @@ def evaluate_heads(
             interrupted = is_interrupted is not None and world.any_true(is_interrupted())
             if interrupted:
                 break
+            unreadable |= {} if batch.is_padding else dict(batch.replaced)
             batch = batch.to(world.device)
             features = backbone(batch.images)
             for name, engine in engines.items():
@@ -113,6 +118,8 @@ def evaluate_heads(
         engine.train(True)
     if interrupted:
         return None
+    # Before anything is scored: too many of them may be why there is no score.
+    _report_unreadable(world.gather_objects(unreadable) or [], results_folder, say)
     metrics: Metrics = {}
     for name, evaluator in evaluators.items():
         states = world.gather_objects(evaluator.state())
@@ -299,6 +306,25 @@ def _score(
     if show is not None:
         show(name, evaluator.pictures())
     return metrics
+
+
+def _report_unreadable(
+    found: Sequence[dict[str, str]], results_folder: Path | None, say: Callable[[str], None] | None
+) -> None:
+    """Name the files that were left out: on the main rank, from every rank's {path: reason}."""
+    reasons = {path: reason for own in found for path, reason in sorted(own.items())}
+    listing = None if results_folder is None else results_folder / UNREADABLE
+    if not reasons:
+        # Of an evaluation before this one.
+        if listing is not None:
+            listing.unlink(missing_ok=True)
+        return
+    if listing is not None:
+        write_atomically(listing, json.dumps(reasons, indent=2) + "\n")
+    if say is not None:
+        path, reason = next(iter(reasons.items()))
+        where = "" if listing is None else f" (all of them: {listing})"
+        say(f"{len(reasons)} file(s) cannot be read and are left out{where}, the first: {path}: {reason}")
 
 
 def _silent(text: str) -> None:

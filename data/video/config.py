@@ -169,7 +169,10 @@ class KineticsDataConfig(TaskDataConfig):
 
 @dataclass
 class MotionWorld:
-    """Size and difficulty of the built-in world `motion`. Other values are another world, in another cache folder."""
+    """Size and difficulty of the built-in world `motion`. Other values are another world, in another cache folder.
+
+    The difficulty (object_size, contrast, clutter) follows the rule of benchmarks/motion_calibration.py.
+    """
 
     num_train: int = 800
     num_val: int = 200
@@ -178,11 +181,11 @@ class MotionWorld:
     num_frames: int = 24
     rate: int = 12
     """Frames per second."""
-    object_size: tuple[float, float] = (0.22, 0.34)
+    object_size: tuple[float, float] = (0.33, 0.45)
     """Diameter of the moving object as a share of the side."""
-    clutter: int = 3
+    clutter: int = 0
     """Most resting shapes in the background."""
-    contrast: float = 0.35
+    contrast: float = 0.6
     """Least difference of the moving object's colour from the background's mean, in the clearest of R, G and B."""
     noise: float = 0.02
     """Standard deviation of the pixel noise; pixels are in 0..1."""

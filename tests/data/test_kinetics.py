@@ -314,6 +314,26 @@ def test_160_damaged_videos_hold_no_run_and_are_all_reported(make_root, plain, m
     train.decoder.close(), val.decoder.close()
 
 
+def test_a_stuck_video_is_waited_for_once_and_not_in_each_of_its_views(make_root, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    root = make_root()
+    (root / "val" / "2.mp4").rename(root / "val" / "stuck.mp4")
+    (root / "val.txt").write_text((root / "val.txt").read_text().replace("2.mp4", "stuck.mp4"))
+    val = config_of(root, clip={"test_clips": 4}, decode_timeout=3.0).build_val()
+    val.decoder._options["reader"] = "stuck_reader:open_video"
+    val[SampleKey(0, 0, 0)]
+    start = time.monotonic()
+    views = [val[SampleKey(0, 0, view)] for view in range(2 * 12, 3 * 12)]
+    assert time.monotonic() - start < 2 * 3.0
+    assert not any(view.target.is_readable for view in views)
+    assert all("not done after 3 s" in view.replaced[0][1] for view in views)
+    # The next one is readable, and this one is tried again in the next evaluation.
+    assert val[SampleKey(0, 0, 3 * 12)].target.is_readable
+    val.decoder._options["reader"] = "permafrost.data.video.reader:open_video"
+    assert val[SampleKey(0, 0, 2 * 12)].target.is_readable
+    val.decoder.close()
+
+
 def test_the_corrupt_share_reaches_the_tracker(make_root):
     config = dataclasses.replace(config_of(make_root()), corrupt_share=0.5)
     assert config.build_train().tracker().limit == 10

@@ -51,6 +51,7 @@ def test_every_run_can_be_built_and_each_cell_is_in_one(evidence) -> None:
 
 def test_what_is_there_is_listed_and_summarised(evidence, tmp_path, monkeypatch, capsys) -> None:
     facts = dict.fromkeys(evidence.FIELDS, "") | {
+        "world": evidence.world_name(evidence.WORLD),
         "setting": "frozen",
         "position": "sincos",
         "num_steps": 240,
@@ -62,6 +63,8 @@ def test_what_is_there_is_listed_and_summarised(evidence, tmp_path, monkeypatch,
     path = tmp_path / "rows.csv"
     evidence.append(path, rows[:3])
     evidence.append(path, rows[3:])
+    # Of another world: neither shown nor taken for done.
+    evidence.append(path, [row | {"world": "objects 0.1 to 0.2", "setting": "full", "order": 0.0} for row in rows])
     summary = evidence.summarise(path)
     assert "0.700 (0.600 to 0.800)" in summary
     assert "order: 120 clips, chance 0.5, one seed within 0.091 of it" in summary

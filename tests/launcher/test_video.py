@@ -120,6 +120,18 @@ def test_missing_and_broken_videos_are_counted_beside_the_accuracy(run, tmp_path
     assert {name: metrics[f"video/num_{name}"] for name in ("videos", "clips", "unreadable", "missing")} == {
         "videos": 8, "clips": 8, "unreadable": 1, "missing": 1,
     }  # fmt: skip
+    broken = str(output.parent / "world" / "val" / lines[1].split()[0])
+    listed = json.loads((output / "unreadable.json").read_text())
+    assert list(listed) == [broken]
+    assert "cannot be opened" in listed[broken]
+    assert (
+        f"1 file(s) cannot be read and are left out (all of them: {output / 'unreadable.json'})"
+        in capsys.readouterr().out
+    )
+    # Repaired: nothing of the old list stays.
+    shutil.copy(run.parent / "world" / "val" / lines[1].split()[0], broken)
+    assert main(["evaluate", str(output), "--checkpoint", "latest"]) == 0
+    assert not (output / "unreadable.json").exists()
 
 
 def test_predict_writes_the_video_with_its_classes_and_a_json(run, tmp_path, capsys) -> None:
