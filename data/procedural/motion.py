@@ -89,9 +89,11 @@ def render_clip(world: MotionWorld, split: str, index: int, label: int | None = 
         if name in ("passes_before", "passes_behind"):
             way = 1.0 if draws[3] < 0.5 else -1.0
             centre = centre + (way * 0.38 * side * (2 * time - 1), 2 * wander[1])
-            half = (0.5 * size + 1, side)
+            # Smaller than what moves elsewhere, so that disc and bar are apart in some frames.
+            crossing = 0.75 * size
+            half = (0.5 * crossing + 1, side)
             corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * half + (side / 2, side / 2)
-            layers = [(corners, bar_colour), (_placed("circle", size, turn, centre), colour)]
+            layers = [(corners, bar_colour), (_placed("circle", crossing, turn, centre), colour)]
             for rings, layer in layers if name == "passes_before" else layers[::-1]:
                 rings = [rings] if isinstance(rings, np.ndarray) else rings
                 canvas = composite(canvas, layer, rings_mask(rings, side, side))

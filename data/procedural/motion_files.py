@@ -63,7 +63,7 @@ def _write_lists(world: MotionWorld, folder: Path, _: list[None]) -> None:
 
 MOTION = WorldFiles(
     kind="motion",
-    renderer=2,
+    renderer=3,
     unit="videos",
     per_process=40,
     folders=SPLITS,

@@ -26,7 +26,8 @@ class ClipConfig:
     num_frames: int = 32
     """T."""
     frame_stride: int = 2
-    """Dense sampling: frames from one to the next. A video shorter than num_frames * frame_stride is looped."""
+    """Dense sampling: frames from one to the next. A video shorter than the (num_frames - 1) * frame_stride + 1 frames of the window is
+    looped: after its last frame comes its first."""
     sampling: Literal["dense", "segment"] = "dense"
     """dense: one window of frames; segment: one frame of each of num_frames equal parts of the video."""
     crop_size: int = 224

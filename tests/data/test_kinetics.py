@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.transforms import RandomResizedCrop
 
 sys.path.insert(0, str(Path(__file__).parent))
 import video_files
 
 from permafrost.data import ClipConfig, DataError, GlobalStream, KineticsDataConfig, SampleKey, train_loader, val_loader
+from permafrost.data.video.transforms import random_crop
 
 CLASSES = ("jump", "run left", "run right")
 
@@ -153,6 +155,37 @@ def test_every_view_of_every_video_comes_once(make_root):
     # 64 x 96 resized to 40 x 60: squares of 32 at columns 0, 14 and 28 overlap.
     assert torch.equal(views[0][..., 14:], views[1][..., :18])
     assert not torch.equal(views[0], views[3])
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.5, 0.6)])
+def test_random_crops_have_the_stated_shares_of_area_and_ratios(scale):
+    height, width, side = 120, 160, 32
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    clip = torch.stack([columns, rows, rows]).to(torch.uint8).expand(2, -1, -1, -1)
+    areas, lefts = [], []
+    for seed in range(400):
+        generator = torch.Generator().manual_seed(seed)
+        crop = random_crop(clip, side, generator, scale).float()
+        assert torch.equal(crop[0], crop[1])
+        # A ramp of n pixels resized to 32 goes from its first pixel's cell to its last one's: (n - n / 32) apart.
+        crop_width, crop_height = (
+            (crop[0, channel].amax() - crop[0, channel].amin()).item() * side / (side - 1) for channel in (0, 1)
+        )
+        areas.append(crop_width * crop_height / (height * width))
+        lefts.append(crop[0, 0].mean().item() / (width - 1))
+        assert 3 / 4 * 0.85 < crop_width / crop_height < 4 / 3 * 1.15
+        # However many tries it takes, what is drawn afterwards does not shift.
+        other = torch.Generator().manual_seed(seed)
+        random_crop(clip[..., :20], side, other, (1.0, 1.0))
+        assert torch.rand((), generator=generator) == torch.rand((), generator=other)
+    assert min(areas) > scale[0] * 0.85
+    assert max(areas) < scale[1] * 1.1
+    # Independently: torchvision's draws, which also try again where a part does not fit.
+    torch.manual_seed(0)
+    theirs = [RandomResizedCrop.get_params(clip, list(scale), [3 / 4, 4 / 3]) for _ in range(400)]
+    expected = sum(part_height * part_width for _, _, part_height, part_width in theirs) / (400 * height * width)
+    assert sum(areas) / 400 == pytest.approx(expected, rel=0.1)
+    assert sum(lefts) / 400 == pytest.approx(0.5, abs=0.03)
 
 
 def test_segment_sampling_covers_the_video(make_root):
@@ -306,12 +339,36 @@ def test_160_damaged_videos_hold_no_run_and_are_all_reported(make_root, plain, m
     assert sum(name.startswith(("truncated", "header")) for name in unreadable) == 80
     assert all(reason for reason in unreadable.values())
 
+    # A whole epoch of training through two workers, with a good video after each: all of them are replaced, by a good one.
+    damaged = [line for line in lines if not line.startswith(("0.", "1.", "2."))]
+    certain = {line.split()[0] for line in damaged if line.startswith(("truncated", "header", "stuck"))}
+    assert len(certain) == 82
+    (root / "train.txt").write_text("".join(f"{line}\n0.mp4 0\n" for line in damaged))
     train = config.build_train()
     train.decoder._options["reader"] = "stuck_reader:open_video"
-    replaced = {Path(path).name for i in (3, 43, 83, 123, 163) for path, _ in train[SampleKey(0, 0, i)].replaced}
-    assert replaced <= set(unreadable)
-    assert "stuck0.mp4" in replaced
+    longest, last, replaced, seen = 0.0, time.monotonic(), {}, 0
+    stream = GlobalStream(2 * 162, 3)
+    for batch in train_loader(train, stream, global_batch=4, num_steps=81, num_workers=2, timeout=30):
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        replaced |= {Path(path).name: reason for path, reason in batch.replaced}
+        seen += len(batch.targets)
+        assert not {train.video_path(target.video_id).name for target in batch.targets} & certain
+    assert longest < 30
+    assert seen == 2 * 162
+    assert certain <= set(replaced)
+    assert "0.mp4" not in replaced
     train.decoder.close(), val.decoder.close()
+
+
+def test_a_video_shorter_than_the_window_is_looped(make_root):
+    root = make_root()
+    # The video has 30 frames.
+    for num_frames, stride in ((31, 1), (16, 2)):
+        dataset = config_of(root, clip={"num_frames": num_frames, "frame_stride": stride, "test_clips": 1}).build_val()
+        clip = dataset[SampleKey(0, 0, 0)].image
+        assert torch.equal(clip[-1], clip[0])
+        assert len({frame.numpy().tobytes() for frame in clip}) == num_frames - 1
+        dataset.decoder.close()
 
 
 def test_a_stuck_video_is_waited_for_once_and_not_in_each_of_its_views(make_root, monkeypatch):

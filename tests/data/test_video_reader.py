@@ -159,6 +159,10 @@ def test_a_process_gives_what_the_reader_gives(video, decoder):
     _, facts = one.read(video, kind="segment", length=4)
     assert facts["indices"] == [5, 15, 25, 35]
     assert len(one.read(video, kind="all", most=7)[0]) == 7
+    for backend in BACKENDS:
+        # Frames do not depend on the number of threads.
+        frames, _ = decoder(backend=backend, num_threads=2).read(video, kind="frames", indices=[5, 39, 0])
+        assert np.array_equal(frames, open_video(video, backend).frames([5, 39, 0]))
 
 
 def test_a_decode_that_never_returns_or_crashes_costs_one_video(video, tmp_path, decoder, monkeypatch):

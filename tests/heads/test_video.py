@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from timm.models.vision_transformer import Block as TimmBlock
@@ -9,6 +11,7 @@ from torch import nn
 
 from permafrost.data.types import Batch, ClipTarget, SampleKey
 from permafrost.heads import GlobalVideoConfig, HeadError, LinearVideoConfig, TemporalVideoConfig
+from permafrost.heads.video.positions import make_positions
 from permafrost.model.spec import FeatureSpec
 
 SPEC = FeatureSpec(channels=(8, 32), strides=(4, 32))
@@ -107,6 +110,24 @@ def test_float32_agrees_with_float64(kind):
     rough = make_head(kind).float().eval().logits([x.float() for x in features], batch.keys)
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough.double(), exact, rtol=2e-4, atol=2e-4)
+
+
+def test_fixed_codes_are_the_published_waves_of_each_axis():
+    """Vaswani et al. 2017: PE(p, 2i) = sin(p / 10000^(2i / d)) and PE(p, 2i + 1) its cosine, here with the sines before the cosines."""
+    waves = make_positions("sincos", 38, ("frames", "rows", "columns"), num_frames=1, map_side=1)((5, 3, 4))
+    assert waves.shape == (5, 3, 4, 38)
+    share = 12
+    for place in ((0, 0, 0), (4, 2, 3), (1, 0, 2)):
+        for axis, position in enumerate(place):
+            expected = [
+                function(position / 10_000 ** (2 * i / share)) for function in (math.sin, math.cos) for i in range(6)
+            ]
+            found = waves[place][axis * share : (axis + 1) * share].tolist()
+            assert found == pytest.approx(expected, abs=1e-6)
+        assert waves[place][36:].tolist() == [0, 0]
+    temporal = make_positions("sincos", 16, ("frames",), num_frames=1, map_side=1)((5, 3, 4))
+    assert temporal.shape == (5, 1, 1, 16)
+    assert len({tuple(code) for code in temporal[:, 0, 0].tolist()}) == 5
 
 
 def test_who_sees_the_order_of_frames():

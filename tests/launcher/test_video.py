@@ -128,6 +128,16 @@ def test_missing_and_broken_videos_are_counted_beside_the_accuracy(run, tmp_path
         f"1 file(s) cannot be read and are left out (all of them: {output / 'unreadable.json'})"
         in capsys.readouterr().out
     )
+    # In training: all but one are damaged, and the run goes on with that one.
+    for name in (line.split()[0] for line in (root / "train.txt").read_text().splitlines()[1:]):
+        (root / "train" / name).write_bytes(b"no video")
+    again = tmp_path / "damaged"
+    command = ["train", "quickstart_video", *own_files(root), *LOOP, "--loop.num-steps", "2", "--output", str(again)]
+    assert main(command) == 0
+    last = json.loads((again / "metrics.jsonl").read_text().splitlines()[-1])
+    replaced = json.loads((again / "replaced_images.json").read_text())
+    assert len(replaced) == last["data/replaced_images"] >= 1
+    assert all("cannot be opened" in reason for reason in replaced.values())
     # Repaired: nothing of the old list stays.
     shutil.copy(run.parent / "world" / "val" / lines[1].split()[0], broken)
     assert main(["evaluate", str(output), "--checkpoint", "latest"]) == 0
