@@ -42,7 +42,7 @@ METRICS = {
         "segmentation",
         {"miou": "semantic/mIoU", "pixel_accuracy": "semantic/pixel_accuracy"},
     ),
-    "quickstart_video": ("video", {"top1": "video/top1"}),
+    "quickstart_video": ("video", {"top1": "video/top1", "top5": "video/top5"}),
 }
 """Of every recipe the head, and its metrics: the column, and the name in final.json."""
 
