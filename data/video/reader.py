@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -123,12 +123,27 @@ def _opening_problem(path: Path, error: Exception) -> str:
         import av
 
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
-                return f"it holds no video stream, only {', '.join(kinds)}"
+            _video_stream(container)
+    except VideoError as found:
+        return str(found)
     except Exception as own:
         return f"it cannot be opened: {getattr(own, 'strerror', None) or _first_line(own)}"
     return f"it cannot be opened: {_first_line(error)}"
+
+
+def _video_stream(container: Any) -> Any:
+    """The stream that is read.
+
+    Raises:
+        VideoError: There is none, or nothing here decodes it.
+    """
+    if not container.streams.video:
+        kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]
+        raise VideoError(f"it holds no video stream, only {', '.join(kinds)}")
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise VideoError("it cannot be opened: nothing here decodes its video's codec")
+    return stream
 
 
 def _first_line(error: Exception) -> str:
@@ -189,10 +204,7 @@ class _PyAVReader:
         import av
 
         self._container = av.open(str(path))
-        if not self._container.streams.video:
-            kinds = sorted({stream.type for stream in self._container.streams}) or ["nothing"]
-            raise VideoError(f"it holds no video stream, only {', '.join(kinds)}")
-        self._stream = self._container.streams.video[0]
+        self._stream = _video_stream(self._container)
         self._stream.codec_context.thread_count = num_threads
         if num_threads != 1:
             self._stream.thread_type = "AUTO"
@@ -243,12 +255,16 @@ class _PyAVReader:
                 source = self._container.decode(self._stream)
             for frame in source:
                 if frame.pts is not None and frame.pts >= time:
+                    # A packet may have no picture of its own (a second field), a row of them is damage.
+                    place = int(np.searchsorted(self._times, time))
+                    if frame.pts > self._times[min(place + 1, self.num_frames - 1)]:
+                        raise VideoError(f"frame {place} and the next have no picture")
                     found.append(self._picture(frame))
                     break
             else:
-                if not found:
+                # A last packet may have no picture of its own: the one before is still shown.
+                if not found or time < self._times[-1]:
                     raise VideoError(f"decoding ends before frame {int(np.searchsorted(self._times, time))}")
-                # A last packet without a picture of its own: the one before is still shown.
                 found.append(found[-1])
         return found
 

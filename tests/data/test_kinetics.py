@@ -273,6 +273,15 @@ def test_bad_tables_are_named(tmp_path, text, message):
         config.build_train()
 
 
+def test_a_class_of_the_validation_table_alone_is_refused(tmp_path):
+    for split, name in (("train", "a"), ("val", "b")):
+        (tmp_path / split).mkdir()
+        (tmp_path / f"{split}.csv").write_text(f"label,youtube_id,time_start,time_end\n{name},x,0,10\n")
+    config = KineticsDataConfig(root=str(tmp_path), layout="csv", train_list="train.csv", val_list="val.csv")
+    with pytest.raises(DataError, match=r"val.csv: line 2 has the class 'b', which the training file does not have"):
+        config.build_val()
+
+
 def test_a_class_of_the_validation_split_alone_is_refused(tmp_path, plain):
     for place in ("train/a", "train/b", "val/c"):
         (tmp_path / place).mkdir(parents=True)

@@ -92,6 +92,7 @@ def test_rotation_in_the_header_is_applied(tmp_path, backend, rotation):
         (lambda folder: folder / "absent.mp4", "there is no such file"),
         (lambda folder: _written(folder / "empty.mp4", b""), "the file is empty"),
         (lambda folder: _written(folder / "zeros.mp4", bytes(4096)), "begins with zeros"),
+        (lambda folder: _without_codec(folder / "codec.mp4"), "nothing here decodes its video's codec"),
         (lambda folder: _written(folder / "text.mp4", b"not a video at all " * 50), "cannot be opened"),
         (lambda folder: video_files.write_audio(folder / "sound.mp4"), "no video stream, only audio"),
         (lambda folder: _picture(folder / "photo.mp4", "JPEG"), "it is a JPEG picture, not a video"),
@@ -109,9 +110,34 @@ def _written(path, content):
     return path
 
 
+def _without_codec(path):
+    video_files.write_numbered(path, 4)
+    return _written(path, path.read_bytes().replace(b"avc1", b"xyz9"))
+
+
 def _picture(path, kind):
     Image.new("RGB", (64, 48), (200, 10, 10)).save(path, format=kind)
     return path
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hole_in_the_pictures_is_an_error_and_no_other_picture(tmp_path, backend):
+    """Frames 12 to 23, from one key frame to the next, are zeros: frame 24 must not be taken for them."""
+    import av
+
+    path = video_files.write_numbered(tmp_path / "hole.mp4", 36)
+    content = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        for packet in packets[12:24]:
+            content[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    path.write_bytes(content)
+    if backend == "pyav":
+        # decord reads ahead, into the hole.
+        assert video_files.number_of(open_video(path, backend).frames([3])[0]) == 3
+    for wanted in ([13], [5, 14, 30], [12, 23]):
+        with pytest.raises(VideoError, match=r"cannot be decoded|have no picture|decoding ends"):
+            open_video(path, backend).frames(wanted)
 
 
 def test_frames_too_narrow_for_decord_say_so(tmp_path):
