@@ -1,6 +1,6 @@
 """The paper's Table 4 in small: which head tells the order of frames on a frozen backbone, and what full fine-tuning adds.
 
-    python benchmarks/evidence_video.py --seeds 0 [--num-steps 240]    runs what is missing, all cells of one seed first
+    python benchmarks/evidence_video.py --seeds 0 [--num-steps 240] [--settings frozen full]   runs what is missing, all of one seed first
     python benchmarks/evidence_video.py --summarise                    prints the table
     python benchmarks/evidence_video.py --list                         prints the cells that are there
 
@@ -264,6 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--num-steps", type=int, default=NUM_STEPS, help="cells of another length are other cells")
+    parser.add_argument("--settings", choices=SETTINGS, nargs="+", default=list(SETTINGS), help="only these runs")
     parser.add_argument("--position", choices=POSITIONS, default="sincos")
     parser.add_argument("--trial", action="store_true", help="two steps on a few videos: shows that the script works")
     parser.add_argument("--summarise", action="store_true")
@@ -287,6 +288,8 @@ def main() -> None:
         if row["world"] == world_name(WORLD)
     }
     for heads, setting, seed in runs(options.seeds):
+        if setting not in options.settings:
+            continue
         is_done = all((head, setting, options.position, seed, num_steps) in done for head in heads)
         if options.list:
             print(f"{','.join(heads):24}{setting:8}{seed:>3}  {'done' if is_done else 'missing'}")

@@ -119,7 +119,8 @@ def evaluate_heads(
     if interrupted:
         return None
     # Before anything is scored: too many of them may be why there is no score.
-    _report_unreadable(world.gather_objects(unreadable) or [], results_folder, say)
+    reasons = world.gather_objects(unreadable)
+    on_main(world, lambda: _report_unreadable(reasons or [], results_folder, say))
     metrics: Metrics = {}
     for name, evaluator in evaluators.items():
         states = world.gather_objects(evaluator.state())
@@ -295,11 +296,7 @@ def _score(
     if results_folder is not None:
         files = evaluator.result_files(name)
         for file, content in files.items():
-            try:
-                (results_folder / file).parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(results_folder / file, content)
-            except OSError as error:
-                raise RunFolderError(f"{results_folder / file} cannot be written: {error.strerror or error}") from error
+            _write(results_folder / file, content)
         if files and say is not None:
             say(f"head {name}: {', '.join(files)} in {results_folder}")
     metrics = evaluator.compute()
@@ -308,20 +305,26 @@ def _score(
     return metrics
 
 
+def _write(file: Path, content: str | bytes) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, content)
+    except OSError as error:
+        raise RunFolderError(f"{file} cannot be written: {error.strerror or error}") from error
+
+
 def _report_unreadable(
     found: Sequence[dict[str, str]], results_folder: Path | None, say: Callable[[str], None] | None
 ) -> None:
-    """Name the files that were left out: on the main rank, from every rank's {path: reason}."""
+    """Name the files that were left out, from every rank's {path: reason}."""
     reasons = {path: reason for own in found for path, reason in sorted(own.items())}
     listing = None if results_folder is None else results_folder / UNREADABLE
-    if not reasons:
+    if listing is not None and reasons:
+        _write(listing, json.dumps(reasons, indent=2) + "\n")
+    elif listing is not None and listing.is_file():
         # Of an evaluation before this one.
-        if listing is not None:
-            listing.unlink(missing_ok=True)
-        return
-    if listing is not None:
-        write_atomically(listing, json.dumps(reasons, indent=2) + "\n")
-    if say is not None:
+        listing.unlink()
+    if say is not None and reasons:
         path, reason = next(iter(reasons.items()))
         where = "" if listing is None else f" (all of them: {listing})"
         say(f"{len(reasons)} file(s) cannot be read and are left out{where}, the first: {path}: {reason}")
