@@ -73,7 +73,8 @@ def watch_memory(pid: int, peaks: dict[str, int], stop: threading.Event) -> None
 def busy_seconds() -> float:
     """Processor time that all processes of the machine have used so far."""
     times = psutil.cpu_times()
-    return times.user + times.system
+    # Linux counts processes of low priority apart.
+    return times.user + getattr(times, "nice", 0.0) + times.system
 
 
 def measure(recipe_name: str, weights: str | None, seed: int, extra: list[str]) -> dict[str, object]:
