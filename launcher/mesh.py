@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from permafrost.launcher.errors import LaunchError
+from permafrost.launcher.errors import Interrupted, LaunchError
 from permafrost.launcher.layout import require_mesh
 
 if TYPE_CHECKING:
@@ -169,10 +169,11 @@ class World:
         """Take down the process group, if this world (or an engine on it) brought it up. Safe to call twice.
 
         Ranks leave together, unless an exception is on its way: one that still works on its last message while
-        another takes the group down, or while its own interpreter ends, may abort.
+        another takes the group down, or while its own interpreter ends, may abort. They do after a signal, too, which all of
+        them answer at the same place: a launcher ends the others, with another code, when the first one has left with one.
         """
         if self._owns_process_group and dist.is_available() and dist.is_initialized():
-            if sys.exc_info()[0] is None:
+            if sys.exc_info()[0] in (None, Interrupted):
                 # A rank that died says so itself; this one is done.
                 with contextlib.suppress(RuntimeError):
                     self.barrier()
