@@ -71,7 +71,7 @@ def watch_memory(pid: int, peaks: dict[str, int], stop: threading.Event) -> None
 
 
 def busy_seconds() -> float:
-    """Processor time that all processes of the machine have used so far."""
+    """Processor time that all processes of the machine have used so far, those of low priority included."""
     times = psutil.cpu_times()
     # Linux counts processes of low priority apart.
     return times.user + getattr(times, "nice", 0.0) + times.system
@@ -89,6 +89,8 @@ def measure(recipe_name: str, weights: str | None, seed: int, extra: list[str]) 
     Returns:
         One row of the results.
     """
+    repository = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=repository, capture_output=True, text=True)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         command = [sys.executable, "-m", "permafrost.launcher.cli", "train", recipe_name, *extra]
@@ -119,8 +121,6 @@ def measure(recipe_name: str, weights: str | None, seed: int, extra: list[str]) 
         recipe = json.loads((output / "recipe.json").read_text())
         head, metrics = METRICS[recipe_name]
         final = json.loads((output / "final.json").read_text())["metrics"][head]
-    repository = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=repository, capture_output=True, text=True)
     experiment = recipe.get("experiment", recipe)
     return {
         "date": datetime.date.today().isoformat(),
