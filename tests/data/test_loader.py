@@ -199,8 +199,8 @@ def sleep_at_7(key: SampleKey) -> None:
 
 def test_a_stuck_worker_is_an_error_after_the_timeout():
     start = time.monotonic()
-    with pytest.raises(WorkerError, match=r"no data for 1 s \(loop.worker_timeout\); .*samples \[6, 7\]"):
-        list(val_loader(Numbers(act=sleep_at_7), batch_size=2, num_workers=1, timeout=1.0))
+    with pytest.raises(WorkerError, match=r"no data for 5 s \(loop.worker_timeout\); .*samples \[6, 7\]"):
+        list(val_loader(Numbers(act=sleep_at_7), batch_size=2, num_workers=1, timeout=5.0))
     assert time.monotonic() - start < 30
 
 
