@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,11 @@ def permafrost_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("permafrost_cache")
     os.environ["PERMAFROST_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_garbage() -> Iterator[None]:
+    """What a file of tests leaves to the garbage collector is collected at its end. A leak (an open file, a process nobody waited
+    for) is an error then, which else falls upon whatever test runs when the collector does, in another file and once in a while."""
+    yield
+    gc.collect()

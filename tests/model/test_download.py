@@ -243,7 +243,12 @@ def test_several_processes_download_once(server, cache) -> None:
     command = [sys.executable, "-c", code, server.url]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": dict(os.environ)}
     processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
-    outputs = [process.communicate(timeout=60) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
     assert [process.returncode for process in processes] == [0] * 4, outputs
     assert {out.strip() for out, _ in outputs} == {str(cache / "weights.pth")}
     assert (cache / "weights.pth").read_bytes() == CONTENT
