@@ -34,11 +34,11 @@ from pathlib import Path
 import timm
 import torch
 import transformers
+from records import append
 from safetensors.torch import save_file
 from timing import (
     NOT_MEASURED,
     RESULTS,
-    append_rows,
     describe_machine,
     measure_rates,
     passes,
@@ -316,9 +316,9 @@ def main() -> int:
         for row in rows:
             shown = ("side", "contestant", "p50_ms", "times_floor", "times_as_fast_as_timm", "of_matrix_rate", "error")
             print("  ".join(str(row[key]) for key in shown), flush=True)
-        append_rows(RESULTS / "backbone.csv", rows)
+        append(RESULTS / "backbone.csv", list(rows[0]), rows)
     if device.type != "cuda":
-        append_rows(RESULTS / "backbone.csv", not_measured(rows[0]))
+        append(RESULTS / "backbone.csv", list(rows[0]), not_measured(rows[0]))
     return 0 if is_right else 1
 
 

@@ -13,11 +13,8 @@ machine it is nearer to a quiet one's clock than the clock is.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import functools
-import platform
-import re
 import statistics
 import time
 from collections import defaultdict
@@ -27,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import append, processor
 
 from permafrost.data.types import Batch, DetectionTarget, SampleKey
 from permafrost.heads.config import BiFPNConfig
@@ -197,9 +195,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's or the processor's own name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.machine()
+    return processor()
 
 
 def main() -> None:
@@ -214,26 +210,22 @@ def main() -> None:
     options = parser.parse_args()
     rows = measure(options.side, options.images, options.objects, options.steps, options.device)
     medians = {name: [statistics.median(row[name][i] for row in rows) for i in (0, 1)] for name in rows[0]}
-    is_new = not options.results.exists()
-    with options.results.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if is_new:
-            columns = ["date", "device", "threads", "torch", "side", "images", "objects", "steps"]
-            writer.writerow([*columns, "part", "pure_python", "ms", "cpu_ms", "share"])
-        common = [
-            datetime.date.today().isoformat(),
-            device_name(options.device),
-            torch.get_num_threads(),
-            torch.__version__,
-        ]
-        common += [options.side, options.images, options.objects, options.steps]
-        for name, (clock, cpu) in sorted(medians.items(), key=lambda item: -item[1][1]):
-            share = cpu / medians[STEP][1] if options.device.type == "cpu" else clock / medians[STEP][0]
-            values = [name, name in PURE_PYTHON, round(clock, 2), round(cpu, 2), round(share, 4)]
-            writer.writerow([*common, *values])
-            print(
-                f"{name:32}{clock:12.1f} ms{cpu:12.1f} ms of processor{share:8.1%}{'  pure Python' if name in PURE_PYTHON else ''}"
-            )
+    common = {
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(options.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **{name: getattr(options, name) for name in ("side", "images", "objects", "steps")},
+    }
+    found = []
+    for name, (clock, cpu) in sorted(medians.items(), key=lambda item: -item[1][1]):
+        share = cpu / medians[STEP][1] if options.device.type == "cpu" else clock / medians[STEP][0]
+        own = {"part": name, "pure_python": name in PURE_PYTHON, "ms": round(clock, 2), "cpu_ms": round(cpu, 2)}
+        found.append({**common, **own, "share": round(share, 4)})
+        print(
+            f"{name:32}{clock:12.1f} ms{cpu:12.1f} ms of processor{share:8.1%}{'  pure Python' if name in PURE_PYTHON else ''}"
+        )
+    append(options.results, list(found[0]), found)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ benchmarks/results/decoding.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import os
 import statistics
@@ -32,6 +31,7 @@ import av
 import decord
 import numpy as np
 import torch
+from records import append
 
 from permafrost.data.video.decoder import Decoder
 from permafrost.data.video.reader import open_video
@@ -141,12 +141,7 @@ def main() -> None:
             }
         )
         print(rows[-1])
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(RESULTS, list(rows[0]), rows)
 
 
 if __name__ == "__main__":

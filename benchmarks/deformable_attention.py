@@ -12,9 +12,7 @@ which other work changes least (all threads together: use one). Rows go to bench
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from records import append, processor
 from torch import Tensor
 from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
 
@@ -128,7 +127,7 @@ def measure(side: int, batch: int, device: torch.device, repeats: int) -> list[d
         rows.append(
             {
                 "date": datetime.date.today().isoformat(),
-                "device": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
+                "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
@@ -145,10 +144,6 @@ def measure(side: int, batch: int, device: torch.device, repeats: int) -> list[d
     return rows
 
 
-def _processor() -> str:
-    return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-
-
 def main() -> None:
     """Measure and append rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,12 +156,7 @@ def main() -> None:
         rows = measure(side, options.batch, device, options.repeats)
         for row in rows:
             print({key: row[key] for key in ("side", "contestant", "forward_ms", "forward_backward_ms", "saved_mib")})
-        is_new = not RESULTS.exists()
-        with RESULTS.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            if is_new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(RESULTS, list(rows[0]), rows)
 
 
 if __name__ == "__main__":

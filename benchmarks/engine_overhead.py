@@ -13,18 +13,16 @@ disturbs less. About three minutes on one quiet core.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import os
-import platform
 import random
-import re
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from records import append, processor
 
 RESULTS = Path(__file__).parent / "results" / "engine_overhead.csv"
 CONTESTANTS = ("bare", "accelerate", "zero1", "zero2", "zero3")
@@ -103,12 +101,11 @@ def contestants(recipe: str) -> tuple[dict[str, Callable[[], float]], int]:
     return steps, images
 
 
-def processor() -> str:
+def device_name() -> str:
     """The processor's or the GPU's own name."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.machine()
+    return processor()
 
 
 def main() -> None:
@@ -142,7 +139,7 @@ def main() -> None:
         rows.append(
             {
                 "date": datetime.date.today().isoformat(),
-                "processor": processor(),
+                "processor": device_name(),
                 "cores": len(os.sched_getaffinity(0)),
                 "torch": torch.__version__,
                 "recipe": arguments.recipe,
@@ -162,13 +159,7 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(RESULTS, list(rows[0]), rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ benchmarks/results/evaluation.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import platform
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from records import append
 
 import permafrost.data.annotations as data_annotations
 from permafrost.data.metrics import coco, confusion
@@ -151,12 +151,7 @@ def main() -> None:
         **{name: round(value, 2) for name, value in seconds.items()},
         "ours_5000_images_s": round(seconds["ours_s"] * scale, 1),
     }
-    is_new = not options.results.exists()
-    with options.results.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append(options.results, list(row), [row])
     print(row)
 
 

@@ -23,18 +23,10 @@ Fixed beforehand, before any cell but the calibration's was run:
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import datetime
+import functools
 import json
-import os
-import platform
-import re
-import shutil
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,6 +36,10 @@ from permafrost.configs import detection_shapes
 from permafrost.data.config import JitterConfig, ShapesWorld
 from permafrost.heads.config import BiFPNConfig, MaskHeadConfig, NeckConfig
 from permafrost.launcher.experiment import Experiment, LoopConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cells import Costs, described, gap, remaining, run_all, run_apart
+from records import append, provenance, read
 
 RESULTS = Path(__file__).parent / "results" / "evidence_detection.csv"
 WORK = Path(__file__).parents[1] / "runs" / "evidence_detection"
@@ -173,26 +169,10 @@ def run_cell(
     """
     # A calibration with another rate or world is another run.
     folder = work / f"{cell.name}_{world}_{rate:g}_{num_steps}"
-    values = json.dumps([dataclasses.asdict(cell), world, rate, num_steps, trial, str(folder)])
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", values],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environ,
-    )
-    if done.returncode:
-        raise SystemExit(f"{cell.name} failed:\n{done.stdout[-4000:]}")
-    shutil.rmtree(folder)
-    measured = json.loads(done.stdout.splitlines()[-1])
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
-    )
+    values = [dataclasses.asdict(cell), world, rate, num_steps, trial]
+    measured = run_apart(__file__, values, folder)
     return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "processor": processor(),
+        **provenance(),
         **dataclasses.asdict(cell),
         "world": world,
         "rate": rate if cell.setting == "full" else "",
@@ -203,31 +183,20 @@ def run_cell(
 
 def train_cell(values: str) -> None:
     """The child: trains and prints what it measured."""
-    import resource
-
-    import torch
-
     from permafrost.launcher.train import train
 
     described, world, rate, num_steps, trial, folder = json.loads(values)
     experiment = build(Cell(**described), world, rate, num_steps, trial=trial)
     experiment.output = folder
-    torch.set_num_threads(1)
-    start = time.monotonic()
+    costs = Costs()
     found = train(experiment, device="cpu")["detection"]
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    print(
-        json.dumps(
-            {
-                "torch": torch.__version__,
-                "trainable_m": round(trainable(experiment) / 1e6, 3),
-                "cpu_s": round(used.ru_utime + used.ru_stime, 1),
-                "wall_s": round(time.monotonic() - start, 1),
-                "box_ap": round(found["bbox/AP"], 4),
-                "mask_ap": round(found["segm/AP"], 4),
-            }
-        )
-    )
+    measured = {
+        **costs.columns(),
+        "trainable_m": round(trainable(experiment) / 1e6, 3),
+        "box_ap": round(found["bbox/AP"], 4),
+        "mask_ap": round(found["segm/AP"], 4),
+    }
+    print(json.dumps(measured))
 
 
 def trainable(experiment: Experiment) -> int:
@@ -241,26 +210,14 @@ def trainable(experiment: Experiment) -> int:
     )
 
 
-def processor() -> str:
-    """The processor's own name."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.machine()
+def of_length(path: Path, num_steps: int) -> list[dict[str, str]]:
+    """The rows of runs of this length."""
+    return [row for row in read(path) if int(row["num_steps"]) == num_steps]
 
 
-def read(path: Path, num_steps: int | None = None) -> list[dict[str, str]]:
-    """The rows there are, of runs of this length or, None, of all."""
-    rows = csv.DictReader(path.read_text().splitlines()) if path.exists() else ()
-    return [row for row in rows if num_steps is None or int(row["num_steps"]) == num_steps]
-
-
-def append(path: Path, row: dict[str, object]) -> None:
-    """One more row, on disk at once."""
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+def record(path: Path, row: dict[str, object]) -> None:
+    """One more row, on disk and shown."""
+    append(path, FIELDS, [row])
     print(
         {name: row[name] for name in ("table", "head", "setting", "share", "seed", "box_ap", "mask_ap", "wall_s")},
         flush=True,
@@ -280,12 +237,12 @@ def calibrate(path: Path, work: Path, jobs: int, num_steps: int, *, trial: bool 
     """
     cell = Cell("calibration", "fpn", "full", 1.0, CALIBRATION_SEED)
     for world in LADDER:
-        rows = [row for row in read(path, num_steps) if row["table"] == cell.table and row["world"] == world]
+        rows = [row for row in of_length(path, num_steps) if row["table"] == cell.table and row["world"] == world]
         known = {float(row["rate"]): row for row in rows}
         missing = [rate for rate in RATES if rate not in known]
         with ThreadPoolExecutor(max(1, jobs)) as pool:
             for row in pool.map(lambda rate: run_cell(cell, world, rate, num_steps, work, trial=trial), missing):  # noqa: B023 - done here
-                append(path, row)
+                record(path, row)
                 known[float(row["rate"])] = row
         best = max(RATES, key=lambda rate: float(known[rate]["box_ap"]))
         reached = float(known[best]["box_ap"])
@@ -297,19 +254,15 @@ def calibrate(path: Path, work: Path, jobs: int, num_steps: int, *, trial: bool 
 
 def eta(path: Path, missing: Sequence[Cell], jobs: int, num_steps: int) -> str:
     """How long the missing cells take, from the processor time of those of the same head, else of all."""
-    known = read(path, num_steps)
+    known = of_length(path, num_steps)
     rows = [row for row in known if row["table"] != "calibration"] or known
     times = {(row["head"], row["setting"]): float(row["cpu_s"]) for row in rows}
-    if not missing or not times:
-        return f"{len(missing)} cells are missing" + ("" if not missing else "; the first tells how long they take")
-    typical = statistics.mean(times.values())
-    seconds = sum(times.get((cell.head, cell.setting), typical) for cell in missing)
-    return f"{len(missing)} cells are missing: about {seconds / jobs / 60:.0f} minutes on {jobs} free core(s)"
+    return remaining([(cell.head, cell.setting) for cell in missing], times, jobs)
 
 
 def summarise(path: Path, num_steps: int) -> str:
     """The tables of box AP with the spread of the seeds, and the gaps."""
-    rows = [row for row in read(path, num_steps) if row["table"] != "calibration"]
+    rows = [row for row in of_length(path, num_steps) if row["table"] != "calibration"]
     lines = []
     for table, share, heads in (("2", 1.0, TABLE_2), ("6", 0.01, TABLE_6), ("6", 0.1, TABLE_6)):
         lines += [
@@ -329,26 +282,6 @@ def summarise(path: Path, num_steps: int) -> str:
             lines.append(f"{NAMES[head]:24}{shown[0]:>30}{shown[1]:>30}  {gap(found['frozen'], found['full'])}")
         lines.append("")
     return "\n".join(lines)
-
-
-def described(values: Sequence[float]) -> str:
-    """A mean with its spread."""
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}, {len(values)})"
-
-
-def gap(frozen: dict[int, float], full: dict[int, float]) -> str:
-    """The mean difference of equal seeds, and whether it counts."""
-    both = sorted(frozen.keys() & full.keys())
-    if not both:
-        return "-"
-    differences = [full[seed] - frozen[seed] for seed in both]
-    text = f"{statistics.mean(differences):+.3f} ({min(differences):+.3f} to {max(differences):+.3f})"
-    if len(both) < 2:
-        return f"{text}, one seed: no spread known"
-    apart = max(frozen.values()) < min(full.values()) or max(full.values()) < min(frozen.values())
-    return f"{text}, {'beyond' if apart else 'within'} the spread of the seeds"
 
 
 def main() -> None:
@@ -376,7 +309,7 @@ def main() -> None:
         return
     if options.trial and options.results == RESULTS:
         parser.error("--trial is no result: give --results FILE")
-    done = {cell_of(row) for row in read(options.results, num_steps)}
+    done = {cell_of(row) for row in of_length(options.results, num_steps)}
     wanted = [cell for cell in cells(options.tables, options.seeds) if cell.head in options.heads]
     if options.list:
         for cell in wanted:
@@ -387,13 +320,12 @@ def main() -> None:
     if options.calibrate:
         return
     missing = [cell for cell in wanted if cell not in done]
-    with ThreadPoolExecutor(max(1, options.jobs)) as pool:
-        started = [
-            pool.submit(run_cell, cell, world, rate, num_steps, options.work, trial=options.trial) for cell in missing
-        ]
-        for number, future in enumerate(started, start=1):
-            append(options.results, future.result())
-            print(eta(options.results, missing[number:], options.jobs, num_steps), flush=True)
+    run = functools.partial(
+        run_cell, world=world, rate=rate, num_steps=num_steps, work=options.work, trial=options.trial
+    )
+    for row, others in run_all(missing, run, options.jobs):
+        record(options.results, row)
+        print(eta(options.results, others, options.jobs, num_steps), flush=True)
     print(summarise(options.results, num_steps))
 
 

@@ -26,18 +26,11 @@ Fixed beforehand, before any cell but the calibration's was run:
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import datetime
+import functools
 import json
-import os
-import shutil
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +38,8 @@ from permafrost.configs.quickstart_segmentation import quickstart_segmentation
 from permafrost.launcher.experiment import Experiment, LoopConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
-from evidence_detection import described, gap, processor, read
+from cells import Costs, described, gap, remaining, run_all, run_apart
+from records import append, provenance, read
 
 RESULTS = Path(__file__).parent / "results" / "evidence_segmentation.csv"
 WORK = Path(__file__).parents[1] / "runs" / "evidence_segmentation"
@@ -121,69 +115,36 @@ def run_cell(cell: Cell, num_steps: int, work: Path, *, trial: bool = False) -> 
     """
     # A calibration with more steps is another run.
     folder = work / f"{cell.name}_{num_steps}"
-    values = json.dumps([dataclasses.asdict(cell), num_steps, trial, str(folder)])
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", values],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environ,
-    )
-    if done.returncode:
-        raise SystemExit(f"{cell.name} failed:\n{done.stdout[-4000:]}")
-    shutil.rmtree(folder)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
-    )
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "processor": processor(),
-        **dataclasses.asdict(cell),
-        "num_steps": num_steps,
-        **json.loads(done.stdout.splitlines()[-1]),
-    }
+    values = [dataclasses.asdict(cell), num_steps, trial]
+    measured = run_apart(__file__, values, folder)
+    return {**provenance(), **dataclasses.asdict(cell), "num_steps": num_steps, **measured}
 
 
 def train_cell(values: str) -> None:
     """The child: trains and prints what it measured."""
-    import resource
-
-    import torch
-
     from permafrost.launcher.build import join_heads
     from permafrost.launcher.train import train
 
     described_cell, num_steps, trial, folder = json.loads(values)
     experiment = build(Cell(**described_cell), num_steps, trial=trial)
     experiment.output = folder
-    torch.set_num_threads(1)
-    start = time.monotonic()
+    costs = Costs()
     found = train(experiment, device="cpu")["segmentation"]
-    used = resource.getrusage(resource.RUSAGE_SELF)
+    measured = costs.columns()
     classes = experiment.data.build_val().classes
     _, heads = join_heads(experiment, experiment.backbone.build("cpu"), classes)
     trainable = sum(one.numel() for head in heads.values() for one in head.parameters() if one.requires_grad)
-    measured = {
-        "torch": torch.__version__,
+    measured |= {
         "trainable_m": round(trainable / 1e6, 3),
-        "cpu_s": round(used.ru_utime + used.ru_stime, 1),
-        "wall_s": round(time.monotonic() - start, 1),
         "miou": round(found["semantic/mIoU"], 4),
         "pixel_accuracy": round(found["semantic/pixel_accuracy"], 4),
     }
     print(json.dumps(measured))
 
 
-def append(path: Path, row: dict[str, object]) -> None:
-    """One more row, on disk at once."""
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+def record(path: Path, row: dict[str, object]) -> None:
+    """One more row, on disk and shown."""
+    append(path, FIELDS, [row])
     print(
         {name: row[name] for name in ("pixel_blocks", "transformer_blocks", "setting", "seed", "miou", "wall_s")},
         flush=True,
@@ -201,7 +162,7 @@ def calibrate(path: Path, work: Path) -> int | None:
     for num_steps in STEPS:
         known = [row for row in read(path) if cell_of(row) == cell and int(row["num_steps"]) == num_steps]
         if not known:
-            append(path, run_cell(cell, num_steps, work))
+            record(path, run_cell(cell, num_steps, work))
             known = read(path)[-1:]
         if float(known[0]["miou"]) >= WANTED:
             return num_steps
@@ -241,11 +202,7 @@ def eta(path: Path, missing: Sequence[Cell], jobs: int) -> str:
         (cell_of(row).pixel_blocks, cell_of(row).transformer_blocks, row["setting"]): float(row["cpu_s"])
         for row in read(path)
     }
-    if not missing or not times:
-        return f"{len(missing)} cells are missing"
-    typical = statistics.mean(times.values())
-    seconds = sum(times.get((cell.pixel_blocks, cell.transformer_blocks, cell.setting), typical) for cell in missing)
-    return f"{len(missing)} cells are missing: about {seconds / jobs / 60:.0f} minutes on {jobs} free core(s)"
+    return remaining([(cell.pixel_blocks, cell.transformer_blocks, cell.setting) for cell in missing], times, jobs)
 
 
 def main() -> None:
@@ -278,11 +235,10 @@ def main() -> None:
     num_steps = TRIAL_STEPS if options.trial else calibrate(options.results, options.work)
     if num_steps is None:
         raise SystemExit(f"the calibration stays below an mIoU of {WANTED} with {STEPS[-1]} steps: no cell is run")
-    with ThreadPoolExecutor(max(1, options.jobs)) as pool:
-        started = [pool.submit(run_cell, cell, num_steps, options.work, trial=options.trial) for cell in missing]
-        for number, future in enumerate(started, start=1):
-            append(options.results, future.result())
-            print(eta(options.results, missing[number:], options.jobs), flush=True)
+    run = functools.partial(run_cell, num_steps=num_steps, work=options.work, trial=options.trial)
+    for row, others in run_all(missing, run, options.jobs):
+        record(options.results, row)
+        print(eta(options.results, others, options.jobs), flush=True)
     print(summarise(options.results))
 
 

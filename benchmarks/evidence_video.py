@@ -26,20 +26,11 @@ head the order within 240 steps; fixed waves did in a trial on stored features o
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import datetime
 import itertools
 import json
-import os
-import platform
-import re
-import resource
-import shutil
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +39,10 @@ from permafrost.data.procedural.motion import APPEARANCE, ORDER_PAIRS
 from permafrost.data.video.config import MotionWorld
 from permafrost.heads.video.config import GlobalVideoConfig, LinearVideoConfig, PositionKind, TemporalVideoConfig
 from permafrost.launcher.experiment import Experiment, LoopConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cells import Costs, run_apart
+from records import append, provenance, read
 
 RESULTS = Path(__file__).parent / "results" / "evidence_video.csv"
 WORK = Path(__file__).parents[1] / "runs" / "evidence_video"
@@ -131,16 +126,13 @@ def forced_choice(results: Sequence[dict], pairs: Sequence[tuple[str, str]]) -> 
 
 def train_run(values: str) -> None:
     """The child: trains, scores and prints what it measured."""
-    import torch
-
     from permafrost.launcher.evaluate import evaluate_run
     from permafrost.launcher.train import train
 
     heads, setting, seed, num_steps, position, trial, folder = json.loads(values)
     experiment = build(heads, setting, seed, num_steps, position, trial=trial)
     experiment.output = folder
-    torch.set_num_threads(1)
-    start = time.monotonic()
+    costs = Costs()
     train(experiment, device="cpu")
     metrics = evaluate_run(folder, which="latest", device="cpu", say=lambda text: None)
     measured = []
@@ -159,13 +151,8 @@ def train_run(values: str) -> None:
                 "num_appearance": num_appearance,
             }
         )
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    cpu = sum(one.ru_utime + one.ru_stime for one in used)
-    facts = {
-        "torch": torch.__version__,
-        "run_cpu_s": round(cpu, 1),
-        "run_wall_s": round(time.monotonic() - start, 1),
-    }
+    found = costs.columns()
+    facts = {"torch": found["torch"], "run_cpu_s": found["cpu_s"], "run_wall_s": found["wall_s"]}
     print(json.dumps([row | facts for row in measured]))
 
 
@@ -181,47 +168,22 @@ def run_cells(
 ) -> list[dict[str, object]]:
     """One run in a process of its own; its rows."""
     folder = work / f"{'_'.join(heads)}_{setting}_{seed}_{num_steps}_{position}"
-    values = json.dumps([list(heads), setting, seed, num_steps, position, trial, str(folder)])
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", values],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    if done.returncode:
-        raise SystemExit(f"{folder.name} failed:\n{done.stdout[-4000:]}")
-    shutil.rmtree(folder)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
-    )
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    values = [list(heads), setting, seed, num_steps, position, trial]
+    measured = run_apart(__file__, values, folder)
     common = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "processor": found[1] if found else platform.machine(),
+        **provenance(),
         "world": world_name(WORLD),
         "setting": setting,
         "position": position,
         "seed": seed,
         "num_steps": num_steps,
     }
-    return [common | row for row in json.loads(done.stdout.splitlines()[-1])]
+    return [common | row for row in measured]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows there are."""
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
-
-def append(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """More rows, on disk at once."""
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+def record(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    """More rows, on disk and shown."""
+    append(path, FIELDS, rows)
     for row in rows:
         print({name: row[name] for name in ("head", "setting", "seed", "top1", "order", "appearance")}, flush=True)
 
@@ -294,7 +256,7 @@ def main() -> None:
         if options.list:
             print(f"{','.join(heads):24}{setting:8}{seed:>3}  {'done' if is_done else 'missing'}")
         elif not is_done:
-            append(
+            record(
                 options.results,
                 run_cells(heads, setting, seed, num_steps, options.position, options.work, trial=options.trial),
             )

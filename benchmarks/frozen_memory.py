@@ -13,11 +13,9 @@ appended to benchmarks/results/frozen_memory.csv: medians over the repeats, whic
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -25,6 +23,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+
+from records import append, processor
 
 RESULTS = Path(__file__).parent / "results" / "frozen_memory.csv"
 GIB = 2**30
@@ -131,12 +131,6 @@ def in_a_fresh_process(recipe: str, way: str) -> dict[str, object]:
     return json.loads(text.splitlines()[-1])
 
 
-def processor() -> str:
-    """The processor's own name."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=["quickstart", "coco:swinv2_base_fpn"])
@@ -172,13 +166,7 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not RESULTS.exists()
-        with RESULTS.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if is_new:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(RESULTS, FIELDS, rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ benchmarks/results/giant.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 import os
@@ -25,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from records import append, processor
 
 RESULTS = Path(__file__).parent / "results" / "giant.csv"
 GIB = 2**30
@@ -133,7 +133,7 @@ def run(name: str, folder: Path, side: int, steps: int) -> dict[str, object]:
     base = report.pop("base")
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1],
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "torch": torch.__version__,
         "name": name,
@@ -167,13 +167,7 @@ def main() -> None:
     command = [sys.executable, __file__, *sys.argv[1:], "--child"]
     row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     print(json.dumps(row, indent=1))
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append(RESULTS, list(row), [row])
 
 
 if __name__ == "__main__":

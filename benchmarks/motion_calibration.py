@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from records import append
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -84,12 +85,7 @@ def main() -> None:
             done[str(number)] = round(linear_accuracy(features["train"], features["val"]), 4)
             row = {"date": datetime.date.today().isoformat(), "candidate": number, **candidate}
             row |= {"num_val": NUM_CLIPS["val"], "accuracy": done[str(number)]}
-            is_new = not RESULTS.exists()
-            with RESULTS.open("a", newline="") as file:
-                writer = csv.DictWriter(file, row, lineterminator="\n")
-                if is_new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append(RESULTS, list(row), [row])
         print(candidate, done[str(number)], flush=True)
         if done[str(number)] >= THRESHOLD:
             return

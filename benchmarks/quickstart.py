@@ -17,7 +17,6 @@ import csv
 import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from records import processor
 
 RESULTS = Path(__file__).parent / "results"
 FIELDS = (
@@ -45,14 +45,6 @@ METRICS = {
     "quickstart_video": ("video", {"top1": "video/top1", "top5": "video/top5"}),
 }
 """Of every recipe the head, and its metrics: the column, and the name in final.json."""
-
-
-def processor() -> str:
-    """The processor's own name, as far as the system tells."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def watch_memory(pid: int, peaks: dict[str, int], stop: threading.Event) -> None:
@@ -162,7 +154,7 @@ def main() -> None:
             rows.append({name: str(value) for name, value in row.items()})
             results.parent.mkdir(parents=True, exist_ok=True)
             with results.open("w", newline="") as file:
-                writer = csv.DictWriter(file, (*FIELDS, *metrics))
+                writer = csv.DictWriter(file, (*FIELDS, *metrics), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
     for weights in ("pretrained", "random"):

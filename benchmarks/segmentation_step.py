@@ -11,15 +11,14 @@ taken once and its losses must be finite. Rows are appended to benchmarks/result
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
-import re
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from records import append, processor
 
 from permafrost.data.types import Batch, SampleKey, SegmentationTarget
 from permafrost.heads.base import world_mean_counts
@@ -93,7 +92,7 @@ def measure(pixel: int, transformer: int, *, backbone_name: str, batch_size: int
         step()
     medians = {part: statistics.median(values[1:]) for part, values in found.items()}
     whole = sum(medians.values())
-    name = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     return {
         "date": datetime.date.today().isoformat(),
         "device": name,
@@ -107,10 +106,6 @@ def measure(pixel: int, transformer: int, *, backbone_name: str, batch_size: int
         "step_ms": round(whole, 1),
         "matching_and_losses_share": round((medians["matching"] + medians["losses"]) / whole, 3),
     }
-
-
-def _processor() -> str:
-    return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
 
 
 def main() -> None:
@@ -128,12 +123,7 @@ def main() -> None:
                 pixel, transformer, backbone_name=options.backbone, batch_size=options.batch, repeats=options.repeats
             )
             print(row, flush=True)
-            is_new = not RESULTS.exists()
-            with RESULTS.open("a", newline="") as file:
-                writer = csv.DictWriter(file, list(row))
-                if is_new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append(RESULTS, list(row), [row])
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ given as 20th, 50th and 80th percentile.
 
 from __future__ import annotations
 
-import csv
 import datetime
 import math
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from records import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -60,7 +59,7 @@ def device_name(device: torch.device) -> str:
     """The card, or the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    return processor()
 
 
 def _version(module: str) -> str:
@@ -173,22 +172,3 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
         products=2000 * side**3 / min(times["products"]),
         exponentials=exponentials,
     )
-
-
-def append_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Adds rows to a CSV.
-
-    Raises:
-        ValueError: If it has other columns.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    if not is_new:
-        header = path.read_text().splitlines()[0].split(",")
-        if header != list(rows[0]):
-            raise ValueError(f"{path} has the columns {header}, these rows have {list(rows[0])}: move it away")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)

@@ -12,11 +12,9 @@ what `permafrost plan` says, and appended to benchmarks/results/users_sentence.c
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -27,6 +25,7 @@ from typing import Any
 
 import torch
 from giant import GIB, anonymous_bytes, measured, write
+from records import append, processor
 
 RESULTS = Path(__file__).parent / "results" / "users_sentence.csv"
 
@@ -112,7 +111,7 @@ def _write_table(name: str, everyone: list[dict[str, float]], planned: Any, logg
             rows.append(
                 {
                     "date": datetime.date.today().isoformat(),
-                    "processor": re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1],
+                    "processor": processor(),
                     "cores": len(os.sched_getaffinity(0)),
                     "torch": torch.__version__,
                     "name": name,
@@ -125,13 +124,7 @@ def _write_table(name: str, everyone: list[dict[str, float]], planned: Any, logg
             )
     for row in rows:
         print(f"rank {row['rank']}  {row['kind']:<40} {row['value']:>9} {row['unit']:<4} {row['planned']}", flush=True)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(RESULTS, list(rows[0]), rows)
 
 
 def main() -> int:

@@ -14,6 +14,7 @@ import torch
 timing = importlib.import_module("timing")
 benchmark = importlib.import_module("window_attention")
 gpu_all = importlib.import_module("gpu_all")
+records = importlib.import_module("records")
 
 
 def problem(window: int = 4, side: int = 10) -> benchmark.Problem:
@@ -84,11 +85,11 @@ def test_a_failing_test_is_seen(tmp_path: Path) -> None:
 
 
 def test_rows_of_other_columns_are_not_mixed(tmp_path: Path) -> None:
-    timing.append_rows(tmp_path / "one.csv", [{"a": 1, "b": 2}])
-    timing.append_rows(tmp_path / "one.csv", [{"a": 3, "b": 4}])
+    records.append(tmp_path / "one.csv", ["a", "b"], [{"a": 1, "b": 2}])
+    records.append(tmp_path / "one.csv", ["a", "b"], [{"a": 3, "b": 4}])
     assert (tmp_path / "one.csv").read_text() == "a,b\n1,2\n3,4\n"
     with pytest.raises(ValueError, match="move it away"):
-        timing.append_rows(tmp_path / "one.csv", [{"a": 1, "c": 2}])
+        records.append(tmp_path / "one.csv", ["a", "c"], [{"a": 1, "c": 2}])
 
 
 def test_aims_are_read_off_the_rows() -> None:

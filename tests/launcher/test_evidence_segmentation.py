@@ -59,7 +59,7 @@ def test_shares_are_of_the_smallest_heads_gap_at_equal_seeds(evidence, tmp_path)
     }
     for (pixel, transformer, setting), values in reached.items():
         for seed, value in enumerate(values):
-            evidence.append(path, row(evidence, pixel, transformer, setting, seed, value))
+            evidence.record(path, row(evidence, pixel, transformer, setting, seed, value))
     lines = evidence.summarise(path).splitlines()
     smallest = next(line for line in lines if line.startswith("1 pixel-decoder, (3"))
     assert "0.320 (0.300 to 0.340, 2)" in smallest
@@ -75,7 +75,7 @@ def test_shares_are_of_the_smallest_heads_gap_at_equal_seeds(evidence, tmp_path)
 def test_without_a_gap_there_is_no_share(evidence, tmp_path) -> None:
     path = tmp_path / "rows.csv"
     for cell, value in (((1, 3, "frozen"), 0.4), ((1, 3, "full"), 0.4), ((6, 3, "frozen"), 0.5)):
-        evidence.append(path, row(evidence, *cell, 0, value))
+        evidence.record(path, row(evidence, *cell, 0, value))
     last = [line for line in evidence.summarise(path).splitlines() if line.startswith("6 pixel-decoder, (3")][-1]
     assert not any(character.isdigit() for character in last[40:])
 
@@ -84,14 +84,14 @@ def test_calibration_takes_the_first_number_of_steps_that_is_enough(evidence, tm
     path = tmp_path / "rows.csv"
     for num_steps, value in zip(evidence.STEPS, (0.2, 0.41, 0.5)):
         of_steps = row(evidence, 1, 3, "full", evidence.CALIBRATION_SEED, value) | {"num_steps": num_steps}
-        evidence.append(path, of_steps)
+        evidence.record(path, of_steps)
     # All of it is on record: nothing is run, and no share is of it.
     assert evidence.calibrate(path, tmp_path) == evidence.STEPS[1]
     assert "0.4" not in evidence.summarise(path)
     path.unlink()
     for num_steps in evidence.STEPS:
         of_steps = row(evidence, 1, 3, "full", evidence.CALIBRATION_SEED, 0.39) | {"num_steps": num_steps}
-        evidence.append(path, of_steps)
+        evidence.record(path, of_steps)
     assert evidence.calibrate(path, tmp_path) is None
 
 

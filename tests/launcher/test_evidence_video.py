@@ -61,10 +61,10 @@ def test_what_is_there_is_listed_and_summarised(evidence, tmp_path, monkeypatch,
     rows = [facts | {"head": head, "seed": seed} for head in evidence.HEADS for seed in (0, 1)]
     rows[1]["order"] = 0.8
     path = tmp_path / "rows.csv"
-    evidence.append(path, rows[:3])
-    evidence.append(path, rows[3:])
+    evidence.record(path, rows[:3])
+    evidence.record(path, rows[3:])
     # Of another world: neither shown nor taken for done.
-    evidence.append(path, [row | {"world": "objects 0.1 to 0.2", "setting": "full", "order": 0.0} for row in rows])
+    evidence.record(path, [row | {"world": "objects 0.1 to 0.2", "setting": "full", "order": 0.0} for row in rows])
     summary = evidence.summarise(path)
     assert "0.700 (0.600 to 0.800)" in summary
     assert "order: 120 clips, chance 0.5, one seed within 0.091 of it" in summary
