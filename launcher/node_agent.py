@@ -435,3 +435,5 @@ if __name__ == "__main__":
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
     Agent().serve()
+    # The reader may still wait for a line: an interpreter that shuts down meanwhile can abort over the lock it holds.
+    os._exit(0)
