@@ -1,7 +1,8 @@
-"""Packaging: the top-level folders become one namespace, `permafrost`.
+"""Packaging: the top-level folders become one package, `permafrost`.
 
 `model/` is imported as `permafrost.model`, and so on, so that the checkout keeps short paths while nothing called `data` or `model`
-becomes importable on a user's machine. Project metadata lives in pyproject.toml; only the mapping needs code.
+becomes importable on a user's machine; `permafrost/` itself is the front door. Project metadata lives in pyproject.toml; only
+the mapping needs code.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ FOLDERS = ("configs", "data", "heads", "launcher", "model")
 
 def packages() -> list[str]:
     """Every folder that holds an __init__.py, under its installed name."""
-    found = []
+    found = ["permafrost"]
     for folder in FOLDERS:
         for init in sorted((ROOT / folder).rglob("__init__.py")):
             found.append(".".join(("permafrost", *init.parent.relative_to(ROOT).parts)))
@@ -23,8 +24,9 @@ def packages() -> list[str]:
 
 setup(
     packages=packages(),
-    package_dir={f"permafrost.{folder}": folder for folder in FOLDERS},
+    package_dir={"permafrost": "permafrost"} | {f"permafrost.{folder}": folder for folder in FOLDERS},
     package_data={
+        "permafrost": ["py.typed"],
         "permafrost.model": ["pretrained/*.safetensors", "pretrained/*.json"],
         "permafrost.model.kernels.window_attention": ["csrc/*"],
         "permafrost.configs": ["*.json", "deepspeed/*.json", "accelerate/*.yaml", "hostfile.example"],

@@ -1,58 +1,64 @@
-"""Data sets, augmentation, sampling and metrics; knows no model. Names load on first use: configs need no torch."""
+"""Data sets, augmentation, sampling and metrics; knows no model. Names load on first use: configurations need no torch."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_EXPORTS = {
-    "ADE20KDataConfig": "segmentation.config",
-    "Batch": "types",
-    "ClipConfig": "video.config",
-    "ClipResult": "types",
-    "ClipTarget": "types",
-    "CocoDataConfig": "config",
-    "CocoDetection": "coco",
-    "CocoEvaluator": "metrics.coco",
-    "DataError": "errors",
-    "DetectionResult": "types",
-    "DetectionTarget": "types",
-    "GlobalStream": "sampler",
-    "JitterConfig": "config",
-    "KineticsClips": "kinetics",
-    "KineticsDataConfig": "video.config",
-    "MotionDataConfig": "video.config",
-    "MotionWorld": "video.config",
-    "ReplacementTracker": "coco",
-    "Sample": "types",
-    "SampleKey": "types",
-    "SceneParsing": "ade20k",
-    "SceneryDataConfig": "segmentation.config",
-    "SceneryWorld": "segmentation.config",
-    "SegmentationEvaluationConfig": "segmentation.config",
-    "SegmentationEvaluator": "metrics.segmentation",
-    "SegmentationJitterConfig": "segmentation.config",
-    "SegmentationResult": "types",
-    "SegmentationTarget": "types",
-    "SegmentationView": "types",
-    "ShapesDataConfig": "config",
-    "ShapesWorld": "config",
-    "VideoEvaluator": "metrics.video",
-    "WorkerError": "loader",
-    "check_ade20k": "segmentation.check",
-    "check_coco": "check",
-    "inference_sample": "coco",
-    "train_loader": "loader",
-    "val_loader": "loader",
-}
-__all__ = sorted(_EXPORTS)
+from permafrost._lazy import attach
 
+if TYPE_CHECKING:
+    from permafrost.data.ade20k import SceneParsing as SceneParsing
+    from permafrost.data.check import check_coco as check_coco
+    from permafrost.data.coco import (
+        CocoDetection as CocoDetection,
+        ReplacementTracker as ReplacementTracker,
+        inference_sample as inference_sample,
+    )
+    from permafrost.data.config import (
+        CocoDataConfig as CocoDataConfig,
+        EvaluationConfig as EvaluationConfig,
+        JitterConfig as JitterConfig,
+        MultiScaleConfig as MultiScaleConfig,
+        ShapesDataConfig as ShapesDataConfig,
+        ShapesWorld as ShapesWorld,
+    )
+    from permafrost.data.errors import DataError as DataError
+    from permafrost.data.kinetics import KineticsClips as KineticsClips
+    from permafrost.data.loader import (
+        WorkerError as WorkerError,
+        train_loader as train_loader,
+        val_loader as val_loader,
+    )
+    from permafrost.data.metrics.coco import CocoEvaluator as CocoEvaluator
+    from permafrost.data.metrics.segmentation import SegmentationEvaluator as SegmentationEvaluator
+    from permafrost.data.metrics.video import VideoEvaluator as VideoEvaluator
+    from permafrost.data.sampler import GlobalStream as GlobalStream
+    from permafrost.data.segmentation.check import check_ade20k as check_ade20k
+    from permafrost.data.segmentation.config import (
+        ADE20KDataConfig as ADE20KDataConfig,
+        SceneryDataConfig as SceneryDataConfig,
+        SceneryWorld as SceneryWorld,
+        SegmentationEvaluationConfig as SegmentationEvaluationConfig,
+        SegmentationJitterConfig as SegmentationJitterConfig,
+    )
+    from permafrost.data.task import SampleExtent as SampleExtent, TaskDataConfig as TaskDataConfig
+    from permafrost.data.types import (
+        Batch as Batch,
+        ClipResult as ClipResult,
+        ClipTarget as ClipTarget,
+        DetectionResult as DetectionResult,
+        DetectionTarget as DetectionTarget,
+        Sample as Sample,
+        SampleKey as SampleKey,
+        SegmentationResult as SegmentationResult,
+        SegmentationTarget as SegmentationTarget,
+        SegmentationView as SegmentationView,
+    )
+    from permafrost.data.video.config import (
+        ClipConfig as ClipConfig,
+        KineticsDataConfig as KineticsDataConfig,
+        MotionDataConfig as MotionDataConfig,
+        MotionWorld as MotionWorld,
+    )
 
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -1,47 +1,44 @@
-"""Heads: what is trained on a frozen backbone's feature maps.
-
-Names load on first use, so that importing the package needs no torch.
-"""
+"""Heads: what is trained on a frozen backbone's feature maps. Names load on first use: configurations need no torch."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_EXPORTS = {
-    "BiFPNConfig": "permafrost.heads.config",
-    "BoxHeadConfig": "permafrost.heads.config",
-    "CascadeConfig": "permafrost.heads.detection.config",
-    "FPNConfig": "permafrost.heads.config",
-    "GlobalVideoConfig": "permafrost.heads.video.config",
-    "HTCConfig": "permafrost.heads.detection.config",
-    "Head": "permafrost.heads.base",
-    "HeadError": "permafrost.heads.errors",
-    "LinearVideoConfig": "permafrost.heads.video.config",
-    "LossCounts": "permafrost.heads.base",
-    "Mask2FormerConfig": "permafrost.heads.segmentation.config",
-    "MaskHeadConfig": "permafrost.heads.config",
-    "MaskRCNN": "permafrost.heads.detection.mask_rcnn",
-    "MaskRCNNConfig": "permafrost.heads.config",
-    "PoolingConfig": "permafrost.heads.config",
-    "RPNConfig": "permafrost.heads.config",
-    "ResidualFPNConfig": "permafrost.heads.config",
-    "SemanticBranchConfig": "permafrost.heads.detection.config",
-    "SimplePyramidConfig": "permafrost.heads.config",
-    "TemporalVideoConfig": "permafrost.heads.video.config",
-    "world_mean_counts": "permafrost.heads.base",
-}
+from permafrost._lazy import attach
 
-__all__ = sorted(_EXPORTS)
+if TYPE_CHECKING:
+    from permafrost.heads.base import Head as Head, LossCounts as LossCounts, world_mean_counts as world_mean_counts
+    from permafrost.heads.config import (
+        BiFPNConfig as BiFPNConfig,
+        BoxHeadConfig as BoxHeadConfig,
+        FPNConfig as FPNConfig,
+        HeadConfig as HeadConfig,
+        MaskHeadConfig as MaskHeadConfig,
+        MaskRCNNConfig as MaskRCNNConfig,
+        PoolingConfig as PoolingConfig,
+        PyramidConfig as PyramidConfig,
+        ResidualFPNConfig as ResidualFPNConfig,
+        RPNConfig as RPNConfig,
+        SimplePyramidConfig as SimplePyramidConfig,
+    )
+    from permafrost.heads.detection.config import (
+        CascadeConfig as CascadeConfig,
+        HTCConfig as HTCConfig,
+        SemanticBranchConfig as SemanticBranchConfig,
+    )
+    from permafrost.heads.detection.mask_rcnn import MaskRCNN as MaskRCNN
+    from permafrost.heads.errors import HeadError as HeadError
+    from permafrost.heads.segmentation.config import (
+        Mask2FormerConfig as Mask2FormerConfig,
+        PixelDecoderConfig as PixelDecoderConfig,
+        SegmentationLossConfig as SegmentationLossConfig,
+        TransformerDecoderConfig as TransformerDecoderConfig,
+    )
+    from permafrost.heads.video.config import (
+        BlocksVideoConfig as BlocksVideoConfig,
+        GlobalVideoConfig as GlobalVideoConfig,
+        LinearVideoConfig as LinearVideoConfig,
+        TemporalVideoConfig as TemporalVideoConfig,
+    )
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -81,7 +81,9 @@ def own_modules(recipe: Any) -> dict[str, str]:
 def _modules(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         if isinstance(value.get(CLASS_KEY), str):
-            yield value[CLASS_KEY].partition(":")[0]
+            module, colon, _ = value[CLASS_KEY].partition(":")
+            if colon:
+                yield module
         for item in value.values():
             yield from _modules(item)
     elif isinstance(value, list):

@@ -1,4 +1,8 @@
-"""An Experiment as JSON and back: each dataclass carries its class path, so a run folder alone says what was trained.
+"""Write an Experiment as JSON and read it back: each dataclass carries its name, so a run folder alone says what was trained.
+
+A class of permafrost is written under its public name, `data.ShapesDataConfig`: the front of its package and its own name, so
+that its file may move. A user's class is written `module:Name`. Recipes of before that have the file's path
+(`permafrost.data.config:ShapesDataConfig`) and read the same.
 
 A run folder is data: reading it imports nothing outside permafrost. A class of a user's own recipe is found again only
 where its module is already imported.
@@ -15,16 +19,24 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from permafrost.launcher.errors import RunFolderError
 from permafrost.launcher.experiment import Experiment
+from permafrost.launcher.old_runs import old_values
+from permafrost.launcher.recipes import did_you_mean
 
 CLASS_KEY = "class"
+PACKAGES = ("data", "heads", "launcher", "model")
+"""Packages whose fronts name configurations."""
 MISSING = "not there"
 
 
 def to_json(value: Any) -> Any:
-    """Plain JSON values of a configuration; a dataclass becomes an object whose "class" is module:name."""
+    """Return plain JSON values of a configuration; a dataclass becomes an object whose "class" is its public name.
+
+    Raises:
+        TypeError: it holds what JSON cannot.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {CLASS_KEY: f"{type(value).__module__}:{type(value).__qualname__}", **fields}
+        return {CLASS_KEY: public_name(type(value)), **fields}
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -35,7 +47,9 @@ def to_json(value: Any) -> Any:
 
 
 def experiment_from_json(data: Any) -> Experiment:
-    """The Experiment that `to_json` wrote. Fields that newer code added get their defaults.
+    """Return the Experiment that `to_json` wrote, today or before.
+
+    A field that newer code added means what the code did before it (see old_runs), else its default.
 
     Raises:
         RunFolderError: a class or value that does not belong there, naming the field.
@@ -44,8 +58,17 @@ def experiment_from_json(data: Any) -> Experiment:
     return _decode(data, Experiment, "experiment")
 
 
+def public_name(cls: type) -> str:
+    """Return the name under which a configuration's class is written: "data.ShapesDataConfig", or "module:Name" of a user's."""
+    top, _, rest = cls.__module__.partition(".")
+    package = rest.partition(".")[0]
+    if top == "permafrost" and package in PACKAGES:
+        return f"{package}.{cls.__qualname__}"
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
 def differing_fields(found: Any, expected: Any) -> list[tuple[str, Any, Any]]:
-    """(dotted field, value in `found`, value in `expected`) for every leaf in which two JSON trees differ, in order."""
+    """Return (dotted field, value in `found`, value in `expected`) for every leaf in which two JSON trees differ, in order."""
     left, right = dict(_leaves(found, "")), dict(_leaves(expected, ""))
     names = list(left) + [name for name in right if name not in left]
     pairs = ((name, left.get(name, MISSING), right.get(name, MISSING)) for name in names)
@@ -131,29 +154,58 @@ def _decode_dataclass(data: Any, expected: type, where: str) -> Any:
         raise RunFolderError(
             f"{where}: {cls.__name__} has no field {', '.join(unknown)}; the run was written by other code"
         )
-    values = {key: _decode(item, hints[key], f"{where}.{key}") for key, item in data.items() if key != CLASS_KEY}
+    before = {name: value for name, value in old_values(map(public_name, cls.__mro__[:-1])).items() if name not in data}
+    values = {
+        key: _decode(item, hints[key], f"{where}.{key}") for key, item in (before | data).items() if key != CLASS_KEY
+    }
     try:
         return cls(**values)
     except TypeError as error:
         raise RunFolderError(f"{where}: {error}") from None
 
 
-def _find_class(path: str, expected: type, where: str) -> type:
-    module_name, _, name = path.partition(":")
+def _find_class(name: str, expected: type, where: str) -> type:
+    front = _front_of(name)
+    cls = _own_class(name, where) if front is None else _public_class(front, name, where)
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and issubclass(cls, expected)):
+        raise RunFolderError(f"{where} is a {name!r}: expected a {expected.__name__} or a kind of it")
+    return cls
+
+
+def _front_of(name: str) -> str | None:
+    """Return the package whose front has a class of permafrost, by its public name or its old one; None of a user's class."""
+    if ":" not in name:
+        return name.partition(".")[0]
+    module = name.partition(":")[0]
+    return module.split(".")[1] if module.startswith("permafrost.") and module.split(".")[1] in PACKAGES else None
+
+
+def _public_class(front: str, name: str, where: str) -> Any:
+    attribute = name.rpartition(":" if ":" in name else ".")[2]
+    if front in PACKAGES:
+        module = importlib.import_module(f"permafrost.{front}")
+        if attribute in module.__all__:
+            return getattr(module, attribute)
+    known = [f"{package}.{found}" for package in PACKAGES for found in _configurations(package)]
+    raise RunFolderError(
+        f"{where} is a {name!r}, which permafrost does not have: {did_you_mean(f'{front}.{attribute}', known)}"
+    )
+
+
+def _configurations(package: str) -> list[str]:
+    names = importlib.import_module(f"permafrost.{package}").__all__
+    return [name for name in names if name.endswith(("Config", "Experiment", "World"))]
+
+
+def _own_class(name: str, where: str) -> Any:
+    module_name, _, attribute = name.partition(":")
     module = sys.modules.get(module_name)
-    if module is None and module_name.startswith("permafrost."):
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError as error:
-            raise RunFolderError(f"{where}: {path} cannot be imported: {error}") from None
     if module is None:
         raise RunFolderError(
-            f"{where} is a {path}, which is not part of permafrost: import {module_name} before reading this run (only "
+            f"{where} is a {name}, which is not part of permafrost: import {module_name} before reading this run (only "
             "permafrost's own modules are imported on a file's word)"
         )
     cls: Any = module
-    for part in name.split("."):
+    for part in attribute.split("."):
         cls = getattr(cls, part, None)
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and issubclass(cls, expected)):
-        raise RunFolderError(f"{where} is a {path!r}: expected a {expected.__name__} or a kind of it")
     return cls

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from permafrost.model.drop_path import Generators, draw_kept, run_again_in_backward
 from permafrost.model.errors import BackboneError, KernelError
 from permafrost.model.fp8 import linear_with
-from permafrost.model.kernels.linear_gelu import check_dtype as check_epilogue
-from permafrost.model.kernels.linear_gelu import linear_gelu
+from permafrost.model.kernels.linear_gelu import check_dtype as check_epilogue, linear_gelu
 from permafrost.model.kernels.selection import Choice, choose_kernel
 from permafrost.model.kernels.window_attention import window_attention
 from permafrost.model.kernels.window_attention.reference import SHIFT_PENALTY

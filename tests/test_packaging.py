@@ -18,11 +18,7 @@ import importlib, importlib.util, pathlib, pkgutil, sys, warnings
 warnings.simplefilter("ignore")
 prefix = pathlib.Path(sys.argv[1]).resolve()
 import permafrost
-names = [m.name for m in pkgutil.walk_packages(permafrost.__path__, "permafrost.")] or [
-    m.name
-    for folder in sys.argv[2:]
-    for m in pkgutil.walk_packages(importlib.import_module(f"permafrost.{folder}").__path__, f"permafrost.{folder}.")
-] + [f"permafrost.{folder}" for folder in sys.argv[2:]]
+names = ["permafrost", *(m.name for m in pkgutil.walk_packages(permafrost.__path__, "permafrost."))]
 for name in names:
     module = importlib.import_module(name)
     path = pathlib.Path(module.__file__).resolve()
@@ -40,10 +36,11 @@ for folder in ("tests", "benchmarks"):  # a dependency may bring its own
 def modules_of(source: Path) -> list[str]:
     """Every module the tree holds, by installed name."""
     names = []
-    for folder in FOLDERS:
+    for folder in (*FOLDERS, "permafrost"):
         for file in (source / folder).rglob("*.py"):
             parts = file.relative_to(source).with_suffix("").parts
-            names.append(".".join(("permafrost", *(parts[:-1] if parts[-1] == "__init__" else parts))))
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            names.append(".".join(parts if folder == "permafrost" else ("permafrost", *parts)))
     return sorted(names)
 
 
@@ -92,6 +89,14 @@ def test_wheel_installs_every_module_and_nothing_else(source: Path, clean_prefix
     }
     data = {"swinv2_nano_glyphs.safetensors", "zero2.json", "single_node.yaml", "hostfile.example"}
     assert data | {"window_attention.cu", "warp.h", "geometry.h"} <= shipped
+    assert (site / "permafrost" / "py.typed").exists()
+
+    # `python -c` has the current folder in front: in a checkout its permafrost/ is found before the installed package.
+    found = run(python, "-c", "import permafrost.model as m; print(m.__file__)", cwd=source)
+    assert Path(found.strip()).resolve() == (source / "model" / "__init__.py").resolve()
+    assert run(python, "-m", "permafrost", "--version", cwd=source) == run(
+        python, "-m", "permafrost", "--version", cwd=tmp_path
+    )
 
 
 def test_editable_install_imports_where_wheel_is_present(source: Path, clean_prefix: Path, tmp_path: Path) -> None:

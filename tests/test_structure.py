@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -16,10 +17,27 @@ def sources(root: Path) -> list[Path]:
     return sorted(file for folder in FOLDERS for file in (root / folder).rglob("*.py"))
 
 
-def test_imports_go_one_way(root: Path) -> None:
+def test_imports_go_one_way(root: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, root / "dev" / "package_tree.py", tmp_path / "tree"], check=True)
     lint = Path(sys.executable).with_name("lint-imports")
-    result = subprocess.run([lint, "--no-cache"], cwd=root, capture_output=True, text=True, timeout=120)
+    command = [lint, "--no-cache", root / "pyproject.toml"]
+    result = subprocess.run(command, cwd=tmp_path / "tree", capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
+    analysed = re.search(r"Analyzed (\d+) files", result.stdout)
+    assert analysed, result.stdout
+    assert int(analysed[1]) >= len(sources(root))
+
+
+def test_heads_know_features_targets_and_kernels_alone(root: Path) -> None:
+    allowed = re.compile(r"permafrost\.(heads\b|data\.types\b|model\.(spec|errors|kernels)\b|_lazy\b)")
+    imported = {
+        (str(file.relative_to(root)), node.module)
+        for file in sorted((root / "heads").rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("permafrost")
+    }
+    assert len(imported) > 50
+    assert not [entry for entry in imported if not allowed.match(entry[1])]
 
 
 def test_files_are_short_enough_to_read_in_one_sitting(root: Path) -> None:

@@ -14,8 +14,6 @@ import numpy as np
 from permafrost.data.procedural.drawing import colourise, smooth_noise, to_uint8
 from permafrost.data.procedural.shapes import (
     CLASSES as SHAPES,
-)
-from permafrost.data.procedural.shapes import (
     SPLITS,
     TEXTURES,
     SceneObject,

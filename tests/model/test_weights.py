@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from permafrost.model import BackboneError, WeightsError, load_backbone, save_weights
-from permafrost.model import weights as weights_module
+from permafrost.model import BackboneError, WeightsError, load_backbone, save_weights, weights as weights_module
 from permafrost.model.spec import SwinV2Size
 from permafrost.model.swin import SwinV2, SwinV2Classifier
 from permafrost.model.weights import KNOWN_WEIGHTS, PRETRAINED_FOLDER, check_fit, fingerprint, read_weights

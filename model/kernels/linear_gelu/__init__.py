@@ -1,7 +1,7 @@
 """A linear layer with a GELU in the epilogue of its product: the hidden map is written once, and not read and written again.
 
 cuBLASLt has such an epilogue, with the approximation by tanh ("Gaussian Error Linear Units", Hendrycks and Gimpel, 2016,
-section 2). Put into whole networks it moves the feature maps by 1e-4 to 3e-4 (relative L2; LOG.md, 2026-11-26), where
+section 2). Put into whole networks it moves the feature maps by 1e-4 to 3e-4 (relative L2; dev/LOG.md, 2026-11-26), where
 computing in bfloat16 moves them by 3e-3 to 1e-2: it is taken for 16 bits and refused for more.
 """
 

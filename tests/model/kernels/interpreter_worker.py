@@ -21,8 +21,7 @@ from functorch.compile import make_boxed_func
 from norm_cases import NormCase
 from torch._functorch.aot_autograd import aot_module_simplified
 
-from permafrost.model.kernels import residual_norm as norm_ops
-from permafrost.model.kernels import window_attention as window_ops
+from permafrost.model.kernels import residual_norm as norm_ops, window_attention as window_ops
 from permafrost.model.kernels.residual_norm import residual_norm
 from permafrost.model.kernels.window_attention import window_attention
 from permafrost.model.kernels.window_attention.triton import window_attention_triton
