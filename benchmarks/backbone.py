@@ -52,15 +52,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from permafrost.model import load_backbone
-from permafrost.model.captured import CapturedNetwork
 from permafrost.model.compiled import CompiledNetwork
+from permafrost.model.cuda_graph import CapturedNetwork
 from permafrost.model.fp8 import CAPABILITY, quantise_linears
 from permafrost.model.spec import SWINV2_SIZES
-from permafrost.model.swin import SwinV2
-from permafrost.model.weights import read_weights
+from permafrost.model.swin.v2 import SwinV2
+from permafrost.model.weights.read import read_weights
 
 IN_TRANSFORMERS = ("swinv2_tiny", "swinv2_small", "swinv2_base")
-CPU_TESTS = ("tests/model/test_swin.py",)
+CPU_TESTS = ("tests/model/swin/test_v2.py",)
 GPU_TESTS = ("-m", "gpu", "tests/model/kernels/test_on_a_gpu.py")
 Forward = Callable[[Tensor], tuple[Tensor, ...]]
 aten = torch.ops.aten

@@ -23,9 +23,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from records import append
 
-import permafrost.data.annotations as data_annotations
-from permafrost.data.metrics import coco, confusion
-from permafrost.data.metrics.scorers import Scorer
+import permafrost.data.detection.annotations as data_annotations
+from permafrost.data.detection import confusion, evaluator as coco
+from permafrost.data.detection.scorers import Scorer
 from permafrost.data.types import DetectionResult
 
 RESULTS = Path(__file__).parent / "results" / "evaluation.csv"

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from permafrost.configs import detection_shapes
-from permafrost.data.config import JitterConfig, ShapesWorld
+from permafrost.data.detection.config import JitterConfig, ShapesWorld
 from permafrost.heads.config import BiFPNConfig, MaskHeadConfig, NeckConfig
 from permafrost.launcher.experiment import Experiment, LoopConfig
 
@@ -201,7 +201,7 @@ def train_cell(values: str) -> None:
 
 def trainable(experiment: Experiment) -> int:
     """Numbers that a run trains."""
-    from permafrost.launcher.build import join_heads
+    from permafrost.launcher.run.parts import join_heads
 
     backbone = experiment.backbone.build("cpu")
     _, heads = join_heads(experiment, backbone, [str(i) for i in range(detection_shapes.NUM_SHAPES)])

@@ -122,7 +122,7 @@ def run_cell(cell: Cell, num_steps: int, work: Path, *, trial: bool = False) -> 
 
 def train_cell(values: str) -> None:
     """The child: trains and prints what it measured."""
-    from permafrost.launcher.build import join_heads
+    from permafrost.launcher.run.parts import join_heads
     from permafrost.launcher.train import train
 
     described_cell, num_steps, trial, folder = json.loads(values)

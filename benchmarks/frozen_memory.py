@@ -61,12 +61,12 @@ def measure(recipe: str, way: str) -> dict[str, object]:
     """Two steps in this process."""
     import torch
 
-    from permafrost.launcher.build import build_backbone, join_heads
     from permafrost.launcher.cli import parse_experiment
-    from permafrost.launcher.engine import build_engine
-    from permafrost.launcher.mesh import init_world
-    from permafrost.launcher.plan import Machines, Planner
-    from permafrost.launcher.plan_head import make_batch
+    from permafrost.launcher.engines.base import build_engine
+    from permafrost.launcher.plan.head import make_batch
+    from permafrost.launcher.plan.planner import Machines, Planner
+    from permafrost.launcher.ranks.process_group import init_world
+    from permafrost.launcher.run.parts import build_backbone, join_heads
     from permafrost.launcher.train import head_losses
     from permafrost.model.offload import ActivationOffload
 

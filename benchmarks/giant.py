@@ -32,12 +32,12 @@ GIB = 2**30
 
 def write(name: str, folder: Path) -> None:
     """Draws the weights and writes them, about two shards in memory at a time."""
-    from permafrost.model.header import encode_header
-    from permafrost.model.load_swin import resident_dtype
-    from permafrost.model.shards import save_sharded
-    from permafrost.model.swin import SwinV2
-    from permafrost.model.tensor_map import Entry, Tensors
-    from permafrost.model.weights import draw_weights
+    from permafrost.model.swin.load import resident_dtype
+    from permafrost.model.swin.v2 import SwinV2
+    from permafrost.model.weights.header import encode_header
+    from permafrost.model.weights.read import draw_weights
+    from permafrost.model.weights.shards import save_sharded
+    from permafrost.model.weights.tensor_map import Entry, Tensors
 
     with torch.device("meta"):
         network = SwinV2(name)
@@ -98,10 +98,10 @@ def run(name: str, folder: Path, side: int, steps: int) -> dict[str, object]:
     """Loads, computes and trains; returns a row."""
     from permafrost.configs.coco import swinv2_base_fpn
     from permafrost.heads.base import world_mean_counts
-    from permafrost.launcher.engine import build_engine
+    from permafrost.launcher.engines.base import build_engine
     from permafrost.launcher.experiment import EngineConfig
-    from permafrost.launcher.mesh import init_world
-    from permafrost.launcher.plan_head import make_batch
+    from permafrost.launcher.plan.head import make_batch
+    from permafrost.launcher.ranks.process_group import init_world
     from permafrost.model import load_backbone
 
     report: dict[str, float] = {"base": anonymous_bytes()}

@@ -23,8 +23,8 @@ from records import append
 from torch import Tensor
 from torch.nn import functional as F
 
-from permafrost.data.procedural.motion import APPEARANCE, CLASSES, render_clip
 from permafrost.data.video.config import MotionWorld
+from permafrost.data.worlds.motion import APPEARANCE, CLASSES, render_clip
 from permafrost.model import load_backbone
 
 RESULTS = Path(__file__).parent / "results" / "motion_calibration.csv"

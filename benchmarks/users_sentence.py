@@ -39,14 +39,14 @@ def train_one_step(name: str, folder: Path, output: Path) -> None:
     """One rank: trains, and rank 0 writes the table of all."""
     base = anonymous_bytes()
     start = time.monotonic()
-    from permafrost.launcher.build import build_parts, on_main
     from permafrost.launcher.cli import parse_experiment
-    from permafrost.launcher.mesh import init_world
-    from permafrost.launcher.monitor import Monitor
-    from permafrost.launcher.plan import Machines, Planner
-    from permafrost.launcher.run_folder import RunFolder
-    from permafrost.launcher.session import finish, open_session
-    from permafrost.launcher.startup import announce, count_parameters
+    from permafrost.launcher.plan.planner import Machines, Planner
+    from permafrost.launcher.ranks.process_group import init_world
+    from permafrost.launcher.run.folder import RunFolder
+    from permafrost.launcher.run.monitor import Monitor
+    from permafrost.launcher.run.parts import build_parts, on_main
+    from permafrost.launcher.run.session import finish, open_session
+    from permafrost.launcher.run.startup import announce, count_parameters
     from permafrost.launcher.train import train_steps
 
     fields = ["--backbone.name", name, "--backbone.weights", str(folder), "--output", str(output)]
@@ -149,6 +149,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from permafrost.launcher.leave import run_and_leave
+    from permafrost.launcher.ranks.exit import run_and_leave
 
     run_and_leave(main)

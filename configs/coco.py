@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from permafrost.data.config import CocoDataConfig, JitterConfig
+from permafrost.data.detection.config import CocoDataConfig, JitterConfig
 from permafrost.heads.config import MaskRCNNConfig
 from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
 from permafrost.model.config import BackboneConfig

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from permafrost.configs.coco import swinv2_base_fpn
 from permafrost.configs.paper_parts import full, pretrained, row
-from permafrost.data.config import EvaluationConfig, MultiScaleConfig
+from permafrost.data.detection.config import EvaluationConfig, MultiScaleConfig
 from permafrost.heads.config import BiFPNConfig, ResidualFPNConfig
 from permafrost.heads.detection.config import CascadeConfig, HTCConfig, SemanticBranchConfig
 from permafrost.launcher.experiment import EngineConfig, Experiment
@@ -346,7 +346,7 @@ def table5_giant_htc_multi_scale() -> Experiment:
     `permafrost evaluate RUN --sizes 768 1024 1280 1536 --flip`. On test-dev (with --submission FOLDER) the paper has 60.0 and 52.2.
     It gives neither the sizes nor whether images are mirrored nor how results are merged. Here: squares of 3/4 to 3/2 of the
     training size, mirrored too, so eight views of each image; boxes by one non-maximum suppression over all of them, masks voted
-    (data/metrics/views.py).
+    (data/detection/views.py).
     """
     experiment = row("table5_giant_htc_multi_scale", table5_giant_htc())
     experiment.data.evaluation = EvaluationConfig(sizes=(768, 1024, 1280, 1536), flip=True)

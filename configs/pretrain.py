@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from permafrost.launcher.pretrain_config import PretrainExperiment
+from permafrost.launcher.pretraining.config import PretrainExperiment
 
 
 def nano_glyphs() -> PretrainExperiment:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from permafrost.data.config import JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.data.detection.config import JitterConfig, ShapesDataConfig, ShapesWorld
 from permafrost.heads.config import BoxHeadConfig, FPNConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
 from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
 from permafrost.model.config import BackboneConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from permafrost.configs.coco import swinv2_base_fpn
 from permafrost.configs.quickstart import quickstart
-from permafrost.data.config import ShapesWorld
+from permafrost.data.detection.config import ShapesWorld
 from permafrost.heads.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, RPNConfig, SimplePyramidConfig
 from permafrost.launcher.experiment import Experiment, LoopConfig
 from permafrost.model.config import BackboneConfig

@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING
 from permafrost._lazy import attach
 
 if TYPE_CHECKING:
-    from permafrost.data.ade20k import SceneParsing as SceneParsing
-    from permafrost.data.check import check_coco as check_coco
-    from permafrost.data.coco import (
-        CocoDetection as CocoDetection,
-        ReplacementTracker as ReplacementTracker,
-        inference_sample as inference_sample,
-    )
-    from permafrost.data.config import (
+    from permafrost.data.detection.check import check_coco as check_coco
+    from permafrost.data.detection.config import (
         CocoDataConfig as CocoDataConfig,
         EvaluationConfig as EvaluationConfig,
         JitterConfig as JitterConfig,
@@ -22,17 +16,13 @@ if TYPE_CHECKING:
         ShapesDataConfig as ShapesDataConfig,
         ShapesWorld as ShapesWorld,
     )
-    from permafrost.data.errors import DataError as DataError
-    from permafrost.data.kinetics import KineticsClips as KineticsClips
-    from permafrost.data.loader import (
-        WorkerError as WorkerError,
-        train_loader as train_loader,
-        val_loader as val_loader,
+    from permafrost.data.detection.dataset import (
+        CocoDetection as CocoDetection,
+        ReplacementTracker as ReplacementTracker,
+        inference_sample as inference_sample,
     )
-    from permafrost.data.metrics.coco import CocoEvaluator as CocoEvaluator
-    from permafrost.data.metrics.segmentation import SegmentationEvaluator as SegmentationEvaluator
-    from permafrost.data.metrics.video import VideoEvaluator as VideoEvaluator
-    from permafrost.data.sampler import GlobalStream as GlobalStream
+    from permafrost.data.detection.evaluator import CocoEvaluator as CocoEvaluator
+    from permafrost.data.errors import DataError as DataError
     from permafrost.data.segmentation.check import check_ade20k as check_ade20k
     from permafrost.data.segmentation.config import (
         ADE20KDataConfig as ADE20KDataConfig,
@@ -41,6 +31,14 @@ if TYPE_CHECKING:
         SegmentationEvaluationConfig as SegmentationEvaluationConfig,
         SegmentationJitterConfig as SegmentationJitterConfig,
     )
+    from permafrost.data.segmentation.dataset import SceneParsing as SceneParsing
+    from permafrost.data.segmentation.evaluator import SegmentationEvaluator as SegmentationEvaluator
+    from permafrost.data.stream.loader import (
+        WorkerError as WorkerError,
+        train_loader as train_loader,
+        val_loader as val_loader,
+    )
+    from permafrost.data.stream.sampler import GlobalStream as GlobalStream
     from permafrost.data.task import SampleExtent as SampleExtent, TaskDataConfig as TaskDataConfig
     from permafrost.data.types import (
         Batch as Batch,
@@ -60,5 +58,7 @@ if TYPE_CHECKING:
         MotionDataConfig as MotionDataConfig,
         MotionWorld as MotionWorld,
     )
+    from permafrost.data.video.dataset import KineticsClips as KineticsClips
+    from permafrost.data.video.evaluator import VideoEvaluator as VideoEvaluator
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

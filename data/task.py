@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from permafrost.data.annotations import Finding
-    from permafrost.data.coco import ReplacementTracker
+    from permafrost.data.detection.annotations import Finding
+    from permafrost.data.detection.dataset import ReplacementTracker
     from permafrost.data.types import Sample, SampleKey
 
 Task = Literal["detection", "segmentation", "video"]

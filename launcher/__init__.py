@@ -22,6 +22,6 @@ if TYPE_CHECKING:
         OptimizerConfig as OptimizerConfig,
         ScheduleConfig as ScheduleConfig,
     )
-    from permafrost.launcher.pretrain_config import PretrainExperiment as PretrainExperiment
+    from permafrost.launcher.pretraining.config import PretrainExperiment as PretrainExperiment
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

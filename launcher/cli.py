@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from permafrost.launcher.experiment import Experiment
-    from permafrost.launcher.recipes import Recipe
+    from permafrost.launcher.recipes.find import Recipe
 
 COMMANDS = {
     "train": ("RECIPE [--field value ...]", "train a recipe's heads on its frozen backbone"),
@@ -72,7 +72,7 @@ def _run(argv: list[str]) -> int:
         return 0
     command = argv[0]
     if command not in COMMANDS:
-        from permafrost.launcher.recipes import did_you_mean
+        from permafrost.launcher.recipes.find import did_you_mean
 
         known = ", ".join(COMMANDS)
         guess = did_you_mean(command, list(COMMANDS))
@@ -135,14 +135,14 @@ def parse_experiment(
     """
     from permafrost.launcher.commands.arguments import without_local_rank
     from permafrost.launcher.experiment import Experiment
-    from permafrost.launcher.overrides import parse_recipe
+    from permafrost.launcher.recipes.overrides import parse_recipe
 
     return parse_recipe(recipe, without_local_rank(args), kind=Experiment, command=command, description=description)
 
 
 def program() -> NoReturn:
     """The console script: `main`, and the end of the process."""
-    from permafrost.launcher.leave import run_and_leave
+    from permafrost.launcher.ranks.exit import run_and_leave
 
     run_and_leave(main)
 

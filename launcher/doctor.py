@@ -180,7 +180,7 @@ def check_gpus(probed: dict[str, Any]) -> list[Check]:
 
 def check_room(folder: Path) -> list[Check]:
     """The shipped weights, the cache, the current folder and shared memory."""
-    weights = Path(__file__).resolve().parent.parent / "model" / "pretrained"
+    weights = Path(__file__).resolve().parents[1] / "model" / "pretrained"
     files = sorted(path.name for path in weights.glob("*.safetensors"))
     if files:
         checks = [Check("pretrained weights", "ok", ", ".join(files))]

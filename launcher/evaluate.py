@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from permafrost.data.loader import val_loader
+from permafrost.data.stream.loader import val_loader
 from permafrost.heads.base import LossCounts, world_mean_counts
-from permafrost.launcher.build import main_first, on_main
 from permafrost.launcher.errors import CheckpointError, RecipeError, RunFolderError
-from permafrost.launcher.mesh import init_world
-from permafrost.launcher.run_folder import write_atomically
-from permafrost.launcher.trained import load_trained
+from permafrost.launcher.ranks.process_group import init_world
+from permafrost.launcher.run.folder import write_atomically
+from permafrost.launcher.run.parts import main_first, on_main
+from permafrost.launcher.run.restore import load_trained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from permafrost.data.task import TaskDataConfig, TaskDataset
     from permafrost.data.types import Batch
     from permafrost.launcher.experiment import LoopConfig
-    from permafrost.launcher.mesh import World
+    from permafrost.launcher.ranks.process_group import World
     from permafrost.model.frozen import FrozenBackbone
 
 Metrics = dict[str, dict[str, float]]

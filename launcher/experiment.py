@@ -13,7 +13,7 @@ from permafrost.heads.config import HeadConfig, MaskRCNNConfig
 from permafrost.launcher.errors import RecipeError
 from permafrost.model.config import BackboneConfig, OffloadMode
 from permafrost.model.errors import BackboneError
-from permafrost.model.tensor_degree import SPLIT_AND_CAPTURED, SPLIT_AND_COMPILED, SPLIT_AND_FP8, check_tensor_degree
+from permafrost.model.split.degree import SPLIT_AND_CAPTURED, SPLIT_AND_COMPILED, SPLIT_AND_FP8, check_tensor_degree
 
 
 @dataclass

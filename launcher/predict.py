@@ -15,7 +15,7 @@ from permafrost.launcher.errors import CheckpointError, RunFolderError
 
 if TYPE_CHECKING:
     from permafrost.data.task import InputReader
-    from permafrost.launcher.trained import TrainedRun
+    from permafrost.launcher.run.restore import TrainedRun
 
 PREDICTIONS = "predictions.json"
 
@@ -67,7 +67,7 @@ def predict_run(
         RunFolderError: the folder holds no run, or the output cannot be written.
         CheckpointError: no such head, or no valid checkpoint of it.
     """
-    from permafrost.launcher.run_folder import RunFolder
+    from permafrost.launcher.run.folder import RunFolder
 
     data = RunFolder(run).experiment().data
     files, failures = find_inputs(inputs, data.input_suffixes, data.input_kind)
@@ -76,8 +76,8 @@ def predict_run(
         return done
     folder = _prepare_output(Path(output))
 
-    from permafrost.launcher.mesh import init_world
-    from permafrost.launcher.trained import load_trained
+    from permafrost.launcher.ranks.process_group import init_world
+    from permafrost.launcher.run.restore import load_trained
 
     world = init_world(device)
     try:
@@ -222,7 +222,7 @@ def predict_file(trained: TrainedRun, reader: InputReader, file: Path, index: in
     """
     import torch
 
-    from permafrost.data.loader import collate
+    from permafrost.data.stream.loader import collate
 
     (runner,) = trained.heads.values()
     samples, source = reader.read(file, index)

@@ -17,26 +17,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from permafrost.data.loader import WorkerError, train_loader
-from permafrost.data.sampler import GlobalStream
+from permafrost.data.stream.loader import WorkerError, train_loader
+from permafrost.data.stream.sampler import GlobalStream
 from permafrost.heads.base import world_mean_counts
-from permafrost.launcher.agreement import require_same_program
-from permafrost.launcher.build import build_parts, on_main
-from permafrost.launcher.checkpoint import load_newest
-from permafrost.launcher.counts import RecordedCounts
 from permafrost.launcher.errors import USER_ERRORS
 from permafrost.launcher.evaluate import Metrics, metrics_table
-from permafrost.launcher.init_head import announce_starts, start_heads
-from permafrost.launcher.interruption import Interruption
-from permafrost.launcher.layout import micro_batch_size
-from permafrost.launcher.mesh import init_world
-from permafrost.launcher.meters import memory_peaks
-from permafrost.launcher.monitor import Monitor
-from permafrost.launcher.out_of_memory import memory_explained
-from permafrost.launcher.pictures import Pictures
-from permafrost.launcher.ranks import among_ranks
-from permafrost.launcher.run_folder import RunFolder
-from permafrost.launcher.session import (
+from permafrost.launcher.plan.out_of_memory import memory_explained
+from permafrost.launcher.ranks.agreement import require_same_program
+from permafrost.launcher.ranks.division import micro_batch_size
+from permafrost.launcher.ranks.loss_counts import RecordedCounts
+from permafrost.launcher.ranks.lost_ranks import among_ranks
+from permafrost.launcher.ranks.process_group import init_world
+from permafrost.launcher.ranks.signals import Interruption
+from permafrost.launcher.run.checkpoint import load_newest
+from permafrost.launcher.run.first_weights import announce_starts, start_heads
+from permafrost.launcher.run.folder import RunFolder
+from permafrost.launcher.run.meters import memory_peaks
+from permafrost.launcher.run.monitor import Monitor
+from permafrost.launcher.run.parts import build_parts, on_main
+from permafrost.launcher.run.pictures import Pictures
+from permafrost.launcher.run.session import (
     Session,
     Trainee,
     conclude,
@@ -47,15 +47,15 @@ from permafrost.launcher.session import (
     save,
     stop_head,
 )
-from permafrost.launcher.startup import announce, count_parameters
+from permafrost.launcher.run.startup import announce, count_parameters
 from permafrost.model.offload import ActivationOffload, KeptFeatures
 
 if TYPE_CHECKING:
     from permafrost.data.types import Batch
-    from permafrost.launcher.engine import Engine
+    from permafrost.launcher.engines.base import Engine
     from permafrost.launcher.experiment import Experiment, LoopConfig
-    from permafrost.launcher.heartbeat import Heartbeat
-    from permafrost.launcher.mesh import World
+    from permafrost.launcher.ranks.heartbeat import Heartbeat
+    from permafrost.launcher.ranks.process_group import World
 
 PATIENCE = 3
 """Steps in a row with a loss or gradient that is not finite, after which a head stops."""
@@ -346,6 +346,6 @@ def evaluation_due(loop: LoopConfig, done: int) -> bool:
 
 if __name__ == "__main__":
     from permafrost.launcher.cli import main
-    from permafrost.launcher.leave import run_and_leave
+    from permafrost.launcher.ranks.exit import run_and_leave
 
     run_and_leave(lambda: main(["train", *sys.argv[1:]]))

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from permafrost.model.errors import BackboneError as BackboneError, WeightsError as WeightsError
     from permafrost.model.frozen import FrozenBackbone as FrozenBackbone, load_backbone as load_backbone
     from permafrost.model.spec import FeatureSpec as FeatureSpec
-    from permafrost.model.swin import SwinV2 as SwinV2, SwinV2Classifier as SwinV2Classifier
-    from permafrost.model.swin_v1 import SwinV1 as SwinV1
+    from permafrost.model.swin.v1 import SwinV1 as SwinV1
+    from permafrost.model.swin.v2 import SwinV2 as SwinV2, SwinV2Classifier as SwinV2Classifier
     from permafrost.model.trainable import TrainableBackbone as TrainableBackbone
-    from permafrost.model.weights import save_weights as save_weights
+    from permafrost.model.weights.read import save_weights as save_weights
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

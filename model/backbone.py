@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError
 from permafrost.model.spec import FeatureSpec
-from permafrost.model.swin_parts import PatchEmbed
+from permafrost.model.swin.parts import PatchEmbed
 
 # Floats clearly outside [0, 1] are pixels in 0..255 or already normalised; resampling may overshoot a little.
 PIXEL_RANGE = (-0.5, 1.5)

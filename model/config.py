@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from permafrost.model.errors import BackboneError
-from permafrost.model.known_weights import find_public
 from permafrost.model.spec import check_fields, check_name, given, per_stage
+from permafrost.model.weights.known import find_public
 
 if TYPE_CHECKING:
     import torch
 
-    from permafrost.model.fairscale_groups import TensorGroup
     from permafrost.model.frozen import FrozenBackbone
+    from permafrost.model.split.fairscale_groups import TensorGroup
     from permafrost.model.trainable import TrainableBackbone
 
 OffloadMode = Literal["off", "features", "all"]
@@ -209,7 +209,7 @@ class BackboneConfig:
             from permafrost.model.frozen import load_backbone
 
             if self.cuda_graph:
-                from permafrost.model.captured import require_graphs
+                from permafrost.model.cuda_graph import require_graphs
 
                 # Before it is loaded.
                 require_graphs(torch.device(device))

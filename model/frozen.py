@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from permafrost.model.backbone import Backbone, Network
-from permafrost.model.captured import MAX_CAPTURED_SIZES, CapturedNetwork, require_graphs
 from permafrost.model.compiled import MAX_COMPILED_SIZES, CompiledNetwork
+from permafrost.model.cuda_graph import MAX_CAPTURED_SIZES, CapturedNetwork, require_graphs
 from permafrost.model.errors import BackboneError
 from permafrost.model.fp8 import require_fp8
-from permafrost.model.load_swin import load_swin
 from permafrost.model.precision import check_dtype, full_precision
 from permafrost.model.spec import TIMM_PREFIX, check_fields, check_name, given
-from permafrost.model.tensor_degree import SPLIT_AND_FP8
-from permafrost.model.weights import FLOATING_DTYPES
+from permafrost.model.split.degree import SPLIT_AND_FP8
+from permafrost.model.swin.load import load_swin
+from permafrost.model.weights.read import FLOATING_DTYPES
 
 
 class FrozenBackbone(Backbone):
@@ -166,17 +166,17 @@ def load_backbone(
 
     Args:
         name: A name in the table of sizes (permafrost.model.spec), or `timm/` and a timm model's.
-        weights: A file or folder (see permafrost.model.weights), a known name, "random" ("random:SEED"), or, for a timm
+        weights: A file or folder (see permafrost.model.weights.read), a known name, "random" ("random:SEED"), or, for a timm
             model, "pretrained".
         window_size: Window, for all stages or one per stage. None takes the file's configured window; another one
             than the file's also needs `pretrained_window_size`, and resamples the position tables of a Swin V1. See
-            permafrost.model.windows.
+            permafrost.model.swin.windows.
         pretrained_window_size: The window each stage had in training. None reads it from the file; if given it must
             be what the file says.
         dtype: The dtype to compute in; None: bfloat16 on CUDA, float32 elsewhere.
         device: Where to put it.
-        tensor_group: TensorGroup (permafrost.model.fairscale_groups) to split the network over; loading and every
-            forward are then collective over it, see permafrost.model.tensor_parallel. None: this process has all of it.
+        tensor_group: TensorGroup (permafrost.model.split.fairscale_groups) to split the network over; loading and every
+            forward are then collective over it, see permafrost.model.split.tensor_parallel. None: this process has all of it.
         prefix: Take only the file's tensors whose names start with this, without it; None finds the prefix.
         weights_key: The entry of a PyTorch checkpoint that holds the weights ("student"); None finds it.
         extra_norm_interval: Blocks between extra norms on the main branch of a SwinV2; None: as the file or the table
@@ -196,7 +196,7 @@ def load_backbone(
     kind = FrozenBackbone
     if tensor_group is not None:
         # Only here: it imports fairscale.
-        from permafrost.model.tensor_parallel import SplitBackbone as kind
+        from permafrost.model.split.tensor_parallel import SplitBackbone as kind
     network, source = load_network(
         name,
         weights=weights,
@@ -242,7 +242,7 @@ def load_network(
     """
     check_name(name)
     if tensor_group is not None:
-        from permafrost.model.tensor_parallel import check_group, load_together
+        from permafrost.model.split.tensor_parallel import check_group, load_together
 
         check_group(name, tensor_group)
     device = _usable_device(device)
@@ -265,7 +265,7 @@ def load_network(
     swin |= kernels | {"learns": learns, "fp8": fp8}
     if name.startswith(TIMM_PREFIX):
         # Imported where it is needed: a Swin does without timm.
-        from permafrost.model.timm_backbone import load_timm
+        from permafrost.model.timm.backbone import load_timm
 
         network, source = load_timm(name, taps=taps, **common)
     elif tensor_group is None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from permafrost.model.backbone import Backbone, Network
-from permafrost.model.drop_path import Generators
 from permafrost.model.errors import BackboneError
 from permafrost.model.frozen import load_network
+from permafrost.model.swin.drop_path import Generators
 
 # They would draw from the global generator, or mix the samples of a batch into statistics that differ from rank to
 # rank: what a sample is worth must not depend on where it is computed. Detectors keep such norms fixed for the same

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from permafrost.data.ade20k import find_pairs, locate
-from permafrost.data.annotations import Finding
+from permafrost.data.detection.annotations import Finding
 from permafrost.data.errors import DataError
-from permafrost.data.images import ImageError, read_image
+from permafrost.data.pictures.read import ImageError, read_image
 from permafrost.data.segmentation.classes import read_classes
 from permafrost.data.segmentation.config import ADE20KDataConfig
+from permafrost.data.segmentation.dataset import find_pairs, locate
 from permafrost.data.segmentation.labels import LabelError, read_labels
 
 UNREADABLE_PHOTO = "unreadable photos"

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from permafrost.data.config import ShapesWorld
+from permafrost.data.detection.config import ShapesWorld
 from permafrost.data.errors import DataError
 from permafrost.data.task import Progress, SampleExtent, Task, TaskDataConfig
 
 if TYPE_CHECKING:
-    from permafrost.data.ade20k import SceneParsing
-    from permafrost.data.annotations import Finding
+    from permafrost.data.detection.annotations import Finding
+    from permafrost.data.segmentation.dataset import SceneParsing
     from permafrost.data.segmentation.inputs import SegmentationInputs
 
 
@@ -143,19 +143,19 @@ class ADE20KDataConfig(TaskDataConfig):
 
     def build_train(self) -> SceneParsing:
         """The training set with augmentation."""
-        from permafrost.data.ade20k import SceneParsing
+        from permafrost.data.segmentation.dataset import SceneParsing
 
         return SceneParsing.from_config(self.located(), train=True)
 
     def build_val(self) -> SceneParsing:
         """The validation set: one sample for each view of each image."""
-        from permafrost.data.ade20k import SceneParsing
+        from permafrost.data.segmentation.dataset import SceneParsing
 
         return SceneParsing.from_config(self.located(), train=False)
 
     def build_test(self, submission: Path) -> SceneParsing:
         """The photos of `test_images`, without labels, seen as in validation; a label PNG of each goes into `submission`."""
-        from permafrost.data.ade20k import SceneParsing
+        from permafrost.data.segmentation.dataset import SceneParsing
 
         return SceneParsing.without_labels(self.located(), submission)
 
@@ -208,13 +208,13 @@ class SceneryDataConfig(ADE20KDataConfig):
 
     def extent(self) -> SampleExtent:
         """See TaskDataConfig."""
-        from permafrost.data.procedural.scenery import CLASSES
+        from permafrost.data.worlds.scenery import CLASSES
 
         most = min(self.world.objects[1] + self.world.regions[1], len(CLASSES))
         return SampleExtent(self.image_size, num_classes=len(CLASSES), objects=most)
 
     def located(self) -> ADE20KDataConfig:
         """The same configuration with the world's files written and `root` naming their folder."""
-        from permafrost.data.procedural.scenery_files import SCENERY
+        from permafrost.data.worlds.scenery_files import SCENERY
 
         return replace(self, root=str(SCENERY.ensure(self.world, Path(self.root) if self.root else None)))

@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from permafrost.data.draw import class_color
-from permafrost.data.transforms import NO_CLASS
+from permafrost.data.pictures.draw import class_color
+from permafrost.data.pictures.transforms import NO_CLASS
 
 _ALPHA = 0.6
 _MIN_SIDE = 320

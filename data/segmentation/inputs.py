@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from permafrost.data.errors import DataError
-from permafrost.data.images import ImageError, read_image
+from permafrost.data.pictures.read import ImageError, read_image
+from permafrost.data.pictures.transforms import NO_CLASS
 from permafrost.data.segmentation.config import ADE20KDataConfig
 from permafrost.data.segmentation.drawing import class_shares, draw_classes
 from permafrost.data.segmentation.merging import ViewMerger
 from permafrost.data.segmentation.views import plan_views, see
-from permafrost.data.transforms import NO_CLASS
 from permafrost.data.types import Sample, SampleKey, SegmentationResult, SegmentationTarget
 
 _NAMED = 4

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from permafrost.data.pictures.transforms import NO_CLASS, PAD_COLOR, Scene, crop, flip, pad_to, resize, short_side_size
 from permafrost.data.segmentation.config import SegmentationJitterConfig
-from permafrost.data.transforms import NO_CLASS, PAD_COLOR, Scene, crop, flip, pad_to, resize, short_side_size
 
 MAX_CROPS = 10
 """Crops that are tried before the last one is taken, whatever it holds."""

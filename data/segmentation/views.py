@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from permafrost.data.pictures.transforms import (
+    NO_CLASS,
+    PAD_COLOR,
+    crop,
+    flip,
+    pad_to,
+    padded_size,
+    resize,
+    short_side_size,
+)
 from permafrost.data.segmentation.config import SegmentationEvaluationConfig
 from permafrost.data.segmentation.transforms import make_scene
-from permafrost.data.transforms import NO_CLASS, PAD_COLOR, crop, flip, pad_to, padded_size, resize, short_side_size
 from permafrost.data.types import SegmentationView
 
 

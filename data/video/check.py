@@ -7,8 +7,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from permafrost.data.annotations import Finding
-from permafrost.data.coco import MIN_TOLERATED
+from permafrost.data.detection.annotations import Finding
+from permafrost.data.detection.dataset import MIN_TOLERATED
 from permafrost.data.errors import DataError
 from permafrost.data.task import Progress
 from permafrost.data.video.config import KineticsDataConfig

@@ -11,8 +11,8 @@ from permafrost.data.errors import DataError
 from permafrost.data.task import Progress, SampleExtent, Task, TaskDataConfig
 
 if TYPE_CHECKING:
-    from permafrost.data.annotations import Finding
-    from permafrost.data.kinetics import KineticsClips
+    from permafrost.data.detection.annotations import Finding
+    from permafrost.data.video.dataset import KineticsClips
     from permafrost.data.video.inputs import VideoInputs
 
 EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
@@ -145,13 +145,13 @@ class KineticsDataConfig(TaskDataConfig):
 
     def build_train(self) -> KineticsClips:
         """The training set with augmentation."""
-        from permafrost.data.kinetics import KineticsClips
+        from permafrost.data.video.dataset import KineticsClips
 
         return KineticsClips.from_config(self.located(), train=True)
 
     def build_val(self) -> KineticsClips:
         """The validation set: every view of every video."""
-        from permafrost.data.kinetics import KineticsClips
+        from permafrost.data.video.dataset import KineticsClips
 
         return KineticsClips.from_config(self.located(), train=False)
 
@@ -243,12 +243,12 @@ class MotionDataConfig(KineticsDataConfig):
 
     def extent(self) -> SampleExtent:
         """See TaskDataConfig."""
-        from permafrost.data.procedural.motion import CLASSES
+        from permafrost.data.worlds.motion import CLASSES
 
         return replace(super().extent(), num_classes=len(CLASSES))
 
     def located(self) -> KineticsDataConfig:
         """The same configuration with the world's files written and `root` naming their folder."""
-        from permafrost.data.procedural.motion_files import MOTION
+        from permafrost.data.worlds.motion_files import MOTION
 
         return replace(self, root=str(MOTION.ensure(self.world, Path(self.root) if self.root else None)))

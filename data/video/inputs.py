@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from permafrost.data.draw import class_color
 from permafrost.data.errors import DataError
+from permafrost.data.pictures.draw import class_color
 from permafrost.data.types import ClipResult, ClipTarget, Sample, SampleKey
 from permafrost.data.video.config import ClipConfig, KineticsDataConfig
 from permafrost.data.video.decoder import Decoder

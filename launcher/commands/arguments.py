@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from permafrost.launcher.errors import RecipeError
-from permafrost.launcher.recipes import nearest
+from permafrost.launcher.recipes.find import nearest
 
 
 def device_name(text: str) -> str:

@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
     )
     experiment = parse_experiment(recipe, fields, description=description, command="check-data")
 
-    from permafrost.data.check import count_kinds
+    from permafrost.data.detection.check import count_kinds
 
     findings = experiment.data.check(decode=not options.quick, on_progress=progress_printer())
     fatal = [finding for finding in findings if finding.fatal]
@@ -95,8 +95,8 @@ def draw_samples(experiment: Experiment, num_samples: int, target: Path) -> None
     """
     from PIL import Image
 
-    from permafrost.data.draw import captioned, contact_sheet
-    from permafrost.data.sampler import GlobalStream
+    from permafrost.data.pictures.draw import captioned, contact_sheet
+    from permafrost.data.stream.sampler import GlobalStream
 
     train_set = experiment.data.build_train()
     stream = GlobalStream(len(train_set), experiment.loop.seed)

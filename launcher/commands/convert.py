@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> int:
         parser.add_argument(name, type=int, nargs="+", metavar="W", help=help_text)
     options = parse(parser, argv)
 
-    from permafrost.launcher.convert import convert
+    from permafrost.launcher.exchange.convert import convert
 
     convert(
         options.input,

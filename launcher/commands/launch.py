@@ -101,9 +101,9 @@ def run(argv: Sequence[str]) -> int:
     description = "Besides these fields: the options of `permafrost launch --help`."
     experiment = parse_experiment(recipe, fields, description=description, command="launch")
 
-    from permafrost.launcher.cluster import Launch, run_launch
-    from permafrost.launcher.forwarding import forwarded
-    from permafrost.launcher.hostfile import read_hostfile
+    from permafrost.launcher.cluster.environment import forwarded
+    from permafrost.launcher.cluster.hostfile import read_hostfile
+    from permafrost.launcher.cluster.launch import Launch, run_launch
 
     if options.slurm is not None and options.hostfile is not None:
         raise LaunchError("--slurm and --hostfile exclude each other: Slurm chooses the nodes; give --num-nodes")
@@ -143,11 +143,11 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _write_script(options: argparse.Namespace, experiment, recipe: str, fields: Sequence[str]) -> int:
-    from permafrost.launcher.forwarding import requested
-    from permafrost.launcher.layout import micro_batch_size, require_mesh
-    from permafrost.launcher.node_agent import num_gpus
-    from permafrost.launcher.run_folder import RunFolder
-    from permafrost.launcher.slurm import batch_script
+    from permafrost.launcher.cluster.environment import requested
+    from permafrost.launcher.cluster.node_agent import num_gpus
+    from permafrost.launcher.cluster.slurm import batch_script
+    from permafrost.launcher.ranks.division import micro_batch_size, require_mesh
+    from permafrost.launcher.run.folder import RunFolder
 
     num_nodes = options.num_nodes or 1
     num_procs = options.num_procs or num_gpus()

@@ -14,7 +14,7 @@ from permafrost.launcher.cli import parse_experiment
 from permafrost.launcher.commands.arguments import split_recipe
 
 if TYPE_CHECKING:
-    from permafrost.launcher.plan import Planner, Row
+    from permafrost.launcher.plan.planner import Planner, Row
 
 NOTHING_FITS = 1
 EPILOG = """All numbers are of one rank and of one optimizer step. Nothing is downloaded, and no weights, data or GPU are needed.
@@ -75,8 +75,8 @@ def run(argv: Sequence[str]) -> int:
     description = "Besides these fields: --gpus, --nodes, --gpu-memory and others (see `permafrost plan --help`)."
     experiment = parse_experiment(recipe, fields, description=description, command="plan")
 
-    from permafrost.launcher.plan import Machines, Planner
-    from permafrost.launcher.plan_advice import recommend, remedies
+    from permafrost.launcher.plan.advice import recommend, remedies
+    from permafrost.launcher.plan.planner import Machines, Planner
 
     machines = Machines(
         gpus=options.gpus,
@@ -121,7 +121,7 @@ def conclusions(
     planner: Planner, rows: list[Row], own: Row, best: Row | None, changes: list[tuple[str, Row]]
 ) -> list[str]:
     """The lines below the table."""
-    from permafrost.launcher.plan_advice import flags
+    from permafrost.launcher.plan.advice import flags
 
     machines = planner.machines
     lines = [

@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Sequence
 
 from permafrost.launcher.commands.arguments import add_device, add_resume, split_recipe
-from permafrost.launcher.overrides import parse_recipe
-from permafrost.launcher.pretrain_config import PretrainExperiment
+from permafrost.launcher.pretraining.config import PretrainExperiment
+from permafrost.launcher.recipes.overrides import parse_recipe
 
 EPILOG = """RECIPE is a pretraining recipe from `permafrost recipes`, package.module:function, or file.py:function.
 Its fields are options: `permafrost pretrain RECIPE --help` shows each with its type and default.
@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
     description = "Besides these fields: --resume, --device (see `permafrost pretrain --help`)."
     experiment = parse_recipe(recipe, fields, kind=PretrainExperiment, command="pretrain", description=description)
 
-    from permafrost.launcher.pretrain import run as pretrain
+    from permafrost.launcher.pretraining.trainer import run as pretrain
 
     command = shlex.join(["permafrost", "pretrain", *argv])
     pretrain(experiment, resume=options.resume, device=options.device, command=command)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from permafrost.launcher.commands.arguments import parse
-from permafrost.launcher.recipes import RecipeInfo, list_recipes
+from permafrost.launcher.recipes.find import RecipeInfo, list_recipes
 
 COLUMNS = ("recipe", "command", "data", "backbone", "trainable", "result", "about")
 

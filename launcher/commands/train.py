@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from permafrost.launcher.cli import parse_experiment
 from permafrost.launcher.commands.arguments import add_device, add_resume, split_recipe
-from permafrost.launcher.run_folder import RunFolder
+from permafrost.launcher.run.folder import RunFolder
 
 EPILOG = """RECIPE is a name from `permafrost recipes`, package.module:function, or file.py:function.
 Its fields are options: `permafrost train RECIPE --help` shows each with its type and default.

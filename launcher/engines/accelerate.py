@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor
 
-from permafrost.launcher.engine import (
+from permafrost.launcher.engines.adamw import MOMENTS, adamw_state, build_adamw, set_learning_rate, single_step
+from permafrost.launcher.engines.base import (
     HeadState,
     StepReport,
     export_buffers,
@@ -23,9 +24,8 @@ from permafrost.launcher.engine import (
     persistent_buffers,
     resolve_precision,
 )
-from permafrost.launcher.engines.adamw import MOMENTS, adamw_state, build_adamw, set_learning_rate, single_step
 from permafrost.launcher.errors import LaunchError
-from permafrost.launcher.mesh import RANK_VARIABLES, RENDEZVOUS_VARIABLES, World
+from permafrost.launcher.ranks.process_group import RANK_VARIABLES, RENDEZVOUS_VARIABLES, World
 
 if TYPE_CHECKING:
     from permafrost.data.types import Batch
@@ -42,7 +42,7 @@ UNSUPPORTED = {
 
 
 class AccelerateEngine:
-    """Trains a head in one process or, in a larger world, under DDP. See permafrost.launcher.engine.Engine."""
+    """Trains a head in one process or, in a larger world, under DDP. See permafrost.launcher.engines.base.Engine."""
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from permafrost.launcher.engine import parameter_groups
+from permafrost.launcher.engines.base import parameter_groups
 
 if TYPE_CHECKING:
     from permafrost.launcher.experiment import OptimizerConfig

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from permafrost.launcher.engine import (
+from permafrost.launcher.engines.adamw import build_adamw, set_learning_rate
+from permafrost.launcher.engines.base import (
     HeadState,
     StepReport,
     export_buffers,
@@ -22,7 +23,6 @@ from permafrost.launcher.engine import (
     persistent_buffers,
     resolve_precision,
 )
-from permafrost.launcher.engines.adamw import build_adamw, set_learning_rate
 from permafrost.launcher.engines.deepspeed_json import merge_settings, read_settings
 from permafrost.launcher.engines.zero_state import (
     drop_gradients,
@@ -35,7 +35,7 @@ from permafrost.launcher.engines.zero_state import (
     skip_shared_memory_op,
 )
 from permafrost.launcher.errors import LaunchError
-from permafrost.launcher.mesh import World, complete_single_process
+from permafrost.launcher.ranks.process_group import World, complete_single_process
 
 if TYPE_CHECKING:
     from permafrost.data.types import Batch
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class DeepSpeedEngine:
-    """Trains a head under ZeRO. See permafrost.launcher.engine.Engine."""
+    """Trains a head under ZeRO. See permafrost.launcher.engines.base.Engine."""
 
     def __init__(
         self,

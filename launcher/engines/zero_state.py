@@ -24,7 +24,7 @@ from permafrost.launcher.engines.adamw import MOMENTS, adamw_state, single_step
 if TYPE_CHECKING:
     import deepspeed
 
-    from permafrost.launcher.engine import HeadState
+    from permafrost.launcher.engines.base import HeadState
 
 
 def skip_shared_memory_op() -> None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from permafrost.data.config import CocoDataConfig, JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.data.detection.config import CocoDataConfig, JitterConfig, ShapesDataConfig, ShapesWorld
 
 # (width, height) of the images with ids 3, 7, 12, ...
 SIZES = [(40, 30), (24, 48), (50, 50), (33, 21), (64, 48), (20, 20)]

@@ -8,13 +8,13 @@ import sys
 import pytest
 
 import permafrost.data as data
-from permafrost.data.config import CocoDataConfig, ShapesDataConfig
+from permafrost.data.detection.config import CocoDataConfig, ShapesDataConfig
 from permafrost.data.errors import DataError
 
 
 def test_configurations_need_no_torch():
     code = (
-        "import sys, permafrost.data, permafrost.data.config; permafrost.data.ShapesDataConfig(); permafrost.data.DataError;"
+        "import sys, permafrost.data, permafrost.data.detection.config; permafrost.data.ShapesDataConfig(); permafrost.data.DataError;"
         "heavy = {'torch', 'torchvision', 'numpy', 'pycocotools', 'PIL'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from common import GLOBAL_BATCH, SmoothHead, arguments, micro_batches, save_result, train_step
 
-from permafrost.launcher.engine import build_engine
+from permafrost.launcher.engines.base import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
-from permafrost.launcher.leave import run_and_leave
-from permafrost.launcher.mesh import init_world
+from permafrost.launcher.ranks.exit import run_and_leave
+from permafrost.launcher.ranks.process_group import init_world
 
 KINDS = ("accelerate", "zero1", "zero2", "zero3")
 NUM_STEPS = 20

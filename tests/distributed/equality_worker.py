@@ -17,11 +17,11 @@ from mask_rcnn_worker import CONFIG, GLOBAL_BATCH, SIDE, image
 
 from permafrost.data.types import Batch, SampleKey
 from permafrost.heads.base import world_mean_counts
-from permafrost.launcher.engine import StepReport, build_engine, parameter_groups
+from permafrost.launcher.engines.base import StepReport, build_engine, parameter_groups
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
-from permafrost.launcher.fine_tune import FineTuned, ImagesOn
-from permafrost.launcher.leave import run_and_leave
-from permafrost.launcher.mesh import init_world
+from permafrost.launcher.ranks.exit import run_and_leave
+from permafrost.launcher.ranks.process_group import init_world
+from permafrost.launcher.run.fine_tune import FineTuned, ImagesOn
 from permafrost.model.config import BackboneConfig
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")

@@ -6,10 +6,10 @@ import os
 
 from common import GLOBAL_BATCH, SmoothHead, arguments, save_result, train_step
 
-from permafrost.launcher.engine import build_engine, choose_engine
+from permafrost.launcher.engines.base import build_engine, choose_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
-from permafrost.launcher.leave import run_and_leave
-from permafrost.launcher.mesh import init_world
+from permafrost.launcher.ranks.exit import run_and_leave
+from permafrost.launcher.ranks.process_group import init_world
 
 
 def main() -> None:

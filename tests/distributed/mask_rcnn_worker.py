@@ -20,10 +20,10 @@ from permafrost.heads.config import (
     RPNConfig,
 )
 from permafrost.heads.detection.config import HTCConfig, SemanticBranchConfig
-from permafrost.launcher.engine import build_engine
+from permafrost.launcher.engines.base import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
-from permafrost.launcher.leave import run_and_leave
-from permafrost.launcher.mesh import init_world
+from permafrost.launcher.ranks.exit import run_and_leave
+from permafrost.launcher.ranks.process_group import init_world
 from permafrost.model.spec import FeatureSpec
 
 GLOBAL_BATCH = 4

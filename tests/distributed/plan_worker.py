@@ -15,13 +15,13 @@ import torch.distributed as dist
 from common import arguments, save_result
 from torch import Tensor
 
-from permafrost.data.loader import collate
+from permafrost.data.stream.loader import collate
 from permafrost.data.types import SampleKey
-from permafrost.launcher.build import build_backbone, join_heads
 from permafrost.launcher.cli import parse_experiment
-from permafrost.launcher.engine import build_engine
-from permafrost.launcher.leave import run_and_leave
-from permafrost.launcher.mesh import init_world
+from permafrost.launcher.engines.base import build_engine
+from permafrost.launcher.ranks.exit import run_and_leave
+from permafrost.launcher.ranks.process_group import init_world
+from permafrost.launcher.run.parts import build_backbone, join_heads
 from permafrost.launcher.train import head_losses
 from permafrost.model.offload import ActivationOffload
 

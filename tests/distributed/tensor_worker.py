@@ -14,14 +14,14 @@ from torch import Tensor
 
 from permafrost.data.types import Batch, SampleKey
 from permafrost.heads.base import world_mean_counts
-from permafrost.launcher.engine import build_engine
+from permafrost.launcher.engines.base import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
-from permafrost.launcher.leave import run_and_leave
-from permafrost.launcher.mesh import init_world
+from permafrost.launcher.ranks.exit import run_and_leave
+from permafrost.launcher.ranks.process_group import init_world
 from permafrost.model import BackboneError, SwinV2, load_backbone
-from permafrost.model.fairscale_groups import join_tensor_group
 from permafrost.model.spec import SwinV2Size
-from permafrost.model.tensor_parallel import SplitBackbone, SplitSwinV2
+from permafrost.model.split.fairscale_groups import join_tensor_group
+from permafrost.model.split.tensor_parallel import SplitBackbone, SplitSwinV2
 
 # Images of ranks 0 to 3: batch and sides. Sides that fill no window and no patch, of one size or several, down to none.
 BATCHES = {

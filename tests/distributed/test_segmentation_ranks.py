@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from permafrost.data.sampler import GlobalStream
+from permafrost.data.stream.sampler import GlobalStream
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "data" / "segmentation"))
 from scene_files import SIZES, label_path, write_scenes
 
 pytestmark = pytest.mark.slow  # groups of processes, started for minutes in all

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from permafrost.data.sampler import GlobalStream
+from permafrost.data.stream.sampler import GlobalStream
 
 NUM_TRAIN = 12
 

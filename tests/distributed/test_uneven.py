@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from permafrost.data.config import ShapesWorld
-from permafrost.data.procedural.shapes_files import SHAPES
-from permafrost.data.sampler import GlobalStream
+from permafrost.data.detection.config import ShapesWorld
+from permafrost.data.stream.sampler import GlobalStream
+from permafrost.data.worlds.shapes_files import SHAPES
 
 pytestmark = pytest.mark.slow  # groups of processes, started for minutes in all
 

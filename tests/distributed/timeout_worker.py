@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from common import arguments
 
-from permafrost.launcher.leave import run_and_leave
-from permafrost.launcher.mesh import init_world
+from permafrost.launcher.ranks.exit import run_and_leave
+from permafrost.launcher.ranks.process_group import init_world
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ import torch
 from common import arguments, save_result
 from torch import nn
 
-import permafrost.launcher.session as session
+import permafrost.launcher.run.session as session
 import permafrost.launcher.train as loop
-from permafrost.data.config import CocoDataConfig, JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.data.detection.config import CocoDataConfig, JitterConfig, ShapesDataConfig, ShapesWorld
 from permafrost.data.types import DetectionResult
 from permafrost.heads.base import Head, world_mean_counts
 from permafrost.heads.config import (
@@ -39,8 +39,8 @@ from permafrost.launcher.experiment import (
     OptimizerConfig,
     ScheduleConfig,
 )
-from permafrost.launcher.leave import run_and_leave
-from permafrost.launcher.mesh import init_world
+from permafrost.launcher.ranks.exit import run_and_leave
+from permafrost.launcher.ranks.process_group import init_world
 from permafrost.model.config import BackboneConfig
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from permafrost.data.config import CocoDataConfig, JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.data.detection.config import CocoDataConfig, JitterConfig, ShapesDataConfig, ShapesWorld
 from permafrost.data.types import DetectionResult
 from permafrost.heads.base import Head, world_mean_counts
 from permafrost.heads.config import BoxHeadConfig, FPNConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
@@ -159,9 +159,9 @@ def prepare(fault: dict[str, Any]) -> None:
     """Put a fault into this process."""
     if fault.get("rank", 0) != int(os.environ.get("RANK", 0)):
         return
-    import permafrost.launcher.checkpoint as checkpoint
     import permafrost.launcher.evaluate as evaluation
-    import permafrost.launcher.session as session
+    import permafrost.launcher.run.checkpoint as checkpoint
+    import permafrost.launcher.run.session as session
     import permafrost.launcher.train as loop
 
     places = {

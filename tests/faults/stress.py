@@ -129,7 +129,7 @@ def _be_rank(command: list[str], environ: dict[str, str], log: Path) -> None:
     sys.argv = ["train", *command]
     try:
         from permafrost.launcher.cli import main as permafrost
-        from permafrost.launcher.leave import run_and_leave
+        from permafrost.launcher.ranks.exit import run_and_leave
 
         run_and_leave(lambda: permafrost(["train", *command]))
     finally:
@@ -296,7 +296,7 @@ class Stress:
 
     def elastic(self) -> Iterator[dict[str, Any]]:
         """Two ranks under ZeRO 2, killed in step 7 after the checkpoint of step 4, resumed elsewhere: step 5 is as it was."""
-        from permafrost.data.sampler import GlobalStream
+        from permafrost.data.stream.sampler import GlobalStream
 
         settings = ["--loop.checkpoint-every", "4"]
         fault = {"do": "kill", "rank": 1, "at": "step", "number": 7}

@@ -45,7 +45,7 @@ def test_a_head_that_cannot_be_planned(tmp_path: Path, monkeypatch: pytest.Monke
         raise torch.OutOfMemoryError(CUDA_SAYS)
 
     monkeypatch.setattr(loop, "head_losses", fail)
-    monkeypatch.setattr("permafrost.launcher.plan.Planner.row", fail)
+    monkeypatch.setattr("permafrost.launcher.plan.planner.Planner.row", fail)
     assert main(["train", RECIPE, "--device", "cpu", "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert "Tried to allocate 2.00 GiB" in error

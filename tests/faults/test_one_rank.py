@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import permafrost.launcher
-from permafrost.data.config import ShapesDataConfig, ShapesWorld
-from permafrost.model.swin import SwinV2
-from permafrost.model.weights import draw_weights
+from permafrost.data.detection.config import ShapesDataConfig, ShapesWorld
+from permafrost.model.swin.v2 import SwinV2
+from permafrost.model.weights.read import draw_weights
 
 
 @pytest.mark.slow
@@ -59,11 +59,12 @@ def test_another_recipe(start, tmp_path):
 def test_other_code(start, tmp_path):
     """Row 16. The same version number, and a line that differs."""
     copy, run = tmp_path / "copy", tmp_path / "run"
-    # A namespace package: a folder of that name, found first, stands in for its parts.
+    checkout = Path(permafrost.launcher.__file__).resolve().parents[1]
+    shutil.copytree(checkout / "permafrost", copy / "permafrost")
     for part in ("configs", "data", "heads", "launcher", "model"):
-        source = Path(permafrost.launcher.__file__).resolve().parent.parent / part
-        shutil.copytree(source, copy / "permafrost" / part, ignore=shutil.ignore_patterns("__pycache__", "pretrained"))
-    with (copy / "permafrost/launcher/layout.py").open("a") as file:
+        ignored = shutil.ignore_patterns("__pycache__", "pretrained")
+        shutil.copytree(checkout / part, copy / "permafrost" / part, ignore=ignored)
+    with (copy / "permafrost/launcher/ranks/division.py").open("a") as file:
         file.write("# another line\n")
     variables = [{}, {"PYTHONPATH": str(copy)}]
     job = start("smooth", "--output", str(run), ranks=2, rank_variables=variables)

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from permafrost.launcher.cli import SAVED
-from permafrost.launcher.interruption import SAME, Interruption
+from permafrost.launcher.ranks.signals import SAME, Interruption
 
 
 def losses(run) -> list[dict]:
@@ -105,7 +105,7 @@ def test_what_a_forked_child_receives_is_its_own():
     """Row 12. A child that is signalled does not interrupt its parent, and SIGUSR1 does not end it."""
     script = (
         "import os, signal, time\n"
-        "from permafrost.launcher.interruption import Interruption\n"
+        "from permafrost.launcher.ranks.signals import Interruption\n"
         "with Interruption().catch() as interruption:\n"
         "    child = os.fork()\n"
         "    if not child:\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from permafrost.data.config import JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.data.detection.config import JitterConfig, ShapesDataConfig, ShapesWorld
 from permafrost.heads.config import (
     BoxHeadConfig,
     FPNConfig,

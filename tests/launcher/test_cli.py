@@ -22,7 +22,7 @@ from PIL import Image
 
 from permafrost.launcher import cli
 from permafrost.launcher.cli import COMMANDS, main, parse_experiment
-from permafrost.launcher.recipes import list_recipes
+from permafrost.launcher.recipes.find import list_recipes
 
 RECIPE = f"{Path(__file__).with_name('tiny_recipe.py')}:tiny"
 PROGRAM = str(Path(sys.executable).with_name("permafrost"))
@@ -265,9 +265,9 @@ def world(folder: Path) -> list[str]:
     recipe = folder.parent / "own.py"
     recipe.write_text(
         "import dataclasses\n"
-        "from permafrost.data.config import CocoDataConfig\n"
+        "from permafrost.data.detection.config import CocoDataConfig\n"
         "from permafrost.launcher.experiment import Experiment\n"
-        "from permafrost.launcher.recipes import build_recipe\n"
+        "from permafrost.launcher.recipes.find import build_recipe\n"
         "def own() -> Experiment:\n"
         f"    tiny = build_recipe({RECIPE!r})\n"
         f"    return dataclasses.replace(tiny, name='own', data=CocoDataConfig(root={str(folder)!r}, image_size=64))\n"

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from permafrost.data.config import EvaluationConfig, MultiScaleConfig
+from permafrost.data.detection.config import EvaluationConfig, MultiScaleConfig
 from permafrost.heads.config import BiFPNConfig
 from permafrost.heads.detection.config import HTCConfig, SemanticBranchConfig
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.evaluate import evaluate_run
 from permafrost.launcher.experiment import Experiment
-from permafrost.launcher.recipe_json import experiment_from_json, to_json
+from permafrost.launcher.recipes.serialise import experiment_from_json, to_json
 from permafrost.launcher.train import train
 
 

@@ -18,16 +18,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from permafrost.data.config import JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.data.detection.config import JitterConfig, ShapesDataConfig, ShapesWorld
 from permafrost.heads.config import FPNConfig
-from permafrost.launcher.checkpoint import CheckpointWarning
 from permafrost.launcher.cli import main
 from permafrost.launcher.errors import CheckpointError, RunFolderError
 from permafrost.launcher.evaluate import class_table, evaluate_heads, evaluate_run, metrics_table
 from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, ScheduleConfig
-from permafrost.launcher.mesh import World
+from permafrost.launcher.ranks.process_group import World
+from permafrost.launcher.run.checkpoint import CheckpointWarning
+from permafrost.launcher.run.restore import load_trained
 from permafrost.launcher.train import train
-from permafrost.launcher.trained import load_trained
 
 
 class ThreadWorld:

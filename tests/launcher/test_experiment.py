@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from permafrost.data.config import CocoDataConfig, ShapesDataConfig
+from permafrost.data.detection.config import CocoDataConfig, ShapesDataConfig
 from permafrost.data.video.config import KineticsDataConfig, MotionDataConfig
 from permafrost.heads.config import MaskRCNNConfig
 from permafrost.heads.detection.config import CascadeConfig, HTCConfig
@@ -25,8 +25,8 @@ from permafrost.launcher.experiment import (
     OptimizerConfig,
     ScheduleConfig,
 )
-from permafrost.launcher.overrides import apply_overrides
-from permafrost.launcher.recipe_json import experiment_from_json, to_json
+from permafrost.launcher.recipes.overrides import apply_overrides
+from permafrost.launcher.recipes.serialise import experiment_from_json, to_json
 
 
 def torch_rates(

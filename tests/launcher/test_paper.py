@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from permafrost.data.config import MultiScaleConfig
+from permafrost.data.detection.config import MultiScaleConfig
 from permafrost.heads.config import BiFPNConfig
 from permafrost.launcher.cli import main
 from permafrost.launcher.experiment import Experiment
-from permafrost.launcher.plan_backbone import windows_of
-from permafrost.launcher.plan_fine_tune import build_trained
-from permafrost.launcher.recipes import RecipeInfo, build_recipe, list_recipes
+from permafrost.launcher.plan.backbone import windows_of
+from permafrost.launcher.plan.fine_tune import build_trained
+from permafrost.launcher.recipes.find import RecipeInfo, build_recipe, list_recipes
 
 NUM_CLASSES = {"CocoDataConfig": 80, "ShapesDataConfig": 8, "ADE20KDataConfig": 150, "SceneryDataConfig": 12}
 NUM_CLASSES |= {"KineticsDataConfig": 400, "MotionDataConfig": 10}

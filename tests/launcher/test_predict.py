@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from permafrost.data.detection_inputs import draw_result
-from permafrost.data.draw import class_color
+from permafrost.data.detection.inputs import draw_result
+from permafrost.data.pictures.draw import class_color
 from permafrost.data.task import IMAGE_SUFFIXES
 from permafrost.data.types import DetectionResult
 from permafrost.launcher.cli import main, parse_experiment

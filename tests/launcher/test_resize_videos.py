@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from permafrost.data.procedural.motion_files import write_video
 from permafrost.data.video.reader import open_video
+from permafrost.data.worlds.motion_files import write_video
 from permafrost.launcher.cli import main
 
 

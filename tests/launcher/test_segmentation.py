@@ -20,11 +20,11 @@ from permafrost.heads.segmentation.config import Mask2FormerConfig, PixelDecoder
 from permafrost.launcher.cli import main
 from permafrost.launcher.errors import CheckpointError
 from permafrost.launcher.experiment import HeadExperiment, ScheduleConfig
-from permafrost.launcher.init_head import class_tensors, read_source, take_over
-from permafrost.launcher.recipes import RecipeInfo, build_recipe, list_recipes
+from permafrost.launcher.recipes.find import RecipeInfo, build_recipe, list_recipes
+from permafrost.launcher.run.first_weights import class_tensors, read_source, take_over
 from permafrost.model.spec import FeatureSpec
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "data" / "segmentation"))
 from scene_files import label_path, write_scenes
 
 WORLD = ["--data.world.num-train", "6", "--data.world.num-val", "3", "--data.world.image-side", "64"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from permafrost.data.metrics.coco_server import server_files
+from permafrost.data.detection.server import server_files
 from permafrost.launcher.cli import main, parse_experiment
 from permafrost.launcher.train import train
 

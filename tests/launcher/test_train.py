@@ -23,18 +23,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import permafrost.launcher.checkpoint
-import permafrost.launcher.session
+import permafrost.launcher.run.checkpoint
+import permafrost.launcher.run.session
 import permafrost.launcher.train as loop
-from permafrost.data.config import CocoDataConfig
+from permafrost.data.detection.config import CocoDataConfig
 from permafrost.data.errors import DataError
-from permafrost.data.sampler import GlobalStream
+from permafrost.data.stream.sampler import GlobalStream
 from permafrost.data.types import DetectionResult
 from permafrost.heads.base import Head, world_mean_counts
 from permafrost.heads.config import MaskRCNNConfig
 from permafrost.launcher.errors import CheckpointError, RecipeError, RunFolderError, TrainingStopped
 from permafrost.launcher.experiment import EngineConfig, Experiment, HeadExperiment
-from permafrost.launcher.run_folder import read_json_lines
+from permafrost.launcher.run.folder import read_json_lines
 from permafrost.launcher.train import train
 from permafrost.model.config import BackboneConfig
 
@@ -173,7 +173,7 @@ def test_a_run_killed_by_a_signal_resumes_bitwise(tiny: Callable[..., Experiment
     train(whole)
     script = (
         "import sys, json\n"
-        "from permafrost.launcher.recipe_json import experiment_from_json\n"
+        "from permafrost.launcher.recipes.serialise import experiment_from_json\n"
         "from permafrost.launcher.train import train\n"
         "train(experiment_from_json(json.load(open(sys.argv[1]))['experiment']))\n"
     )
@@ -479,7 +479,7 @@ def test_weights_that_are_no_longer_finite_are_not_saved(
     tiny: Callable[..., Experiment], make_head: Callable[..., HeadExperiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loss need not be NaN for a step to spoil a weight that the loss does not reach."""
-    original = permafrost.launcher.session.build_engine
+    original = permafrost.launcher.run.session.build_engine
 
     def spoiling(head: Head, **fields: object):
         engine = original(head, **fields)
@@ -496,7 +496,7 @@ def test_weights_that_are_no_longer_finite_are_not_saved(
             engine.export_state = export_state
         return engine
 
-    monkeypatch.setattr(permafrost.launcher.session, "build_engine", spoiling)
+    monkeypatch.setattr(permafrost.launcher.run.session, "build_engine", spoiling)
     heads = {"fragile": make_head(ProbeConfig()), "detection": make_head()}
     both, alone = tiny("both", heads=heads, checkpoint_every=2), tiny("alone", heads={"fragile": heads["fragile"]})
     with pytest.raises(TrainingStopped, match=r"fragile \(after step 4\)"):
@@ -549,7 +549,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(
 ) -> None:
     whole, stopped = tiny("whole", evaluate_every=4), tiny("stopped", evaluate_every=4)
     expected = train(whole)
-    original = permafrost.launcher.session.evaluate_heads
+    original = permafrost.launcher.run.session.evaluate_heads
 
     def train_dying_in_evaluation(number: int) -> None:
         calls = []
@@ -561,7 +561,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(
             return original(*arguments, **fields)
 
         with monkeypatch.context() as patch:
-            patch.setattr(permafrost.launcher.session, "evaluate_heads", dying)
+            patch.setattr(permafrost.launcher.run.session, "evaluate_heads", dying)
             with pytest.raises(Killed):
                 train(stopped)
 
@@ -584,7 +584,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(
             raise safetensors.SafetensorError("No space left on device")
         original(tensors, path, **fields)
 
-    monkeypatch.setattr(permafrost.launcher.checkpoint.safetensors.torch, "save_file", save_file)
+    monkeypatch.setattr(permafrost.launcher.run.checkpoint.safetensors.torch, "save_file", save_file)
     experiment = tiny(checkpoint_every=2)
     train(experiment)
     assert "checkpoint of step 4 could not be written" in capsys.readouterr().err
@@ -611,7 +611,7 @@ def test_the_best_checkpoint_is_the_first_with_the_highest_metric(
         value = next(values)
         return {name: {"bbox/AP": value, "segm/AP": value} for name in engines}
 
-    monkeypatch.setattr(permafrost.launcher.session, "evaluate_heads", scored)
+    monkeypatch.setattr(permafrost.launcher.run.session, "evaluate_heads", scored)
     experiment = tiny(num_steps=10, evaluate_every=2, checkpoint_every=2, keep_checkpoints=2)
     assert train(experiment) == {"detection": {"bbox/AP": 0.25, "segm/AP": 0.25}}
     run = Path(experiment.output)

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from permafrost.data.procedural.motion import CLASSES
 from permafrost.data.video.inputs import draw_panel
+from permafrost.data.worlds.motion import CLASSES
 from permafrost.heads.video.config import GlobalVideoConfig, LinearVideoConfig, TemporalVideoConfig
 from permafrost.launcher.cli import main
-from permafrost.launcher.recipes import RecipeInfo, build_recipe, list_recipes
+from permafrost.launcher.recipes.find import RecipeInfo, build_recipe, list_recipes
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "data" / "video"))
 import video_files
 
 WORLD = ["--data.world.num-train", "10", "--data.world.num-val", "10", "--data.world.num-frames", "12"]

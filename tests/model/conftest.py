@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from permafrost.model.swin import SwinV2Classifier
+from permafrost.model.swin.v2 import SwinV2Classifier
 
 
 @pytest.fixture(scope="session")

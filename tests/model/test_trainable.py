@@ -9,8 +9,8 @@ import torch
 from permafrost.data.types import SampleKey
 from permafrost.model import load_backbone
 from permafrost.model.config import BackboneConfig
-from permafrost.model.drop_path import draw_kept
 from permafrost.model.errors import BackboneError
+from permafrost.model.swin.drop_path import draw_kept
 from permafrost.model.trainable import TrainableBackbone, load_trainable
 
 NAMES = ("swinv2_nano", "swin_tiny", "timm/vit_tiny_patch16_224", "timm/convnextv2_atto", "timm/swin_s3_tiny_224")
@@ -188,7 +188,7 @@ def test_what_a_timm_model_cannot_do_is_refused(name: str, options: dict, messag
 
 
 def test_a_parameter_that_no_gradient_reaches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from permafrost.model.swin import SwinV2
+    from permafrost.model.swin.v2 import SwinV2
 
     forward = SwinV2.forward
     monkeypatch.setattr(SwinV2, "forward", lambda self, images, **given: forward(self, images, **given)[:2])

@@ -21,7 +21,7 @@ TINY = Path(__file__).resolve().parent.parent / "launcher" / "tiny_recipe.py"
 OBSERVER = f'''
 """Each rank writes down what reached it."""
 import json, os, pathlib
-from permafrost.launcher.recipes import find_recipe
+from permafrost.launcher.recipes.find import find_recipe
 
 def odd():
     if "RANK" in os.environ:

@@ -26,9 +26,9 @@ from permafrost.model.kernels.residual_norm import residual_norm
 from permafrost.model.kernels.window_attention import window_attention
 from permafrost.model.kernels.window_attention.triton import window_attention_triton
 from permafrost.model.spec import SwinV1Size, SwinV2Size
-from permafrost.model.swin import SwinV2
-from permafrost.model.swin_v1 import SwinV1
-from permafrost.model.weights import draw_weights
+from permafrost.model.swin.v1 import SwinV1
+from permafrost.model.swin.v2 import SwinV2
+from permafrost.model.weights.read import draw_weights
 
 
 def window_attention_case(**fields) -> dict[str, float]:

@@ -9,7 +9,7 @@ from torch import nn
 from permafrost.model import BackboneConfig, BackboneError, load_backbone
 from permafrost.model.errors import KernelError
 from permafrost.model.kernels.linear_gelu import linear_gelu, linear_gelu_reference
-from permafrost.model.swin_parts import Mlp
+from permafrost.model.swin.parts import Mlp
 from permafrost.model.trainable import load_trainable
 
 

@@ -14,8 +14,8 @@ from permafrost.model.errors import KernelError
 from permafrost.model.kernels import window_attention as op
 from permafrost.model.kernels.window_attention import window_attention
 from permafrost.model.kernels.window_attention.pytorch import window_attention_pytorch
-from permafrost.model.swin import SwinV2, WindowAttention
-from permafrost.model.swin_v1 import SwinV1
+from permafrost.model.swin.v1 import SwinV1
+from permafrost.model.swin.v2 import SwinV2, WindowAttention
 
 MAPS = [(4, 0, 4, 12), (4, 2, 9, 7), (7, 3, 14, 15), (5, 0, 3, 8), (1, 0, 3, 2)]
 

@@ -1,0 +1,1 @@
+"""Detection and instance segmentation: COCO's layout, its augmentation, evaluation and checks."""

@@ -1,0 +1,133 @@
+"""Everything that is wrong with a data set, found before a run: what `permafrost check-data` prints."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from permafrost.data.detection.annotations import CocoFile, Finding, load_coco_file
+from permafrost.data.detection.config import CocoDataConfig
+from permafrost.data.detection.dataset import locate, semantic_maps
+from permafrost.data.detection.semantic import SemanticMaps, read_map
+from permafrost.data.errors import DataError
+from permafrost.data.pictures.read import ImageError, read_image
+
+
+def check_coco(
+    config: CocoDataConfig, decode_images: bool = True, on_progress: Callable[[int, int], None] | None = None
+) -> list[Finding]:
+    """Check both splits of a configuration: files, JSON entries, and every image.
+
+    Args:
+        config: What a run would use.
+        decode_images: Decode every image file, which finds truncated ones; otherwise only missing files are found.
+        on_progress: Called with the images done and all images, now and then.
+
+    Returns:
+        Findings in the order of the files. Training and evaluation refuse to start with the fatal ones; an unreadable
+        training image is replaced while training, so it is fatal only in the validation split.
+    """
+    try:
+        config = config.located()
+    except DataError as error:
+        return [Finding(config.root, str(error))]
+    findings: list[Finding] = []
+    for split in ("train", "val"):
+        try:
+            annotations, folder = locate(config, split)
+            coco_file = load_coco_file(annotations)
+        except DataError as error:
+            findings.append(Finding(str(config.paths[split][0]), str(error)))
+            continue
+        droppable = config.bad_annotations == "drop"
+        for finding in coco_file.findings:
+            forgiven = droppable and finding.annotation is not None
+            findings.append(replace(finding, fatal=finding.fatal and not forgiven))
+        limit = config.max_val_images if split == "val" else None
+        findings.extend(_check_images(coco_file, folder, split == "val", limit, decode_images, on_progress))
+        try:
+            maps = semantic_maps(config) if split == "train" else None
+        except DataError as error:
+            findings.append(Finding("data.semantic", str(error)))
+            continue
+        if maps is not None and maps.folder is not None:
+            findings.extend(_check_maps(coco_file, maps, decode_images))
+    return findings
+
+
+def count_kinds(findings: Sequence[Finding]) -> list[str]:
+    """How many findings there are of each kind, the most frequent first: "3 errors at FILE: annotations[].bbox"."""
+    kinds = Counter(
+        (
+            ("error" if finding.fatal else "warning") + "{}",
+            f": {finding.kind}" if finding.kind else " at " + re.sub(r"\[\d+\]", "[]", _kind(finding.path)),
+        )
+        for finding in findings
+    )
+    return [f"{n} {severity.format('s' if n > 1 else '')}{where}" for (severity, where), n in kinds.most_common()]
+
+
+def _kind(path: str) -> str:
+    """The place in a JSON, or the folder of an image."""
+    return path if ": " in path else f"images in {Path(path).parent}"
+
+
+def _check_maps(coco_file: CocoFile, maps: SemanticMaps, decode_images: bool) -> list[Finding]:
+    """Findings about the semantic maps of the training images; a damaged one costs its image, a missing one the run."""
+    found = []
+    for image in coco_file.images:
+        name, size = image.get("file_name"), (image.get("height"), image.get("width"))
+        if not isinstance(name, str) or not name or not all(isinstance(side, int) for side in size):
+            continue
+        path = maps.path(name)
+        assert path is not None
+        if not path.is_file():
+            found.append(Finding(str(path), "there is no such semantic map"))
+        elif decode_images:
+            try:
+                read_map(path, size, maps.num_classes)
+            except ImageError as error:
+                found.append(Finding(str(path), str(error), fatal=False))
+    return found
+
+
+def _check_images(
+    coco_file: CocoFile,
+    folder: Path,
+    needs_all: bool,
+    limit: int | None,
+    decode_images: bool,
+    on_progress: Callable[[int, int], None] | None,
+) -> list[Finding]:
+    """Findings about the image files of one split."""
+    images = [image for image in coco_file.images if isinstance(image.get("file_name"), str) and image["file_name"]]
+    if limit is not None and all(isinstance(image.get("id"), int) for image in images):
+        images = sorted(images, key=lambda image: image["id"])[:limit]
+
+    def problem(image: dict) -> Finding | None:
+        path = folder / image["file_name"]
+        if not path.is_file():
+            return Finding(str(path), "there is no such image file")
+        if not decode_images:
+            return None
+        size = (image.get("height"), image.get("width"))
+        try:
+            read_image(path, size if all(isinstance(side, int) for side in size) else None)
+        except ImageError as error:
+            return Finding(str(path), str(error), fatal=needs_all)
+        return None
+
+    found = []
+    # Decoding releases the interpreter's lock, so threads are enough.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for done, finding in enumerate(pool.map(problem, images), start=1):
+            if finding is not None:
+                found.append(finding)
+            if on_progress is not None and (done % 100 == 0 or done == len(images)):
+                on_progress(done, len(images))
+    return found

@@ -1,0 +1,313 @@
+"""Configurations of data sets: values only, no torch; `build_*` makes the live data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from permafrost.data.errors import DataError
+from permafrost.data.task import Progress, SampleExtent, Task, TaskDataConfig
+
+if TYPE_CHECKING:
+    from permafrost.data.detection.annotations import Finding
+    from permafrost.data.detection.dataset import CocoDetection
+    from permafrost.data.detection.inputs import DetectionInputs
+
+
+@dataclass
+class JitterConfig:
+    """Large-scale jitter with a fixed-size square crop (the paper, section 3.3; Simple Copy-Paste): training only."""
+
+    scale_range: tuple[float, float] = (0.1, 2.0)
+    """The image is resized to this range times the size that fits the square, aspect ratio kept."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    color: float = 0.0
+    """Strength of brightness, contrast and saturation jitter (0.4: factors within 0.6 to 1.4); 0 is off."""
+    min_box_side: float = 1.0
+    """Boxes narrower or lower than this many pixels after the crop are dropped."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale_range[0] <= self.scale_range[1]:
+            raise DataError(f"data.jitter.scale_range is {self.scale_range}: give two rising factors above 0")
+        if not 0 <= self.flip <= 1 or not 0 <= self.color < 1:
+            raise DataError(
+                f"data.jitter: flip {self.flip} must lie in 0..1 and color {self.color} in 0..1, 1 left out"
+            )
+
+
+@dataclass
+class MultiScaleConfig:
+    """The classical augmentation with the aspect ratio kept and nothing cut off: training only. Images of a batch are padded
+    to the largest of them."""
+
+    short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
+    """Pixels; the shorter side takes one of them, each as likely."""
+    max_side: int = 1333
+    """The longer side is never above this; the shorter one then is smaller than drawn."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    color: float = 0.0
+    """As in JitterConfig."""
+    min_box_side: float = 1.0
+    """Boxes narrower or lower than this many pixels are dropped."""
+
+    def __post_init__(self) -> None:
+        if not self.short_sides or min(self.short_sides) < 1 or self.max_side < max(self.short_sides):
+            raise DataError(
+                f"data.jitter: short_sides {self.short_sides} must be pixels from 1 to max_side ({self.max_side})"
+            )
+        if not 0 <= self.flip <= 1 or not 0 <= self.color < 1:
+            raise DataError(
+                f"data.jitter: flip {self.flip} must lie in 0..1 and color {self.color} in 0..1, 1 left out"
+            )
+
+
+@dataclass
+class EvaluationConfig:
+    """How images are resized in evaluation and prediction."""
+
+    resize: Literal["square", "short_side"] = "square"
+    """Into the square of data.image_size, padded to it; or by the shorter side, padded to whole multiples of 32."""
+    short_side: int = 800
+    max_side: int = 1333
+    """The longer side is never above this; of a view of another size, above this in proportion."""
+    sizes: tuple[int, ...] = ()
+    """Multi-scale testing: a view of each image at each of these, shorter sides or sides of squares; empty is one of `short_side`
+    or data.image_size. How views become one result: see data/detection/views.py."""
+    flip: bool = False
+    """Each view mirrored, too."""
+    merge_iou: float = 0.5
+    """Overlap above which boxes of one class from all views are one object; and from which masks have a vote."""
+    merged_masks: Literal["voted", "best"] = "voted"
+    """Mean of the masks of a merged box's class that overlap it, weighted by score; or its own."""
+    num_detections: int = 100
+    """Merged detections kept of an image."""
+    scorer: Literal["pycocotools", "faster_coco_eval"] = "pycocotools"
+    """What computes the average precision; the second, `pip install permafrost[fast-eval]`, gives the same numbers sooner."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.short_side <= self.max_side:
+            raise DataError(
+                f"data.evaluation.short_side is {self.short_side}: give 1 to max_side ({self.max_side}) pixels"
+            )
+        if any(size < 32 for size in self.sizes) or len(set(self.sizes)) < len(self.sizes):
+            raise DataError(f"data.evaluation.sizes is {self.sizes}: give different sizes of at least 32 pixels")
+        if not 0 < self.merge_iou <= 1:
+            raise DataError(f"data.evaluation.merge_iou is {self.merge_iou}: give a share above 0 and at most 1")
+        if self.num_detections < 1:
+            raise DataError(f"data.evaluation.num_detections is {self.num_detections}: give at least 1")
+
+    def views(self) -> list[tuple[int | None, bool]]:
+        """Of each view of an image: its size (None: the one that holds without `sizes`), and whether it is mirrored."""
+        return [(size, flip) for size in (self.sizes or (None,)) for flip in ((False, True) if self.flip else (False,))]
+
+
+@dataclass
+class CocoDataConfig(TaskDataConfig):
+    """Any data set in COCO's layout: annotations/instances_*.json and image folders. Classes are read from the JSON."""
+
+    task: ClassVar[Task] = "detection"
+
+    root: str = "data/coco"
+    train_annotations: str = "annotations/instances_train2017.json"
+    train_images: str = "train2017"
+    val_annotations: str = "annotations/instances_val2017.json"
+    val_images: str = "val2017"
+    test_annotations: str = "annotations/image_info_test-dev2017.json"
+    """Images and categories of a test set whose annotations are not public, for submission files; its name stands behind the last
+    underscore."""
+    test_images: str = "test2017"
+    image_size: int = 1024
+    """Side of the square that the network sees, pixels."""
+    jitter: JitterConfig | MultiScaleConfig = field(default_factory=JitterConfig)
+    """Augmentation of training images: a square crop of a random scale, or a random short side with padding."""
+    copy_paste: float = 0.0
+    """Probability that objects of a second training image are pasted into an image (Simple Copy-Paste); with a square crop
+    only."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    train_share: float = 1.0
+    """Train on this share of the training images, 0.01 for 1 % of COCO: exactly round(share * images) of them, chosen by
+    `train_share_seed` alone; a smaller share of the same seed is part of a larger one."""
+    train_share_seed: int = 0
+    semantic: str = ""
+    """Maps of the class of every pixel, for heads that learn from them: a folder of PNGs named as the training images, under
+    `root` ("stuffthingmaps/train2017"); or "instances", which paints the annotated objects (label) on background (K). Empty:
+    none."""
+    semantic_classes: int = 183
+    """Values 0..semantic_classes-1 of those maps, 255 is ignored; 183 for COCO-stuff."""
+    max_val_images: int | None = None
+    """Evaluate on the first n images only; None takes all."""
+    corrupt_share: float = 0.001
+    """Largest share of unreadable training images (at least 10 are tolerated) before the run stops."""
+    bad_annotations: Literal["refuse", "drop"] = "refuse"
+    """What to do about single annotations that cannot be used (degenerate or out-of-image box, broken segmentation):
+    refuse to start, or leave them out and say how many. COCO's own train2017 has two boxes without height."""
+    train_empty_images: bool = False
+    """Train also on images without any object; they are left out otherwise."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 32:
+            raise DataError(f"data.image_size is {self.image_size}: give at least 32 pixels")
+        if self.max_val_images is not None and self.max_val_images < 1:
+            raise DataError(f"data.max_val_images is {self.max_val_images}: give at least 1, or None for all")
+        if not 0 <= self.corrupt_share <= 1:
+            raise DataError(f"data.corrupt_share is {self.corrupt_share}: give a share between 0 and 1")
+        if not 0 < self.train_share <= 1:
+            raise DataError(f"data.train_share is {self.train_share}: give a share above 0 and at most 1")
+        if not 0 <= self.copy_paste <= 1:
+            raise DataError(f"data.copy_paste is {self.copy_paste}: give a probability between 0 and 1")
+        if self.copy_paste and not isinstance(self.jitter, JitterConfig):
+            raise DataError(
+                "data.copy_paste needs images of one size: use JitterConfig as data.jitter, or set data.copy_paste 0"
+            )
+        if not 1 <= self.semantic_classes <= 255:
+            raise DataError(f"data.semantic_classes is {self.semantic_classes}: give 1 to 255 classes")
+
+    @property
+    def paths(self) -> dict[str, tuple[Path, Path]]:
+        """Split -> (annotation file, image folder)."""
+        root = Path(self.root).expanduser()
+        return {
+            "train": (root / self.train_annotations, root / self.train_images),
+            "val": (root / self.val_annotations, root / self.val_images),
+        }
+
+    @property
+    def test_paths(self) -> tuple[Path, Path]:
+        """Annotation file and image folder of the test set; no run needs them."""
+        root = Path(self.root).expanduser()
+        return root / self.test_annotations, root / self.test_images
+
+    def required_paths(self) -> list[Path]:
+        """Annotation files and image folders of both splits."""
+        return [path for pair in self.paths.values() for path in pair]
+
+    def extent(self) -> SampleExtent:
+        """See TaskDataConfig."""
+        return SampleExtent(self.image_size)
+
+    def located(self) -> CocoDataConfig:
+        """The same configuration with files behind it: a built-in world writes them first."""
+        return self
+
+    def build_train(self) -> CocoDetection:
+        """The training set with augmentation."""
+        from permafrost.data.detection.dataset import CocoDetection
+
+        return CocoDetection.from_config(self.located(), train=True)
+
+    def build_val(self) -> CocoDetection:
+        """The validation set without augmentation."""
+        from permafrost.data.detection.dataset import CocoDetection
+
+        return CocoDetection.from_config(self.located(), train=False)
+
+    def build_test(self, submission: Path) -> CocoDetection:
+        """The images of `test_annotations`, seen as in validation; its evaluators' files are for COCO's server, named after the
+        folder `submission`."""
+        from permafrost.data.detection.dataset import CocoDetection
+
+        return CocoDetection.from_config(self.located(), train=False, submission=submission)
+
+    def check(self, *, decode: bool = True, on_progress: Progress | None = None) -> list[Finding]:
+        """See TaskDataConfig and `check_coco`."""
+        from permafrost.data.detection.check import check_coco
+
+        return check_coco(self, decode_images=decode, on_progress=on_progress)
+
+    def inputs(self, classes: Sequence[str], category_ids: Sequence[int]) -> DetectionInputs:
+        """See TaskDataConfig."""
+        from permafrost.data.detection.inputs import DetectionInputs
+
+        return DetectionInputs(self, classes, category_ids)
+
+
+@dataclass
+class ShapesWorld:
+    """Size and difficulty of the built-in world `shapes`. Other values are another world, in another cache folder."""
+
+    num_train: int = 2000
+    num_val: int = 300
+    image_side: int = 160
+    """Side of the square images, pixels."""
+    objects: tuple[int, int] = (2, 5)
+    """Fewest and most objects tried in an image; one that finds no place is left out."""
+    object_size: tuple[float, float] = (0.15, 0.45)
+    """Diameter of an object as a share of the image's side, drawn log-uniformly."""
+    min_visible: float = 0.4
+    """Share of its area that every object keeps visible; 1 allows no occlusion."""
+    stretch: float = 1.25
+    """Largest ratio of an object's two axes; 1 never stretches."""
+    rotation: float = 1.0
+    """Share of a half turn that objects are rotated by, to either side; 0 keeps all upright."""
+    contrast: float = 0.3
+    """Least difference of an object's colour from the ground below it, in the clearest of R, G and B (0..1)."""
+    background_contrast: float = 0.4
+    """Difference of the two colours of a background's texture, as a share of that between two random colours."""
+    textured_share: float = 0.5
+    """Share of objects filled with a texture instead of one colour."""
+    clutter: int = 4
+    """Most distracting strokes in an image."""
+    crowd_share: float = 0.08
+    """Share of images with a crowd: one region of many tiny shapes, annotated iscrowd."""
+    noise: float = 0.02
+    """Standard deviation of the pixel noise; pixels are in 0..1."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_train", "num_val"):
+            if not 1 <= getattr(self, name) <= 1_000_000:
+                raise DataError(f"data.world.{name} is {getattr(self, name)}: give 1 to 1000000 images")
+        if not 32 <= self.image_side <= 4096:
+            raise DataError(f"data.world.image_side is {self.image_side}: give 32 to 4096 pixels")
+        if not 1 <= self.objects[0] <= self.objects[1]:
+            raise DataError(f"data.world.objects is {self.objects}: give fewest and most, at least 1")
+        if not 0 < self.object_size[0] <= self.object_size[1] <= 1:
+            raise DataError(
+                f"data.world.object_size is {self.object_size}: give two rising shares of the side within 0..1"
+            )
+        if self.stretch < 1:
+            raise DataError(f"data.world.stretch is {self.stretch}: a ratio of axes is at least 1")
+        if self.clutter < 0 or self.seed < 0:
+            raise DataError("data.world.clutter and data.world.seed cannot be negative")
+        for name in ("rotation", "contrast", "background_contrast", "textured_share", "crowd_share", "noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise DataError(f"data.world.{name} is {getattr(self, name)}: give a value between 0 and 1")
+        if not 0 < self.min_visible <= 1:
+            raise DataError(f"data.world.min_visible is {self.min_visible}: give a share above 0 and up to 1")
+
+
+@dataclass
+class ShapesDataConfig(CocoDataConfig):
+    """The built-in world `shapes`: rendered once into a cache folder, then read like any COCO data set."""
+
+    root: str = ""
+    """Folder of the files; empty is a folder under $PERMAFROST_CACHE or ~/.cache/permafrost."""
+    test_annotations: str = "annotations/instances_val2017.json"
+    test_images: str = "val2017"
+    image_size: int = 160
+    world: ShapesWorld = field(default_factory=ShapesWorld)
+
+    @property
+    def fills_cache(self) -> bool:
+        """Unless `root` names a folder."""
+        return not self.root
+
+    def required_paths(self) -> list[Path]:
+        """None: whoever lacks the world renders it."""
+        return []
+
+    def extent(self) -> SampleExtent:
+        """See TaskDataConfig."""
+        from permafrost.data.worlds.shapes import CLASSES
+
+        return SampleExtent(self.image_size, num_classes=len(CLASSES), objects=self.world.objects[1])
+
+    def located(self) -> CocoDataConfig:
+        """The same configuration with the world's files written and `root` naming their folder."""
+        from permafrost.data.worlds.shapes_files import SHAPES
+
+        return replace(self, root=str(SHAPES.ensure(self.world, Path(self.root) if self.root else None)))

@@ -1,0 +1,499 @@
+"""Detection data in COCO's layout: any JSON of instances with its folder of images.
+
+    root/annotations/instances_train2017.json    root/train2017/*.jpg
+    root/annotations/instances_val2017.json      root/val2017/*.jpg
+
+Names and places are fields of CocoDataConfig; classes are read from the JSON. Nothing under the root is ever written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from permafrost.data.detection.annotations import CocoFile, Finding, decode_masks, load_coco_file, raise_fatal
+from permafrost.data.detection.config import CocoDataConfig, EvaluationConfig, JitterConfig, MultiScaleConfig
+from permafrost.data.detection.copy_paste import paste
+from permafrost.data.detection.semantic import INSTANCES, SemanticMaps
+from permafrost.data.errors import DataError
+from permafrost.data.pictures.read import ImageError, read_image
+from permafrost.data.pictures.transforms import FitTransform, JitterTransform, MultiScaleTransform, NetworkInput, Scene
+from permafrost.data.stream.split import choose_share
+from permafrost.data.types import DetectionResult, DetectionTarget, DetectionView, Sample, SampleKey
+
+if TYPE_CHECKING:
+    from permafrost.data.detection.evaluator import CocoEvaluator
+
+LAYOUT = """expected COCO's layout (every name is a field of `data`):
+  ROOT/{train_annotations}   ROOT/{train_images}/*.jpg
+  ROOT/{val_annotations}   ROOT/{val_images}/*.jpg
+  ROOT/{test_annotations}   ROOT/{test_images}/*.jpg   (for submission files only)"""
+MIN_SCORE = 0.5
+"""Least score of an object that is drawn."""
+MIN_TOLERATED = 10
+"""Unreadable training images that are tolerated in a data set of any size."""
+
+
+class PackedRecords(Sequence):
+    """A list of plain records kept as one array of bytes.
+
+    Data workers are forked: a list of Python objects would be copied page by page into each of them as reference counts
+    change (gigabytes for COCO), an array is shared.
+
+    Args:
+        records: What to keep; every access unpacks a fresh copy.
+    """
+
+    def __init__(self, records: Sequence[Any]) -> None:
+        packed = [pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL) for record in records]
+        self._ends = np.cumsum([len(part) for part in packed], dtype=np.int64)
+        self._bytes = np.frombuffer(b"".join(packed), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        start = self._ends[index - 1] if index else 0
+        return pickle.loads(memoryview(self._bytes[start : self._ends[index]]))
+
+
+class CocoDetection(Dataset):
+    """Images with boxes, labels and masks, ready for the network. Indexed by SampleKey; a pure function of it.
+
+    Every annotation is checked at construction. In evaluation an index is one view of one image, an image's views following one
+    another. In training an image file that cannot be decoded is replaced by the
+    next readable one, and says so in `Sample.replaced`; in evaluation it is an error.
+
+    Args:
+        annotations: The JSON of instances.
+        images: Folder that `file_name` is relative to.
+        image_size: Side S of the square that samples are fitted into, pixels.
+        jitter: Augmentation; None gives the whole image, for evaluation.
+        evaluation: How it is resized then.
+        share: Take this share of the images, of those with and without objects.
+        share_seed: Which ones.
+        copy_paste: See CocoDataConfig.
+        semantic: Where semantic maps come from; None gives none.
+        max_images: Take only the first n images by id.
+        bad_annotations: See CocoDataConfig.
+        train_empty_images: See CocoDataConfig.
+        corrupt_share: See CocoDataConfig.
+        submission: Makes it a test set, of which only images and categories are read; the server's files are named after it.
+
+    Attributes:
+        classes: names by label.
+        category_ids: the file's category ids by label.
+        notes: what was left out, one line each; to be said at start.
+        fingerprint: hash of the annotation file and of the list of images used.
+        image_ids: of the images used, in the order of the indices.
+        num_views: of each image, in evaluation; 1 in training.
+        max_batch: views of one size that follow one another, where there are several.
+        selection: the same where only a share of the images is used; None for all.
+
+    Raises:
+        DataError: a file is missing or malformed; says which, where inside of it, and what was expected.
+    """
+
+    headline = "bbox/AP"
+
+    def __init__(
+        self,
+        *,
+        annotations: Path,
+        images: Path,
+        image_size: int,
+        jitter: JitterConfig | MultiScaleConfig | None = None,
+        evaluation: EvaluationConfig | None = None,
+        share: float = 1.0,
+        share_seed: int = 0,
+        copy_paste: float = 0.0,
+        semantic: SemanticMaps | None = None,
+        max_images: int | None = None,
+        bad_annotations: str = "refuse",
+        train_empty_images: bool = False,
+        corrupt_share: float = 0.001,
+        submission: Path | None = None,
+    ) -> None:
+        self.annotation_file = annotations
+        self.image_folder = images
+        self.is_train = jitter is not None
+        self.image_size, self.jitter, self.evaluation = image_size, jitter, evaluation
+        self.views = [(None, False)] if self.is_train else (evaluation or EvaluationConfig()).views()
+        self.num_views = len(self.views)
+        if self.num_views > 1:
+            self.max_batch = 2 if evaluation.flip else 1
+        self.transforms = make_transforms(image_size, jitter, evaluation)
+        self.copy_paste = copy_paste
+        self.semantic = semantic
+        self.corrupt_share = corrupt_share
+        self.submission = submission
+        self.notes: list[str] = []
+        coco_file = load_coco_file(annotations, labelled=submission is None)
+        dropped = refuse_or_drop(coco_file.findings, bad_annotations)
+        records = group_by_image(coco_file, dropped)
+        raise_fatal(missing_images(records, images))
+        if dropped:
+            first = next(finding for finding in coco_file.findings if finding.annotation in dropped)
+            self.notes.append(f"{len(dropped)} annotations are left out as unusable, the first: {first}")
+        if share < 1:
+            num_images, chosen = len(records), choose_share((record["id"] for record in records), share, share_seed)
+            records = [record for record in records if record["id"] in chosen]
+            self.notes.append(
+                f"{len(records)} of {num_images} images of {annotations.name} are used: a share of {share} by seed {share_seed}"
+            )
+        if self.is_train and not train_empty_images:
+            num_images = len(records)
+            records = [record for record in records if any(not entry["iscrowd"] for entry in record["annotations"])]
+            if len(records) < num_images:
+                empty = num_images - len(records)
+                self.notes.append(
+                    f"{empty} of {num_images} images of {annotations.name} hold no object and are left out"
+                )
+        if max_images is not None:
+            records = records[:max_images]
+        has_object = any(not entry["iscrowd"] for record in records for entry in record["annotations"])
+        if submission is None and not has_object:
+            raise DataError(
+                f"{annotations}: not one object in {len(records)} images: there is nothing to learn or to score"
+            )
+        self.classes = [category["name"] for category in coco_file.categories]
+        self.category_ids = [category["id"] for category in coco_file.categories]
+        listing = "\n".join(f"{record['id']} {record['file_name']}" for record in records)
+        self.fingerprint = hashlib.sha256(f"{coco_file.digest}\n{listing}".encode()).hexdigest()
+        self.image_ids = [record["id"] for record in records]
+        self.selection = self.image_ids if share < 1 else None
+        self.records = PackedRecords(records)
+        if semantic is not None:
+            self._check_semantic(records)
+
+    @classmethod
+    def from_config(cls, config: CocoDataConfig, train: bool, *, submission: Path | None = None) -> CocoDetection:
+        """The training or validation set of a configuration, or, with `submission`, its test set.
+
+        Raises:
+            DataError: see the class; a missing root or folder says the layout that is expected.
+        """
+        annotations, images = locate(config, "train" if train else "val" if submission is None else "test")
+        options: dict[str, Any] = {"max_images": config.max_val_images, "evaluation": config.evaluation}
+        if submission is not None:
+            options |= {"max_images": None, "submission": submission}
+        if train:
+            options = {
+                "jitter": config.jitter,
+                "share": config.train_share,
+                "share_seed": config.train_share_seed,
+                "copy_paste": config.copy_paste,
+                "semantic": semantic_maps(config),
+            }
+        return cls(
+            annotations=annotations,
+            images=images,
+            image_size=config.image_size,
+            **options,
+            bad_annotations=config.bad_annotations,
+            train_empty_images=config.train_empty_images,
+            corrupt_share=config.corrupt_share,
+        )
+
+    def __len__(self) -> int:
+        return len(self.records) * self.num_views
+
+    @property
+    def groups(self) -> list[int]:
+        """How many indices in a row are views of one image."""
+        return [self.num_views] * len(self.records)
+
+    @property
+    def extent(self) -> str:
+        """See TaskDataset."""
+        views = "" if self.num_views == 1 else f" ({len(self):,} views)"
+        return f"{len(self.records):,} images{views}"
+
+    def _check_semantic(self, records: Sequence[dict[str, Any]]) -> None:
+        """Every image has its map; whether its values fit shows when it is read, or in `permafrost check-data`."""
+        assert self.semantic is not None
+        if self.semantic.folder is None:
+            if self.semantic.num_classes != len(self.classes) + 1:
+                raise DataError(
+                    f"data.semantic_classes is {self.semantic.num_classes}: painted from instances, maps have "
+                    f"{len(self.classes)} classes and the background: set it to {len(self.classes) + 1}"
+                )
+            return
+        names = [{"file_name": str(Path(record["file_name"]).with_suffix(".png"))} for record in records]
+        raise_fatal(missing_images(names, self.semantic.folder))
+
+    def image_path(self, index: int) -> Path:
+        """The file of one image."""
+        return self.image_folder / self.records[index // self.num_views]["file_name"]
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        """Load, transform and annotate one image.
+
+        Raises:
+            DataError: in evaluation, the image cannot be read; in training, neither can a long row of its neighbours.
+        """
+        replaced: list[tuple[str, str]] = []
+        image_number, number = divmod(key.index, self.num_views)
+        view = DetectionView(number, self.num_views, self.views[number][1]) if self.num_views > 1 else None
+        for step in range(min(len(self.records), 1000)):
+            record = self.records[(image_number + step) % len(self.records)]
+            path = self.image_folder / record["file_name"]
+            try:
+                image = read_image(path, (record["height"], record["width"]))
+                # Its semantic map may be unreadable, too, without which the image is of no use.
+                scene, labels = self._transformed(image, record, key.generator("augment"), number)
+            except ImageError as error:
+                if not self.is_train:
+                    raise DataError(f"{path}: {error}; evaluation needs every image") from error
+                replaced.append((str(path), str(error)))
+                continue
+            scene, labels = self._pasted(scene, labels, key, replaced)
+            return Sample(scene.image, to_target(scene, labels, record, view), key, replaced)
+        raise DataError(
+            f"{replaced[0][0]}: {replaced[0][1]}; and none of the {len(replaced) - 1} images after it can be read"
+        )
+
+    def _transformed(
+        self, image: torch.Tensor, record: dict, generator: torch.Generator, view: int = 0
+    ) -> tuple[NetworkInput, torch.Tensor]:
+        """The scene as the network sees it, and the (N,) int64 labels of its objects."""
+        height, width = record["height"], record["width"]
+        objects = [entry for entry in record["annotations"] if not entry["iscrowd"]]
+        crowds = [entry["bbox"] for entry in record["annotations"] if entry["iscrowd"]]
+        masks = torch.from_numpy(decode_masks([entry["segmentation"] for entry in objects], height, width))
+        labels = [entry["label"] for entry in objects]
+        crowd_boxes = torch.tensor(crowds, dtype=torch.float32).reshape(-1, 4)
+        crowd_boxes[:, 2:] += crowd_boxes[:, :2]
+        semantic = None if self.semantic is None else self.semantic.load(record, masks, labels)
+        result = self.transforms[view](Scene(image, masks, crowd_boxes, semantic), generator)
+        return result, torch.tensor(labels, dtype=torch.int64)[result.kept]
+
+    def _pasted(
+        self, scene: NetworkInput, labels: torch.Tensor, key: SampleKey, replaced: list[tuple[str, str]]
+    ) -> tuple[NetworkInput, torch.Tensor]:
+        """With the configured probability, the scene with objects of another image on top."""
+        if not self.copy_paste:
+            return scene, labels
+        generator = key.generator("paste")
+        draw, which = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        if draw >= self.copy_paste:
+            return scene, labels
+        record = self.records[int(which * len(self))]
+        try:
+            image = read_image(self.image_folder / record["file_name"], (record["height"], record["width"]))
+            above, above_labels = self._transformed(image, record, key.generator("augment pasted"))
+        except ImageError as error:
+            replaced.append((str(self.image_folder / record["file_name"]), str(error)))
+            return scene, labels
+        return paste(scene, labels, above, above_labels, generator, min_box_side=self.jitter.min_box_side)
+
+    def evaluator(self) -> CocoEvaluator:
+        """A fresh evaluator against the annotations of exactly these images."""
+        from permafrost.data.detection.evaluator import CocoEvaluator
+
+        submission = None if self.submission is None else (self.annotation_file, self.submission)
+        return CocoEvaluator(list(self.records), self.classes, self.category_ids, self.evaluation, submission)
+
+    def tracker(self) -> ReplacementTracker:
+        """A fresh count of replaced images, with this data set's limit."""
+        return ReplacementTracker(len(self), self.corrupt_share)
+
+    def metric_names(self) -> list[str]:
+        """Of COCOeval's numbers and of each class, for boxes and masks."""
+        from permafrost.data.detection.evaluator import STATISTICS
+
+        labels = [f"AP-{name}" for name in self.classes]
+        return [f"{kind}/{name}" for kind in ("bbox", "segm") for name in (*STATISTICS, *labels)]
+
+    def summary(self, metrics: dict[str, float]) -> str:
+        """The two APs."""
+        return ", ".join(f"{tag} {metrics[tag]:.3f}" for tag in ("bbox/AP", "segm/AP") if tag in metrics)
+
+    def caption(self, target: DetectionTarget) -> str:
+        """Which image it is, and how many objects it shows."""
+        return f"image {target.image_id}, {len(target.boxes)} objects"
+
+    def draw(self, image: torch.Tensor, shown: DetectionTarget | DetectionResult) -> np.ndarray:
+        """See TaskDataset; of a result the objects with a score from MIN_SCORE up."""
+        from permafrost.data.pictures.draw import draw_detections
+
+        scores = shown.scores if isinstance(shown, DetectionResult) else None
+        return draw_detections(image, shown.boxes, shown.labels, shown.masks, scores, self.classes, min_score=MIN_SCORE)
+
+
+class ReplacementTracker:
+    """Counts distinct unreadable training images (or videos) in the main process, and stops the run when there are too many.
+
+    Args:
+        num_images: Images of the data set.
+        share: Largest share that is tolerated; MIN_TOLERATED images always are.
+        what: What the files are called in the message.
+    """
+
+    def __init__(self, num_images: int, share: float, what: str = "images") -> None:
+        self.num_images = num_images
+        self.what = what
+        self.limit = max(MIN_TOLERATED, int(share * num_images))
+        self.reasons: dict[str, str] = {}
+
+    @property
+    def count(self) -> int:
+        """Distinct files seen so far."""
+        return len(self.reasons)
+
+    def update(self, replaced: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Take in `Batch.replaced`.
+
+        Returns:
+            The (path, reason) pairs that are new: to be said once.
+
+        Raises:
+            DataError: more files than the limit cannot be read.
+        """
+        new = []
+        for path, reason in replaced:
+            if path not in self.reasons:
+                self.reasons[path] = reason
+                new.append((path, reason))
+        if self.count > self.limit:
+            shown = "\n".join(f"  {path}: {reason}" for path, reason in list(self.reasons.items())[:5])
+            raise DataError(
+                f"{self.count} of {self.num_images} training {self.what} cannot be read, {self.limit} are tolerated "
+                f"(data.corrupt_share); the first:\n{shown}"
+            )
+        return new
+
+
+def locate(config: CocoDataConfig, split: str) -> tuple[Path, Path]:
+    """Annotation file and image folder of a split, which are there.
+
+    Raises:
+        DataError: one is not; says the layout that is expected.
+    """
+    annotations, images = config.test_paths if split == "test" else config.paths[split]
+    layout = LAYOUT.format(**vars(config))
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        raise DataError(f"data.root is {str(config.root)!r}: there is no such folder; {layout}")
+    if not annotations.is_file():
+        raise DataError(f"{annotations}: there is no such annotation file; {layout}")
+    if not images.is_dir():
+        raise DataError(f"{images}: there is no such folder of images; {layout}")
+    return annotations, images
+
+
+def refuse_or_drop(findings: Sequence[Finding], bad_annotations: str) -> set[int]:
+    """Raise for fatal findings; under "drop" the positions of the annotations to leave out are returned instead.
+
+    Raises:
+        DataError: findings that are fatal under this policy.
+    """
+    curable = {finding.annotation for finding in findings if finding.fatal and finding.annotation is not None}
+    if bad_annotations == "drop":
+        raise_fatal([finding for finding in findings if finding.annotation is None])
+        return curable
+    remedy = "Repair the file, or leave such annotations out with data.bad_annotations drop" if curable else ""
+    raise_fatal(findings, remedy)
+    return set()
+
+
+def group_by_image(coco_file: CocoFile, dropped: set[int]) -> list[dict[str, Any]]:
+    """One record per image, by id, with labels 0..K-1 instead of category ids; annotations stay in the file's order."""
+    labels = coco_file.labels
+    records = {
+        image["id"]: {**{name: image[name] for name in ("id", "file_name", "height", "width")}, "annotations": []}
+        for image in sorted(coco_file.images, key=lambda image: image["id"])
+    }
+    for position, entry in enumerate(coco_file.annotations):
+        if position in dropped:
+            continue
+        record = {name: entry[name] for name in ("bbox", "segmentation")}
+        record.update(label=labels[entry["category_id"]], iscrowd=int(entry.get("iscrowd", 0)), area=entry.get("area"))
+        records[entry["image_id"]]["annotations"].append(record)
+    return list(records.values())
+
+
+def missing_images(records: Sequence[dict[str, Any]], folder: Path) -> list[Finding]:
+    """Findings for images without a file; lists each folder once, which is quicker than asking for every file."""
+    listed: dict[str, set[str]] = {}
+    findings = []
+    for record in records:
+        parent, name = os.path.split(os.path.join(folder, record["file_name"]))
+        if parent not in listed:
+            try:
+                listed[parent] = set(os.listdir(parent))
+            except OSError:
+                listed[parent] = set()
+        if name not in listed[parent]:
+            findings.append(Finding(os.path.join(parent, name), "there is no such image file"))
+    return findings
+
+
+def make_transforms(
+    image_size: int, jitter: JitterConfig | MultiScaleConfig | None, evaluation: EvaluationConfig | None
+) -> list[JitterTransform | MultiScaleTransform | FitTransform]:
+    """What turns scenes into the network's input: the augmentation, or without one the resizing of each view in evaluation."""
+    if jitter is None:
+        evaluation = evaluation or EvaluationConfig()
+        return [FitTransform(image_size, evaluation, size=size, is_flipped=flip) for size, flip in evaluation.views()]
+    if isinstance(jitter, MultiScaleConfig):
+        return [MultiScaleTransform(jitter)]
+    return [JitterTransform(image_size, jitter)]
+
+
+def semantic_maps(config: CocoDataConfig) -> SemanticMaps | None:
+    """Where a configuration's semantic maps are; None where it asks for none."""
+    if not config.semantic:
+        return None
+    folder = None if config.semantic == INSTANCES else Path(config.root).expanduser() / config.semantic
+    if folder is not None and not folder.is_dir():
+        raise DataError(
+            f"data.semantic is {config.semantic!r}: there is no folder {folder}; give one of PNGs named as the training "
+            f'images, under data.root, or "{INSTANCES}" to paint the annotated objects'
+        )
+    return SemanticMaps(folder, config.semantic_classes)
+
+
+def to_target(
+    scene: NetworkInput, labels: torch.Tensor, record: dict[str, Any], view: DetectionView | None = None
+) -> DetectionTarget:
+    """What is known about a scene: its objects, labels and maps, the image's id and size on disk."""
+    return DetectionTarget(
+        image_id=record["id"],
+        boxes=scene.boxes,
+        labels=labels,
+        masks=scene.masks,
+        ignore_boxes=scene.ignore_boxes,
+        size=scene.size,
+        original_size=(record["height"], record["width"]),
+        semantic=scene.semantic,
+        view=view,
+    )
+
+
+def inference_sample(path: Path, image_size: int, image_id: int = 0, transform: FitTransform | None = None) -> Sample:
+    """An image file without annotations, resized as in evaluation: into the square, unless a transform is given.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        image = read_image(path)
+    except ImageError as error:
+        raise DataError(f"{path}: {error}") from error
+    height, width = image.shape[-2:]
+    scene = Scene(image, torch.zeros((0, height, width), dtype=torch.uint8), torch.zeros((0, 4)))
+    result = (transform or FitTransform(image_size))(scene)
+    record = {"id": image_id, "height": height, "width": width}
+    target = to_target(result, torch.zeros(0, dtype=torch.int64), record)
+    return Sample(result.image, target, SampleKey(0, 0, image_id))

@@ -1,1 +1,0 @@
-"""Scores of finished predictions against ground truth."""

@@ -1,0 +1,1 @@
+"""What any task does with pictures: reading, geometry, augmentation, drawing, plots."""

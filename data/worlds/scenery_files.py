@@ -1,0 +1,60 @@
+"""The files of the built-in world `scenery`: JPEGs and label PNGs in the layout of ADE20K's SceneParsing release, written once into
+a cache folder. Equal parameters give equal bytes, however many processes render.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from permafrost.data.worlds.scenery import CLASSES, render_labelled
+from permafrost.data.worlds.shapes import SPLITS
+from permafrost.data.worlds.world_files import WorldFiles
+
+if TYPE_CHECKING:
+    from permafrost.data.segmentation.config import SceneryWorld
+
+_FOLDERS = {"train": "training", "val": "validation"}
+
+
+def _render_part(world: SceneryWorld, folder: Path, part: int, parts: int) -> list[int]:
+    """Write every `parts`-th picture of both splits, from `part` on; returns the pixels of each class."""
+    pixels = np.zeros(len(CLASSES) + 1, dtype=np.int64)
+    for split, num_images in zip(SPLITS, (world.num_train, world.num_val)):
+        for index in range(part, num_images, parts):
+            image, labels = render_labelled(world, split, index)
+            name = f"scenery_{split}_{index:06d}"
+            Image.fromarray(image).save(folder / "images" / _FOLDERS[split] / f"{name}.jpg", quality=92)
+            Image.fromarray(labels).save(folder / "annotations" / _FOLDERS[split] / f"{name}.png")
+            pixels += np.bincount(labels.ravel(), minlength=len(pixels))
+    return pixels[1:].tolist()
+
+
+def _write_classes(world: SceneryWorld, folder: Path, found: list[list[int]]) -> None:
+    """The table of classes with their shares of the pixels."""
+    pixels = np.sum(found, axis=0)
+    rows = [
+        f"{label}\t{share:.4f}\t{name}\n" for label, (share, name) in enumerate(zip(pixels / pixels.sum(), CLASSES), 1)
+    ]
+    (folder / "objectInfo.txt").write_text("Idx\tRatio\tName\n" + "".join(rows), encoding="utf-8")
+
+
+SCENERY = WorldFiles(
+    kind="scenery",
+    renderer=1,
+    unit="images",
+    per_process=150,
+    folders=tuple(f"{kind}/{folder}" for kind in ("images", "annotations") for folder in _FOLDERS.values()),
+    render_part=_render_part,
+    finish=_write_classes,
+    module=__spec__.name,
+)
+
+
+if __name__ == "__main__":
+    from permafrost.data.segmentation.config import SceneryWorld
+
+    SCENERY.main(SceneryWorld)

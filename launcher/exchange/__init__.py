@@ -1,0 +1,1 @@
+"""Weights and heads in other programs' formats."""

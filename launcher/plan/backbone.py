@@ -1,0 +1,247 @@
+"""What a frozen base network will hold, compute and send, found out on the meta device: no weights are needed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from permafrost.launcher.errors import RecipeError
+from permafrost.launcher.plan.trace import FusedAttention, Trace
+from permafrost.model.backbone import Network
+from permafrost.model.config import BackboneConfig
+from permafrost.model.errors import WeightsError
+from permafrost.model.frozen import FrozenBackbone
+from permafrost.model.spec import SWIN_V1_SIZES, SWINV2_SIZES, TIMM_PREFIX, FeatureSpec
+from permafrost.model.split.degree import possible_degrees
+from permafrost.model.split.fairscale_groups import TensorGroup
+from permafrost.model.split.tensor_parallel import SplitBackbone, SplitSwinV2
+from permafrost.model.swin import parts as swin_parts, v1 as swin_v1, v2 as swin
+from permafrost.model.swin.load import IMAGENET_MEAN, IMAGENET_STD, resident_dtype
+from permafrost.model.swin.windows import choose_windows
+from permafrost.model.weights.known import find_public
+from permafrost.model.weights.read import locate, read_weights
+
+META = torch.device("meta")
+
+
+class PlannedGroup(TensorGroup):
+    """A tensor group of which only this member exists: it sends nothing and notes what it would have sent.
+
+    The other members' parts have the shape of this one's, as equal images give.
+
+    Attributes:
+        sent: Bytes that leave a member in a ring, by collective.
+    """
+
+    sent: defaultdict[str, int]
+
+    def __init__(self, degree: int) -> None:
+        super().__init__(group=None, control=None, rank=0, degree=degree)  # type: ignore[arg-type]
+        # The parent is frozen.
+        object.__setattr__(self, "sent", defaultdict(int))
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """In place, as fairscale's."""
+        x = x.contiguous()
+        self.sent["all-reduce"] += 2 * (self.degree - 1) * x.nbytes // self.degree
+        return x
+
+    def gather_channels(self, x: Tensor) -> Tensor:
+        """A buffer from each other member and then their join, as fairscale's."""
+        x = x.contiguous()
+        self.sent["all-gather"] += (self.degree - 1) * x.nbytes
+        return torch.cat([x, *(torch.empty_like(x) for _ in range(self.degree - 1))], dim=-1)
+
+    def exchange(self, numbers: list[int]) -> list[list[int]]:
+        """Every member has equal numbers."""
+        return [list(map(int, numbers))] * self.degree
+
+
+@dataclass(frozen=True)
+class BackbonePlan:
+    """One process's part of a frozen network, for one micro-batch.
+
+    Attributes:
+        num_parameters: Of the whole network.
+        frozen_bytes: Resident for good: this process's weights, and the constants that are kept of them.
+        map_bytes: The feature maps of this process's images.
+        peak_bytes: Most that a forward holds besides the weights, its images' maps included.
+        flops: Of a forward.
+        sent: Bytes this process sends in a forward, by collective.
+    """
+
+    num_parameters: int
+    frozen_bytes: int
+    map_bytes: int
+    peak_bytes: int
+    flops: int
+    sent: dict[str, int] = field(default_factory=dict)
+
+
+def windows_of(config: BackboneConfig) -> tuple[dict[str, object], list[str]]:
+    """(what build_network needs besides the config: a Swin's windows and extra norms, notes): as the weights' file says, if it
+    is here.
+
+    Raises:
+        WeightsError: The file contradicts the recipe.
+    """
+    if config.name.startswith(TIMM_PREFIX):
+        return {}, []
+    is_v1 = config.name in SWIN_V1_SIZES
+    chosen: dict[str, object] = {
+        "window_size": config.window_size,
+        "pretrained_window_size": config.pretrained_window_size,
+        "extra_norm_interval": config.extra_norm_interval,
+    }
+    is_random = config.weights == "random" or config.weights.startswith("random:")
+    if is_random:
+        return chosen, []
+    public = None if Path(config.weights).expanduser().exists() else find_public(config.weights)
+    if public is not None:
+        # Known without the file, which a plan does not download.
+        chosen["window_size"] = config.window_size or public.window
+        return chosen, []
+    try:
+        path = locate(config.weights)
+    except WeightsError:
+        path = None
+    if path is None or path.suffix != ".safetensors":
+        # A .pth would have to be read whole for a window that only moves the numbers a little.
+        if config.window_size is None:
+            default = (SWIN_V1_SIZES if is_v1 else SWINV2_SIZES)[config.name].window_size
+            return chosen, [
+                f"backbone.window_size is not given and {config.weights} was not read: windows of {default} are assumed"
+            ]
+        return chosen, []
+    checkpoint = read_weights(path, prefix=config.prefix, check_values=False)
+    windows = choose_windows(
+        checkpoint.windows,
+        window_size=config.window_size,
+        pretrained_window_size=config.pretrained_window_size,
+        source=str(config.weights),
+        position_tables=is_v1,
+    )
+    chosen["window_size"] = windows.window_size
+    chosen["pretrained_window_size"] = windows.pretrained_window_size
+    if config.extra_norm_interval is None:
+        chosen["extra_norm_interval"] = checkpoint.metadata.get("extra_norm_interval")
+    return chosen, []
+
+
+def build_network(config: BackboneConfig, options: dict[str, object]) -> Network:
+    """A network without memory for its weights.
+
+    Args:
+        config: Which network.
+        options: What windows_of returned.
+
+    Raises:
+        BackboneError: timm has no such model, or it is none for a backbone.
+    """
+    if config.name.startswith(TIMM_PREFIX):
+        # Only here: a Swin does without timm.
+        from permafrost.model.timm.backbone import TimmNetwork
+
+        return TimmNetwork(config.name, taps=config.taps).to(META)
+    with META:
+        if config.name in SWIN_V1_SIZES:
+            windows = {key: value for key, value in options.items() if key != "extra_norm_interval"}
+            return swin_v1.SwinV1(config.name, **windows)  # type: ignore[arg-type]
+        return swin.SwinV2(config.name, **options)  # type: ignore[arg-type]
+
+
+def spec_of(config: BackboneConfig) -> FeatureSpec:
+    """Channels and strides of a network's maps.
+
+    Raises:
+        BackboneError: As build_network.
+    """
+    sizes = SWINV2_SIZES | SWIN_V1_SIZES
+    return sizes[config.name].spec if config.name in sizes else build_network(config, {}).spec
+
+
+def degrees_of(config: BackboneConfig) -> list[int]:
+    """Tensor degrees that a network can be split by."""
+    return possible_degrees(SWINV2_SIZES[config.name]) if config.name in SWINV2_SIZES else [1]
+
+
+def clear_tables() -> None:
+    """Forget the tables that networks share in a process."""
+    for cached in (swin_parts.relative_position_index, swin.log_spaced_coordinates, swin_parts.shift_penalties):
+        cached.cache_clear()
+
+
+def plan_backbone(
+    config: BackboneConfig,
+    *,
+    options: dict[str, object],
+    dtype: torch.dtype,
+    tensor: int,
+    images: tuple[int, ...],
+) -> BackbonePlan:
+    """Run a network's forward on the meta device.
+
+    Args:
+        config: Which network.
+        options: What windows_of returned.
+        dtype: What it computes in.
+        tensor: Processes it is split over.
+        images: Shape of this process's images, (B, 3, H, W), or of its clips, (B, T, 3, H, W).
+
+    Raises:
+        BackboneError: As build_network.
+        RecipeError: A timm model cannot be run without numbers.
+    """
+    # They are kept for good and belong to the plan, also when this process has met them before.
+    clear_tables()
+    network = build_network(config, options)
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    group = PlannedGroup(tensor)
+    module: torch.nn.Module = network
+    for name, parameter in network.named_parameters():
+        parameter.data = parameter.data.to(resident_dtype(name, dtype))
+    for name, table in list(network.named_buffers()):
+        # As they are loaded: rotary frequencies stay float32.
+        if table.is_floating_point() and "rope" not in name.split("."):
+            owner, _, key = name.rpartition(".")
+            setattr(network.get_submodule(owner), key, table.to(dtype))
+    if tensor > 1:
+        assert isinstance(network, swin.SwinV2)
+        module = SplitSwinV2(network, group)
+    kind = FrozenBackbone if tensor == 1 else SplitBackbone
+    backbone = kind(module, mean=IMAGENET_MEAN, std=IMAGENET_STD, fingerprint="", choices={})  # type: ignore[arg-type]
+    backbone.max_images = config.max_images
+    if config.patch_frames > 1:
+        backbone.inflate_patches(config.patch_frames)
+    pixels = torch.empty(images, dtype=torch.uint8, device=META)
+
+    trace = Trace("meta")
+    weights = trace.watch([*backbone.parameters(), *backbone.buffers()])
+    trace.watch([pixels])
+    with FusedAttention(trace), trace:
+        # The first forward also makes the constants that are kept; the second is like all others.
+        try:
+            backbone(pixels)
+        except Exception as error:  # Whatever a timm model does with numbers that are not there.
+            if not config.name.startswith(TIMM_PREFIX):
+                raise
+            raise RecipeError(
+                f"backbone.name is {config.name!r}: plan runs a network without numbers, which this model does not allow "
+                f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+            ) from error
+        constants, flops = trace.live, trace.flops
+        trace.take_peak()
+        group.sent.clear()
+        maps = backbone(pixels)
+    return BackbonePlan(
+        num_parameters=num_parameters,
+        frozen_bytes=weights + constants,
+        map_bytes=sum(one.nbytes for one in maps),
+        peak_bytes=trace.peak - constants,
+        flops=trace.flops - flops,
+        sent=dict(group.sent),
+    )

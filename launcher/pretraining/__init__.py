@@ -1,0 +1,1 @@
+"""`permafrost pretrain`: how the backbone that ships with the repository was made."""

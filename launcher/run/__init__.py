@@ -1,0 +1,1 @@
+"""One training from its folder to its last checkpoint."""

@@ -1,0 +1,157 @@
+"""From an Experiment's values to live objects: data, backbone, heads, so that a user's mistake shows up soonest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from permafrost.launcher.errors import USER_ERRORS, RecipeError
+from permafrost.launcher.experiment import Experiment
+from permafrost.launcher.ranks.process_group import World
+
+if TYPE_CHECKING:
+    from permafrost.data.task import TaskDataset
+    from permafrost.heads.base import Head
+    from permafrost.launcher.run.fine_tune import ImagesOn
+    from permafrost.model.frozen import FrozenBackbone
+    from permafrost.model.spec import FeatureSpec
+    from permafrost.model.trainable import TrainableBackbone
+
+T = TypeVar("T")
+
+
+@dataclass
+class TrainingParts:
+    """What a training is made of, before engines take the heads over.
+
+    In full fine-tuning the one head owns the backbone too, and `backbone` hands it the images.
+    """
+
+    train_set: TaskDataset
+    val_set: TaskDataset
+    backbone: FrozenBackbone | ImagesOn
+    heads: dict[str, Head]
+
+
+def build_parts(experiment: Experiment, world: World) -> TrainingParts:
+    """Data sets, backbone and freshly initialised heads; collective, and the same on every rank.
+
+    Raises:
+        DataError, WeightsError, BackboneError, HeadError: what cannot be built, on every rank.
+        RecipeError: the two splits have different classes.
+        LaunchError: the ranks do not see the same data or weights.
+    """
+    # A built-in world is written by the main rank; the others find it there.
+    train_set = main_first(world, experiment.data.build_train)
+    val_set = main_first(world, experiment.data.build_val)
+    if list(train_set.classes) != list(val_set.classes):
+        raise RecipeError(
+            f"data: the training annotations have the classes {', '.join(train_set.classes)}, the validation "
+            f"annotations {', '.join(val_set.classes)}: they must be the same, in the same order of category ids"
+        )
+    backbone = build_backbone(experiment, world, experiment.mesh.tensor)
+    from permafrost.launcher.ranks.agreement import require_agreement  # it needs this module
+
+    require_agreement(
+        world,
+        {
+            "training set": train_set.fingerprint,
+            "validation set": val_set.fingerprint,
+            "backbone": backbone.fingerprint,
+        },
+    )
+    return TrainingParts(train_set, val_set, *join_heads(experiment, backbone, train_set.classes))
+
+
+def build_backbone(experiment: Experiment, world: World, tensor: int) -> FrozenBackbone | TrainableBackbone:
+    """The network, split over tensor groups of this many ranks; 1: whole on every rank. Collective.
+
+    Raises:
+        WeightsError, BackboneError: what cannot be loaded on any rank, on every rank.
+        LaunchError: the world does not divide into tensor groups.
+    """
+    group = world.tensor_group(tensor)
+    return on_all(world, lambda: experiment.backbone.build(world.device, tensor_group=group))
+
+
+def join_heads(
+    experiment: Experiment, backbone: FrozenBackbone | TrainableBackbone, classes: Sequence[str]
+) -> tuple[FrozenBackbone | ImagesOn, dict[str, Head]]:
+    """What gives the features, and every head with its initial weights: the backbone if it is frozen; else see fine_tune."""
+    heads = build_heads(experiment, backbone.spec, classes)
+    if experiment.backbone.frozen:
+        return backbone, heads
+    from permafrost.launcher.run.fine_tune import join
+
+    return join(backbone, heads, learning_rate_factor=experiment.backbone.learning_rate_factor)
+
+
+def build_heads(experiment: Experiment, spec: FeatureSpec, classes: Sequence[str]) -> dict[str, Head]:
+    """Every head of the experiment with its initial weights.
+
+    These are a function of the run's seed and the head's name alone: a head that trains beside others starts as it
+    would by itself.
+    """
+    heads = {}
+    for name, config in experiment.heads.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(experiment.loop.seed, name))
+            heads[name] = config.model.build(spec=spec, classes=list(classes))
+    return heads
+
+
+def seed_of(seed: int, purpose: str) -> int:
+    """A seed of its own for a named purpose."""
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") & (2**63 - 1)
+
+
+def on_main(world: World, make: Callable[[], T]) -> T:
+    """What `make` returns on the main rank, on every rank; a user's mistake there is raised everywhere. Collective.
+
+    It may take longer than the process group's timeout, see World.broadcast_object.
+    """
+    outcome: tuple[str, Any] | None = None
+    if world.is_main:
+        try:
+            outcome = ("value", make())
+        except USER_ERRORS as error:
+            outcome = ("error", error)
+    kind, content = world.broadcast_object(outcome, patient=True)
+    if kind == "error":
+        raise content
+    return content
+
+
+def on_all(world: World, make: Callable[[], T]) -> T:
+    """`make()` on every rank; a user's mistake on any is raised everywhere, the first rank's where several differ.
+
+    Collective.
+    """
+    made: list[T] = []
+    problem: Exception | None = None
+    try:
+        made.append(make())
+    except USER_ERRORS as error:
+        problem = error
+    problems = world.gather_objects(problem)
+
+    def check() -> None:
+        assert problems is not None
+        for found in problems:
+            if found is not None:
+                raise found
+
+    on_main(world, check)
+    return made[0]
+
+
+def main_first(world: World, make: Callable[[], T]) -> T:
+    """`make()` on every rank, the main one first; a user's mistake there is raised everywhere. Collective."""
+    made: list[T] = []
+    on_main(world, lambda: made.append(make()))
+    return made[0] if world.is_main else make()

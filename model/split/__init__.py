@@ -1,0 +1,1 @@
+"""One backbone over a group of processes."""

@@ -1,0 +1,1 @@
+"""Any timm backbone as B."""
