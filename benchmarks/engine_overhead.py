@@ -38,12 +38,12 @@ def contestants(recipe: str) -> tuple[dict[str, Callable[[], float]], int]:
     from permafrost.launcher.engines.base import build_engine, parameter_groups
     from permafrost.launcher.experiment import EngineConfig
     from permafrost.launcher.plan.head import make_batch
-    from permafrost.launcher.ranks.process_group import init_world
+    from permafrost.launcher.ranks.process_group import join_process_group
     from permafrost.launcher.run.parts import build_heads
 
     experiment = parse_experiment(recipe, [])
     ((name, config),) = experiment.heads.items()
-    world = init_world("auto")
+    world = join_process_group("auto")
     images, side = experiment.loop.global_batch, experiment.data.image_size
     classes = [str(index) for index in range(8)]
     batch = make_batch(images, side, objects=8, num_classes=len(classes)).to(world.device)

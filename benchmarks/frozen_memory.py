@@ -65,14 +65,14 @@ def measure(recipe: str, way: str) -> dict[str, object]:
     from permafrost.launcher.engines.base import build_engine
     from permafrost.launcher.plan.head import make_batch
     from permafrost.launcher.plan.planner import Machines, Planner
-    from permafrost.launcher.ranks.process_group import init_world
+    from permafrost.launcher.ranks.process_group import join_process_group
     from permafrost.launcher.run.parts import build_backbone, join_heads
     from permafrost.launcher.train import head_losses
     from permafrost.model.offload import ActivationOffload
 
     experiment = parse_experiment(recipe, fields_of(recipe, way))
     images, side = experiment.loop.global_batch, experiment.data.image_size
-    world = init_world("cpu")
+    group = join_process_group("cpu")
     # What is only imported, and the allocator's and AdamW's first use, are no part of a step.
     weight = torch.nn.Linear(8, 8)
     weight(torch.zeros(1, 8)).sum().backward()
@@ -87,23 +87,23 @@ def measure(recipe: str, way: str) -> dict[str, object]:
     sampler.start()
     num_classes = 8 if recipe == "quickstart" else 80
     backbone, heads = join_heads(
-        experiment, build_backbone(experiment, world, 1), [str(index) for index in range(num_classes)]
+        experiment, build_backbone(experiment, group, 1), [str(index) for index in range(num_classes)]
     )
     ((name, head),) = heads.items()
     trainable = sum(parameter.numel() for parameter in head.parameters())
     config = experiment.heads[name]
     engine = build_engine(
-        head, optimizer=config.optimizer, engine=experiment.engine, world=world, global_batch=images, environ={}
+        head, optimizer=config.optimizer, engine=experiment.engine, group=group, global_batch=images, environ={}
     )
     engine.train()
-    offload = ActivationOffload("off", world.device)
+    offload = ActivationOffload("off", group.device)
     for _ in range(NUM_STEPS):
         start = time.monotonic()
         batch = make_batch(images, side, objects=NUM_OBJECTS, num_classes=num_classes)
         batch.images.random_(0, 256, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             features = [offload.forward(backbone, batch.images)]
-        losses = head_losses(engine, features, [batch], world, offload)
+        losses = head_losses(engine, features, [batch], group, offload)
         assert all(bool(loss.isfinite()) for loss in losses.values())
         engine.step(1e-4)
         del features, losses, batch

@@ -101,7 +101,7 @@ def run(name: str, folder: Path, side: int, steps: int) -> dict[str, object]:
     from permafrost.launcher.engines.base import build_engine
     from permafrost.launcher.experiment import EngineConfig
     from permafrost.launcher.plan.head import make_batch
-    from permafrost.launcher.ranks.process_group import init_world
+    from permafrost.launcher.ranks.process_group import join_process_group
     from permafrost.model import load_backbone
 
     report: dict[str, float] = {"base": anonymous_bytes()}
@@ -118,9 +118,9 @@ def run(name: str, folder: Path, side: int, steps: int) -> dict[str, object]:
     detection = swinv2_base_fpn().heads["detection"]
     torch.manual_seed(0)
     head = detection.model.build(spec=backbone.spec, classes=[str(index) for index in range(80)])
-    world = init_world("cpu")
+    group = join_process_group("cpu")
     engine = build_engine(
-        head, optimizer=detection.optimizer, engine=EngineConfig(kind="accelerate"), world=world, global_batch=1
+        head, optimizer=detection.optimizer, engine=EngineConfig(kind="accelerate"), group=group, global_batch=1
     )
     engine.train()
     losses = []

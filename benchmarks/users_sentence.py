@@ -41,10 +41,10 @@ def train_one_step(name: str, folder: Path, output: Path) -> None:
     start = time.monotonic()
     from permafrost.launcher.cli import parse_experiment
     from permafrost.launcher.plan.planner import Machines, Planner
-    from permafrost.launcher.ranks.process_group import init_world
+    from permafrost.launcher.ranks.process_group import join_process_group
     from permafrost.launcher.run.folder import RunFolder
     from permafrost.launcher.run.monitor import Monitor
-    from permafrost.launcher.run.parts import build_parts, on_main
+    from permafrost.launcher.run.parts import build_parts
     from permafrost.launcher.run.session import finish, open_session
     from permafrost.launcher.run.startup import announce, count_parameters
     from permafrost.launcher.train import train_steps
@@ -52,14 +52,14 @@ def train_one_step(name: str, folder: Path, output: Path) -> None:
     fields = ["--backbone.name", name, "--backbone.weights", str(folder), "--output", str(output)]
     experiment = parse_experiment("giant:smoke", fields)
     report: dict[str, float] = {"base": base}
-    world = init_world("cpu")
+    group = join_process_group("cpu")
     run = RunFolder.of(experiment)
-    on_main(world, lambda: run.prepare(experiment, "never"))
+    group.on_main(lambda: run.prepare(experiment, "never"))
     with measured(report, "build"):
-        parts = build_parts(experiment, world)
+        parts = build_parts(experiment, group)
     num_parameters = count_parameters(parts)
-    with Monitor(run, num_steps=1, is_main=world.is_main, start_step=0, log_every=1) as monitor:
-        session = open_session(experiment, world, run, monitor, parts, None)
+    with Monitor(run, num_steps=1, is_main=group.is_main, start_step=0, log_every=1) as monitor:
+        session = open_session(experiment, group, run, monitor, parts, None)
         announce(session, num_parameters, None, [])
         (trainee,) = session.trainees.values()
         with measured(report, "train"):
@@ -84,11 +84,11 @@ def train_one_step(name: str, folder: Path, output: Path) -> None:
     for phase in ("build", "train"):
         own[f"peak anonymous above imports, {phase}"] = report[f"{phase}_peak_gib"] * GIB
     own["imports"] = base
-    everyone = world.gather_objects(own)
-    world.close()
-    if world.is_main:
+    everyone = group.gather_objects(own)
+    group.close()
+    if group.is_main:
         # Only now: a plan runs the head, whose losses would wait for the other rank.
-        planner = Planner(experiment, Machines(gpus=world.world_size, device_type="cpu"))
+        planner = Planner(experiment, Machines(gpus=group.world_size, device_type="cpu"))
         _write_table(name, everyone, planner.row(planner.own), _logged(output))
 
 

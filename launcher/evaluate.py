@@ -16,9 +16,8 @@ import torch
 from permafrost.data.stream.loader import val_loader
 from permafrost.heads.base import LossCounts, world_mean_counts
 from permafrost.launcher.errors import CheckpointError, RecipeError, RunFolderError
-from permafrost.launcher.ranks.process_group import init_world
+from permafrost.launcher.ranks.process_group import join_process_group
 from permafrost.launcher.run.folder import write_atomically
-from permafrost.launcher.run.parts import main_first, on_main
 from permafrost.launcher.run.restore import load_trained
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from permafrost.data.task import TaskDataConfig, TaskDataset
     from permafrost.data.types import Batch
     from permafrost.launcher.experiment import LoopConfig
-    from permafrost.launcher.ranks.process_group import World
+    from permafrost.launcher.ranks.process_group import ProcessGroup
     from permafrost.model.frozen import FrozenBackbone
 
 Metrics = dict[str, dict[str, float]]
@@ -56,7 +55,7 @@ def evaluate_heads(
     engines: Mapping[str, RunsHead],
     backbone: FrozenBackbone,
     dataset: TaskDataset,
-    world: World,
+    group: ProcessGroup,
     loop: LoopConfig,
     *,
     results_folder: Path | None = None,
@@ -70,7 +69,7 @@ def evaluate_heads(
         engines: by name of the head. They are left in training mode.
         backbone: its features are shared by all heads.
         dataset: the validation set.
-        world: which share of the images is this rank's.
+        group: which share of the images is this rank's.
         loop: batch size and workers.
         results_folder: where the main rank writes the evaluators' files (results_<head>.json and others), and unreadable.json where
             files could not be read; made if it is missing; None writes none.
@@ -91,19 +90,19 @@ def evaluate_heads(
         loader = val_loader(
             dataset,
             batch_size=loop.evaluation_batch,
-            rank=world.rank,
-            world_size=world.world_size,
+            rank=group.rank,
+            world_size=group.world_size,
             num_workers=loop.num_workers,
             timeout=loop.worker_timeout,
             groups=getattr(dataset, "groups", None),
         )
         for done, batch in enumerate(loader, start=1):
             # Every rank has as many batches.
-            interrupted = is_interrupted is not None and world.any_true(is_interrupted())
+            interrupted = is_interrupted is not None and group.any_true(is_interrupted())
             if interrupted:
                 break
             unreadable |= {} if batch.is_padding else dict(batch.replaced)
-            batch = batch.to(world.device)
+            batch = batch.to(group.device)
             features = backbone(batch.images)
             for name, engine in engines.items():
                 results = engine(features, batch, world_mean_counts)
@@ -119,12 +118,12 @@ def evaluate_heads(
     if interrupted:
         return None
     # Before anything is scored: too many of them may be why there is no score.
-    reasons = world.gather_objects(unreadable)
-    on_main(world, lambda: _report_unreadable(reasons or [], results_folder, say))
+    reasons = group.gather_objects(unreadable)
+    group.on_main(lambda: _report_unreadable(reasons or [], results_folder, say))
     metrics: Metrics = {}
     for name, evaluator in evaluators.items():
-        states = world.gather_objects(evaluator.state())
-        metrics[name] = on_main(world, lambda: _score(dataset, states, name, results_folder, say, show))  # noqa: B023 - called at once
+        states = group.gather_objects(evaluator.state())
+        metrics[name] = group.on_main(lambda: _score(dataset, states, name, results_folder, say, show))  # noqa: B023 - called at once
     return metrics
 
 
@@ -159,13 +158,13 @@ def evaluate_run(
         RunFolderError: the folder holds no run.
         CheckpointError: no valid checkpoint, or one of another backbone, head or data set.
     """
-    world = init_world(device)
-    say = say if world.is_main else _silent
+    group = join_process_group(device)
+    say = say if group.is_main else _silent
     try:
-        trained = load_trained(run, world, heads=None if head is None else [head], which=which)
+        trained = load_trained(run, group, heads=None if head is None else [head], which=which)
         if submission is not None and len(trained.heads) > 1:
             raise CheckpointError(f"{trained.folder} has the heads {', '.join(trained.heads)}: say which with --head")
-        dataset = main_first(world, _builder(trained.experiment.data, evaluation or {}, submission))
+        dataset = group.main_first(_builder(trained.experiment.data, evaluation or {}, submission))
         where = "validation annotations" if submission is None else "test images"
         if list(dataset.classes) != trained.classes:
             raise CheckpointError(
@@ -180,18 +179,18 @@ def evaluate_run(
         for name, path in trained.checkpoints.items():
             say(f"head {name}: {path}")
         purpose = "validation" if submission is None else "a submission"
-        say(f"{dataset.extent} for {purpose} on {world.device}, {world.world_size} process(es)")
+        say(f"{dataset.extent} for {purpose} on {group.device}, {group.world_size} process(es)")
         loop = trained.experiment.loop
         loop = loop if num_workers is None else dataclasses.replace(loop, num_workers=num_workers)
         folder = trained.folder.path
         results_folder = folder if submission is None else Path(submission)
         metrics = evaluate_heads(
-            trained.heads, trained.backbone, dataset, world, loop, results_folder=results_folder, say=say
+            trained.heads, trained.backbone, dataset, group, loop, results_folder=results_folder, say=say
         )
         if submission is not None:
             say(f"{dataset.extent}: files for the benchmark server in {submission}")
             return metrics
-        if world.is_main:
+        if group.is_main:
             content = {"checkpoint": which, "steps": trained.steps, "num_samples": len(dataset), "metrics": metrics}
             content |= {"evaluation": dict(evaluation)} if evaluation else {}
             write_atomically(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
@@ -201,7 +200,7 @@ def evaluate_run(
         say(f"written to {folder}: evaluation.json")
         return metrics
     finally:
-        world.close()
+        group.close()
 
 
 def _builder(

@@ -76,21 +76,21 @@ def predict_run(
         return done
     folder = _prepare_output(Path(output))
 
-    from permafrost.launcher.ranks.process_group import init_world
+    from permafrost.launcher.ranks.process_group import join_process_group
     from permafrost.launcher.run.restore import load_trained
 
-    world = init_world(device)
+    group = join_process_group(device)
     try:
-        trained = load_trained(run, world, heads=None if head is None else [head], which=which)
+        trained = load_trained(run, group, heads=None if head is None else [head], which=which)
         if len(trained.heads) > 1:
             raise CheckpointError(f"{trained.folder} has the heads {', '.join(trained.heads)}: say which with --head")
         ((name, path),) = trained.checkpoints.items()
-        say(f"head {name}: {path}, on {world.device}")
+        say(f"head {name}: {path}, on {group.device}")
         reader = trained.experiment.data.inputs(trained.classes, trained.category_ids)
         threshold = reader.threshold if score_threshold is None else score_threshold
         _predict_files(trained, reader, files, folder, threshold, done, say)
     finally:
-        world.close()
+        group.close()
     if not done.pictures:
         return done
     target = folder / PREDICTIONS

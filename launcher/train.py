@@ -27,14 +27,14 @@ from permafrost.launcher.ranks.agreement import require_same_program
 from permafrost.launcher.ranks.division import micro_batch_size
 from permafrost.launcher.ranks.loss_counts import RecordedCounts
 from permafrost.launcher.ranks.lost_ranks import among_ranks
-from permafrost.launcher.ranks.process_group import init_world
+from permafrost.launcher.ranks.process_group import join_process_group
 from permafrost.launcher.ranks.signals import Interruption
 from permafrost.launcher.run.checkpoint import load_newest
 from permafrost.launcher.run.first_weights import announce_starts, start_heads
 from permafrost.launcher.run.folder import RunFolder
 from permafrost.launcher.run.meters import memory_peaks
 from permafrost.launcher.run.monitor import Monitor
-from permafrost.launcher.run.parts import build_parts, on_main
+from permafrost.launcher.run.parts import build_parts
 from permafrost.launcher.run.pictures import Pictures
 from permafrost.launcher.run.session import (
     Session,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from permafrost.launcher.engines.base import Engine
     from permafrost.launcher.experiment import Experiment, LoopConfig
     from permafrost.launcher.ranks.heartbeat import Heartbeat
-    from permafrost.launcher.ranks.process_group import World
+    from permafrost.launcher.ranks.process_group import ProcessGroup
 
 PATIENCE = 3
 """Steps in a row with a loss or gradient that is not finite, after which a head stops."""
@@ -79,50 +79,50 @@ def train(experiment: Experiment, *, resume: str = "auto", device: str = "auto")
         ValueError: one of launcher.errors.USER_ERRORS, for what a user can mend.
     """
     loop, accumulation = experiment.loop, experiment.engine.accumulation
-    world = init_world(device, timeout=loop.process_group_timeout)
+    group = join_process_group(device, timeout=loop.process_group_timeout)
     run = RunFolder.of(experiment)
     try:
-        require_same_program(experiment, world)
-        world.require_mesh(experiment.mesh.tensor)
-        micro_batch_size(global_batch=loop.global_batch, world_size=world.world_size, accumulation=accumulation)
-        on_main(world, lambda: run.prepare(experiment, resume))
-        if final := on_main(world, run.read_final):
-            if world.is_main:
+        require_same_program(experiment, group)
+        group.require_mesh(experiment.mesh.tensor)
+        micro_batch_size(global_batch=loop.global_batch, world_size=group.world_size, accumulation=accumulation)
+        group.on_main(lambda: run.prepare(experiment, resume))
+        if final := group.on_main(run.read_final):
+            if group.is_main:
                 print(f"{run} has ended after {final['step']} steps\n{metrics_table(final['metrics'])}")
             return conclude(run, final)
         with (
             Interruption().catch() as interruption,
-            among_ranks(world, run.heartbeats, loop.process_group_timeout) as heartbeat,
-            memory_explained(experiment, world),
+            among_ranks(group, run.heartbeats, loop.process_group_timeout) as heartbeat,
+            memory_explained(experiment, group),
         ):
-            final = start_and_train(experiment, world, run, heartbeat, interruption)
+            final = start_and_train(experiment, group, run, heartbeat, interruption)
         return conclude(run, final)
     except USER_ERRORS:
-        if world.is_main:
+        if group.is_main:
             run.withdraw()
         raise
     finally:
         run.close()
-        world.close()
+        group.close()
 
 
 def start_and_train(
-    experiment: Experiment, world: World, run: RunFolder, heartbeat: Heartbeat, interruption: Interruption
+    experiment: Experiment, group: ProcessGroup, run: RunFolder, heartbeat: Heartbeat, interruption: Interruption
 ) -> dict[str, Any]:
     """Build everything, go on where the newest checkpoint stands, train to the end. Returns what final.json says."""
     loop = experiment.loop
-    parts = build_parts(experiment, world)
-    world.limit_collectives(loop.process_group_timeout)
+    parts = build_parts(experiment, group)
+    group.limit_collectives(loop.process_group_timeout)
     num_parameters = count_parameters(parts)
-    checkpoint, problems = on_main(world, lambda: load_newest(run))
+    checkpoint, problems = group.on_main(lambda: load_newest(run))
     start = checkpoint.state.step if checkpoint else 0
-    starts = start_heads(experiment, parts, world) if checkpoint is None else {}
+    starts = start_heads(experiment, parts, group) if checkpoint is None else {}
     with Monitor(
-        run, num_steps=loop.num_steps, is_main=world.is_main, start_step=start, log_every=loop.log_every
+        run, num_steps=loop.num_steps, is_main=group.is_main, start_step=start, log_every=loop.log_every
     ) as monitor:
-        session = open_session(experiment, world, run, monitor, parts, checkpoint, heartbeat, interruption)
+        session = open_session(experiment, group, run, monitor, parts, checkpoint, heartbeat, interruption)
         # Engines have made groups of their own.
-        world.limit_collectives(loop.process_group_timeout)
+        group.limit_collectives(loop.process_group_timeout)
         announce(session, num_parameters, checkpoint, problems)
         announce_starts(session, starts)
         del checkpoint
@@ -132,7 +132,7 @@ def start_and_train(
 
 def train_steps(session: Session, start: int) -> int:
     """The loop, from step `start` to the last, or until no head is left. Returns the steps done."""
-    experiment, world, parts, stopwatch = session.experiment, session.world, session.parts, session.stopwatch
+    experiment, group, parts, stopwatch = session.experiment, session.group, session.parts, session.stopwatch
     enter = session.heartbeat.enter
     loop, accumulation = experiment.loop, experiment.engine.accumulation
     stream = GlobalStream(len(parts.train_set), loop.seed)
@@ -141,16 +141,16 @@ def train_steps(session: Session, start: int) -> int:
         parts.train_set,
         stream,
         global_batch=loop.global_batch,
-        rank=world.rank,
-        world_size=world.world_size,
+        rank=group.rank,
+        world_size=group.world_size,
         accumulation=accumulation,
         num_steps=loop.num_steps,
         timeout=loop.worker_timeout,
     )
-    offload = ActivationOffload(experiment.engine.offload, world.device)
+    offload = ActivationOffload(experiment.engine.offload, group.device)
     batches = iter(make_loader(start_step=start, num_workers=loop.num_workers))
-    pictures = Pictures(parts.val_set, world.device)
-    if start and evaluation_due(loop, start) and not on_main(world, lambda: session.run.has_evaluation(start)):
+    pictures = Pictures(parts.val_set, group.device)
+    if start and evaluation_due(loop, start) and not group.on_main(lambda: session.run.has_evaluation(start)):
         # The run ended between the checkpoint and its evaluation.
         enter("evaluate", start)
         evaluate(session, start)
@@ -159,13 +159,13 @@ def train_steps(session: Session, start: int) -> int:
         enter("data", step + 1)
         with stopwatch.host("data_wait"):
             try:
-                micro_batches = [next(batches).to(world.device) for _ in range(accumulation)]
+                micro_batches = [next(batches).to(group.device) for _ in range(accumulation)]
             except WorkerError:
                 if not session.interruption.wait(1.0):
                     raise
                 # The signal went to all processes of the job. The other ranks wait for this step: it is loaded here.
                 batches = iter(make_loader(start_step=step, num_workers=0))
-                micro_batches = [next(batches).to(world.device) for _ in range(accumulation)]
+                micro_batches = [next(batches).to(group.device) for _ in range(accumulation)]
         with session.communication.step():
             enter("backbone")
             with stopwatch.device("backbone"), torch.no_grad():
@@ -173,11 +173,11 @@ def train_steps(session: Session, start: int) -> int:
             enter("heads")
             with stopwatch.device("heads"):
                 losses = {
-                    name: head_losses(engine, features, micro_batches, world, offload)
+                    name: head_losses(engine, features, micro_batches, group, offload)
                     for name, engine in session.engines.items()
                 }
                 enter("step")
-                means, interrupted = mean_over_ranks(losses, world, session.interruption)
+                means, interrupted = mean_over_ranks(losses, group, session.interruption)
                 for trainee in list(session.trainees.values()):
                     step_head(session, trainee, step, means[trainee.name], micro_batches)
         del features, losses
@@ -208,7 +208,7 @@ def head_losses(
     engine: Engine,
     features: Sequence[KeptFeatures],
     micro_batches: Sequence[Batch],
-    world: World,
+    group: ProcessGroup,
     offload: ActivationOffload,
 ) -> dict[str, Tensor]:
     """Forward and backward of one head over a step's micro-batches.
@@ -219,7 +219,7 @@ def head_losses(
     counts = world_mean_counts
     if len(micro_batches) > 1:
         # The denominators belong to the whole step, so all of it is counted before the first backward.
-        counts = RecordedCounts(world, len(micro_batches))
+        counts = RecordedCounts(group, len(micro_batches))
         with torch.no_grad(), buffers_restored(engine.head):
             for kept, batch in zip(features, micro_batches):
                 engine(kept.take(), batch, counts.record)
@@ -248,7 +248,7 @@ def buffers_restored(module: nn.Module) -> Iterator[None]:
 
 
 def mean_over_ranks(
-    losses: dict[str, dict[str, Tensor]], world: World, interruption: Interruption
+    losses: dict[str, dict[str, Tensor]], group: ProcessGroup, interruption: Interruption
 ) -> tuple[dict[str, dict[str, float]], bool]:
     """The losses of all heads as numbers that every rank agrees on, and whether any rank is asked to end.
 
@@ -257,7 +257,7 @@ def mean_over_ranks(
     flat = {f"{head}/{name}": loss for head, own in losses.items() for name, loss in own.items()}
     values = torch.stack([loss.float() for loss in flat.values()]).tolist()
     asked = {"interrupted": float(interruption.received is not None)}
-    means = world.all_reduce_mean(dict(zip(flat, values)) | asked)
+    means = group.all_reduce_mean(dict(zip(flat, values)) | asked)
     by_head = {head: {name: means[f"{head}/{name}"] for name in own} for head, own in losses.items()}
     return by_head, means["interrupted"] > 0
 
@@ -304,13 +304,13 @@ def track_replaced(session: Session, micro_batches: Sequence[Batch]) -> None:
         DataError: too many.
     """
     replaced = [entry for batch in micro_batches for entry in batch.replaced]
-    if not session.world.any_true(bool(replaced)):
+    if not session.group.any_true(bool(replaced)):
         return
-    gathered = session.world.gather_objects(replaced) or []
-    new = on_main(session.world, lambda: session.tracker.update([entry for own in gathered for entry in own]))
+    gathered = session.group.gather_objects(replaced) or []
+    new = session.group.on_main(lambda: session.tracker.update([entry for own in gathered for entry in own]))
     for path, reason in new:
         session.monitor.warn(f"{path}: {reason}; its neighbour is used instead")
-    if new and session.world.is_main:
+    if new and session.group.is_main:
         session.attempt("replaced_images.json", lambda: session.run.write_replaced(session.tracker.reasons))
 
 
@@ -331,7 +331,7 @@ def log(session: Session, done: int, stream: GlobalStream, offload: ActivationOf
     values |= {"data/epoch": stream.epoch(done, loop.global_batch), "data/replaced_images": session.tracker.count}
     values["checkpoints/failed"] = session.failed_saves
     values |= session.stopwatch.take(loop.global_batch) | session.communication.take()
-    values |= memory_peaks(session.world.device)
+    values |= memory_peaks(session.group.device)
     if offload.mode != "off":
         saved = offload.take_statistics()
         values["offload/share"] = saved.offloaded_bytes / max(1, saved.saved_bytes)

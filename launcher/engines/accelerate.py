@@ -25,7 +25,7 @@ from permafrost.launcher.engines.base import (
     resolve_precision,
 )
 from permafrost.launcher.errors import LaunchError
-from permafrost.launcher.ranks.process_group import RANK_VARIABLES, RENDEZVOUS_VARIABLES, World
+from permafrost.launcher.ranks.process_group import RANK_VARIABLES, RENDEZVOUS_VARIABLES, ProcessGroup
 
 if TYPE_CHECKING:
     from permafrost.data.types import Batch
@@ -50,31 +50,31 @@ class AccelerateEngine:
         *,
         optimizer: OptimizerConfig,
         engine: EngineConfig,
-        world: World,
+        group: ProcessGroup,
         environ: Mapping[str, str] | None = None,
     ) -> None:
-        """Move the head to the world's device and wrap it.
+        """Move the head to the process group's device and wrap it.
 
         Raises:
             LaunchError: Accelerate's launcher asks for something this engine does not do.
         """
         environ = os.environ if environ is None else environ
-        self.head = head.to(world.device)
-        self.precision = resolve_precision(engine.precision, world.device.type)
+        self.head = head.to(group.device)
+        self.precision = resolve_precision(engine.precision, group.device.type)
         check_accelerate_environment(environ, self.precision)
-        self._world = world
+        self._group = group
         self._accumulation = engine.accumulation
         self._clip_norm = optimizer.clip_norm
         self._num_backward = 0
         self._parameters = dict(head.named_parameters())
         self._buffer_names = persistent_buffers(head)
-        with _environment_of(world), warnings.catch_warnings():
+        with _environment_of(group), warnings.catch_warnings():
             # It sets the number of CPU threads where OMP_NUM_THREADS is not set, and warns that it did.
             warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
             # Accelerate knows DDP's option by its older name only; torch 2.15 announces a new one.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             self._accelerator = Accelerator(
-                cpu=world.device.type == "cpu",
+                cpu=group.device.type == "cpu",
                 device_placement=False,
                 # Autocast and the division by the number of micro-batches are done here: there they are process-wide.
                 mixed_precision="no",
@@ -84,9 +84,9 @@ class AccelerateEngine:
                 kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False, broadcast_buffers=False)],
             )
             self._model, self._optimizer = self._accelerator.prepare(
-                head, build_adamw(head, optimizer, device_type=world.device.type)
+                head, build_adamw(head, optimizer, device_type=group.device.type)
             )
-        how = f"DDP over {world.world_size} processes" if world.world_size > 1 else "single process"
+        how = f"DDP over {group.world_size} processes" if group.world_size > 1 else "single process"
         self.name = f"accelerate ({how}, {self.precision}, {self._accumulation} micro-batch(es) a step)"
 
     def __call__(self, features: Sequence[Tensor], batch: Batch, counts: LossCounts) -> Any:
@@ -143,7 +143,7 @@ class AccelerateEngine:
         }
         return HeadState(
             parameters=self.export_parameters(),
-            buffers=export_buffers(self.head, self._buffer_names, self._world),
+            buffers=export_buffers(self.head, self._buffer_names, self._group),
             step=single_step([states[p]["step"].item() for p in self._parameters.values() if p in states]),
             **moments,
         )
@@ -183,7 +183,7 @@ class AccelerateEngine:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self._world.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self._group.device.type, dtype=torch.bfloat16)
 
 
 def check_accelerate_environment(environ: Mapping[str, str], precision: str) -> None:
@@ -214,7 +214,7 @@ def check_accelerate_environment(environ: Mapping[str, str], precision: str) -> 
 
 
 @contextlib.contextmanager
-def _environment_of(world: World) -> Iterator[None]:
+def _environment_of(group: ProcessGroup) -> Iterator[None]:
     """Show Accelerate the launcher's variables as they should be, and undo what it writes into them.
 
     From the rank variables of a world of one, which torchrun and a DeepSpeed engine of an earlier run in this process
@@ -222,7 +222,7 @@ def _environment_of(world: World) -> Iterator[None]:
     """
     names = (*RANK_VARIABLES, *RENDEZVOUS_VARIABLES, "LOCAL_WORLD_SIZE")
     before = {name: os.environ[name] for name in names if name in os.environ}
-    if world.world_size == 1:
+    if group.world_size == 1:
         for name in RANK_VARIABLES:
             os.environ.pop(name, None)
     try:

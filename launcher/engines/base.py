@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from permafrost.data.types import Batch
     from permafrost.heads.base import Head, LossCounts
     from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
-    from permafrost.launcher.ranks.process_group import World
+    from permafrost.launcher.ranks.process_group import ProcessGroup
 
 
 @dataclass
@@ -175,17 +175,17 @@ def build_engine(
     *,
     optimizer: OptimizerConfig,
     engine: EngineConfig,
-    world: World,
+    group: ProcessGroup,
     global_batch: int,
     environ: MutableMapping[str, str] | None = None,
 ) -> Engine:
-    """The engine that `choose_engine` picks, around a head that is moved to the world's device.
+    """The engine that `choose_engine` picks, around a head that is moved to the process group's device.
 
     Args:
         head: with the same values on every rank (built from the run's seed, or about to get an imported state).
         optimizer: AdamW's numbers; the learning rate arrives with each step.
         engine: the recipe's engine section.
-        world: this process among the others.
+        group: this process among the others.
         global_batch: images per optimizer step over all ranks and micro-batches.
         environ: what to read the launcher's wishes from; None is os.environ.
 
@@ -194,15 +194,15 @@ def build_engine(
     """
     environ = os.environ if environ is None else environ
     kind, _ = choose_engine(engine, environ)
-    size = micro_batch_size(global_batch=global_batch, world_size=world.world_size, accumulation=engine.accumulation)
+    size = micro_batch_size(global_batch=global_batch, world_size=group.world_size, accumulation=engine.accumulation)
     require_trainable(head)
     if kind == "accelerate":
         from permafrost.launcher.engines.accelerate import AccelerateEngine
 
-        return AccelerateEngine(head, optimizer=optimizer, engine=engine, world=world, environ=environ)
+        return AccelerateEngine(head, optimizer=optimizer, engine=engine, group=group, environ=environ)
     from permafrost.launcher.engines.deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(head, optimizer=optimizer, engine=engine, world=world, micro_batch=size, environ=environ)
+    return DeepSpeedEngine(head, optimizer=optimizer, engine=engine, group=group, micro_batch=size, environ=environ)
 
 
 def split_decay(head: nn.Module, no_decay: Sequence[str]) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -285,9 +285,9 @@ def persistent_buffers(head: nn.Module) -> list[str]:
     return [name for name in head.state_dict() if name in buffers]
 
 
-def export_buffers(head: nn.Module, names: Iterable[str], world: World) -> dict[str, Tensor]:
+def export_buffers(head: nn.Module, names: Iterable[str], group: ProcessGroup) -> dict[str, Tensor]:
     """CPU copies of rank 0's buffers, on every rank. Collective."""
-    return world.broadcast_object({name: head.get_buffer(name).detach().to("cpu", copy=True) for name in names})
+    return group.broadcast_object({name: head.get_buffer(name).detach().to("cpu", copy=True) for name in names})
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from permafrost.launcher.engines.zero_state import (
     skip_shared_memory_op,
 )
 from permafrost.launcher.errors import LaunchError
-from permafrost.launcher.ranks.process_group import World, complete_single_process
+from permafrost.launcher.ranks.process_group import ProcessGroup, complete_single_process
 
 if TYPE_CHECKING:
     from permafrost.data.types import Batch
@@ -52,11 +52,11 @@ class DeepSpeedEngine:
         *,
         optimizer: OptimizerConfig,
         engine: EngineConfig,
-        world: World,
+        group: ProcessGroup,
         micro_batch: int,
         environ: MutableMapping[str, str] | None = None,
     ) -> None:
-        """Move the head to the world's device and hand it to DeepSpeed.
+        """Move the head to the process group's device and hand it to DeepSpeed.
 
         Args:
             micro_batch: images of one forward on one rank.
@@ -65,21 +65,21 @@ class DeepSpeedEngine:
         Raises:
             LaunchError: the JSON contradicts the recipe, or DeepSpeed would compute elsewhere than the run.
         """
-        self.precision = resolve_precision(engine.precision, world.device.type)
+        self.precision = resolve_precision(engine.precision, group.device.type)
         settings, self.settings_source = read_settings(engine, os.environ if environ is None else environ)
         self.settings = merge_settings(
             settings,
             self.settings_source,
             micro_batch=micro_batch,
             accumulation=engine.accumulation,
-            world_size=world.world_size,
+            world_size=group.world_size,
             clip_norm=optimizer.clip_norm,
             precision=self.precision,
             zero_stage=engine.zero_stage,
         )
-        deepspeed = start_deepspeed(world)
-        self.head = head.to(world.device)
-        self._world = world
+        deepspeed = start_deepspeed(group)
+        self.head = head.to(group.device)
+        self._group = group
         self._accumulation = engine.accumulation
         self._num_backward = 0
         self._parameters = dict(head.named_parameters())
@@ -89,11 +89,11 @@ class DeepSpeedEngine:
         self._stage: int = zero["stage"]
         self._engine, *_ = deepspeed.initialize(
             model=head,
-            optimizer=build_adamw(head, optimizer, device_type="cpu" if offloads else world.device.type),
+            optimizer=build_adamw(head, optimizer, device_type="cpu" if offloads else group.device.type),
             config=self.settings,
         )
         self.name = (
-            f"deepspeed (ZeRO {self._stage} over {world.world_size} process(es), {self.precision}, "
+            f"deepspeed (ZeRO {self._stage} over {group.world_size} process(es), {self.precision}, "
             f"{self._accumulation} micro-batch(es) a step{', optimizer on the CPU' if offloads else ''}; "
             f"{self.settings_source})"
         )
@@ -137,7 +137,7 @@ class DeepSpeedEngine:
     def export_state(self) -> HeadState:
         """See Engine."""
         parameters, moments, step = export_zero(self._engine, self._parameters)
-        buffers = export_buffers(self.head, self._buffer_names, self._world)
+        buffers = export_buffers(self.head, self._buffer_names, self._group)
         return HeadState(parameters=parameters, buffers=buffers, step=step, **moments)
 
     def masters(self) -> list[Tensor]:
@@ -165,11 +165,11 @@ class DeepSpeedEngine:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self._world.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self._group.device.type, dtype=torch.bfloat16)
 
 
-def start_deepspeed(world: World) -> Any:
-    """Import DeepSpeed for the world's device, quietly, and join its communication to the process group.
+def start_deepspeed(group: ProcessGroup) -> Any:
+    """Import DeepSpeed for the process group's device, quietly, and join its communication to the process group.
 
     Returns:
         the module deepspeed.
@@ -177,16 +177,16 @@ def start_deepspeed(world: World) -> Any:
     Raises:
         LaunchError: DeepSpeed would compute on another device than the run.
     """
-    device = world.device
+    device = group.device
     if device.type == "cpu":
         # Else it takes a GPU where there is one, and warns where there is none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if device.type == "cuda" and device.index not in (None, world.local_rank):
+    if device.type == "cuda" and device.index not in (None, group.local_rank):
         raise LaunchError(
-            f"device is {device} but DeepSpeed takes device number LOCAL_RANK ({world.local_rank}): choose the GPU "
+            f"device is {device} but DeepSpeed takes device number LOCAL_RANK ({group.local_rank}): choose the GPU "
             f"with CUDA_VISIBLE_DEVICES={device.index} and --device cuda"
         )
-    if world.world_size == 1:
+    if group.world_size == 1:
         complete_single_process(os.environ)
     import deepspeed
     from deepspeed.accelerator import get_accelerator

@@ -13,7 +13,7 @@ from permafrost.launcher.errors import OutOfDeviceMemory
 
 if TYPE_CHECKING:
     from permafrost.launcher.experiment import Experiment
-    from permafrost.launcher.ranks.process_group import World
+    from permafrost.launcher.ranks.process_group import ProcessGroup
 
 NUM_OPTIONS = 2
 GENERAL = (
@@ -25,7 +25,7 @@ GENERAL = (
 
 
 @contextmanager
-def memory_explained(experiment: Experiment, world: World) -> Iterator[None]:
+def memory_explained(experiment: Experiment, group: ProcessGroup) -> Iterator[None]:
     """Turn torch's error of a full device into one that says what to change.
 
     Raises:
@@ -35,14 +35,14 @@ def memory_explained(experiment: Experiment, world: World) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         text = str(error).partition(" If reserved")[0].strip().rstrip(".") or "out of memory"
-        raise OutOfDeviceMemory(f"rank {world.rank}, on {world.device}: {text}. {advice(experiment, world)}") from None
+        raise OutOfDeviceMemory(f"rank {group.rank}, on {group.device}: {text}. {advice(experiment, group)}") from None
 
 
-def advice(experiment: Experiment, world: World) -> str:
+def advice(experiment: Experiment, group: ProcessGroup) -> str:
     """The estimate, and options that need less. Not collective: the other ranks are busy or gone."""
     estimate, options = "No estimate could be made", []
     try:
-        estimate, options = _from_plan(experiment, world)
+        estimate, options = _from_plan(experiment, group)
     except Exception as error:  # a head or network that plan cannot run must not hide what has happened
         estimate += f" ({type(error).__name__}: {error})"
     more = 2 * experiment.engine.accumulation
@@ -52,14 +52,14 @@ def advice(experiment: Experiment, world: World) -> str:
     return f"{estimate}. Less is needed with {'; or with '.join(options[:3])}"
 
 
-def _from_plan(experiment: Experiment, world: World) -> tuple[str, list[str]]:
+def _from_plan(experiment: Experiment, group: ProcessGroup) -> tuple[str, list[str]]:
     from permafrost.launcher.plan.advice import remedies
     from permafrost.launcher.plan.planner import Machines, Planner
 
-    is_cuda = world.device.type == "cuda"
-    memory = torch.cuda.get_device_properties(world.device).total_memory if is_cuda else None
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size))
-    machines = Machines(gpus=here, nodes=max(1, world.world_size // here), memory=memory, device_type=world.device.type)
+    is_cuda = group.device.type == "cuda"
+    memory = torch.cuda.get_device_properties(group.device).total_memory if is_cuda else None
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", group.world_size))
+    machines = Machines(gpus=here, nodes=max(1, group.world_size // here), memory=memory, device_type=group.device.type)
     planner = Planner(experiment, machines)
     row = planner.row(planner.own)
     changes = [change for change in remedies(planner, row, planner.table()) if change[1].peak < row.peak]

@@ -26,7 +26,7 @@ from permafrost.launcher.plan.engines import EngineMemory, EnginePlan, Stage
 from permafrost.launcher.plan.fine_tune import TrainedPlan, build_trained, join_plans, plan_trained
 from permafrost.launcher.plan.head import HeadPlan, HeadRun, plan_head
 from permafrost.launcher.ranks.division import micro_batch_size
-from permafrost.launcher.ranks.process_group import World
+from permafrost.launcher.ranks.process_group import ProcessGroup
 from permafrost.launcher.run.fine_tune import FineTuned
 from permafrost.launcher.run.parts import build_heads
 from permafrost.model.config import OffloadMode
@@ -143,7 +143,7 @@ class Planner:
         if not self.experiment.backbone.frozen and self.experiment.engine.offload != "off":
             raise RecipeError("engine.offload with backbone.frozen at False: plan knows it only with 'off'")
         self.micro_batch(self.own)
-        World(0, self.machines.world_size, 0, torch.device("cpu")).require_mesh(self.own.tensor)
+        ProcessGroup(0, self.machines.world_size, 0, torch.device("cpu")).require_mesh(self.own.tensor)
         self._describe_data()
         self._windows, notes = windows_of(self.experiment.backbone)
         self.notes += notes

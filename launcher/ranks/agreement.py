@@ -12,17 +12,16 @@ from permafrost.launcher.cluster.node_agent import code_hash
 from permafrost.launcher.errors import LaunchError
 from permafrost.launcher.recipes.serialise import CLASS_KEY, differing_fields, to_json
 from permafrost.launcher.run.folder import versions
-from permafrost.launcher.run.parts import on_main
 
 if TYPE_CHECKING:
     from permafrost.launcher.experiment import Experiment
-    from permafrost.launcher.ranks.process_group import World
+    from permafrost.launcher.ranks.process_group import ProcessGroup
 
 MOST = 5
 """Differences that a message lists."""
 
 
-def require_same_program(experiment: Experiment, world: World) -> None:
+def require_same_program(experiment: Experiment, group: ProcessGroup) -> None:
     """Refuse ranks with another recipe, other sources or other versions of what computes. Collective.
 
     It comes before everything else that ranks do together: with other recipes they would wait for each other in different
@@ -31,24 +30,24 @@ def require_same_program(experiment: Experiment, world: World) -> None:
     Raises:
         LaunchError: on every rank, naming the dotted field and both values.
     """
-    if world.world_size == 1:
+    if group.world_size == 1:
         return
     recipe = to_json(experiment)
     code = {"permafrost": code_hash(), **own_modules(recipe)}
-    require_agreement(world, {"recipe": _without_places(recipe), "code": code, "versions": versions()})
+    require_agreement(group, {"recipe": _without_places(recipe), "code": code, "versions": versions()})
 
 
-def require_agreement(world: World, facts: Mapping[str, Any]) -> None:
+def require_agreement(group: ProcessGroup, facts: Mapping[str, Any]) -> None:
     """Refuse ranks that have different facts. Collective.
 
     Args:
-        world: this process among the others.
+        group: this process among the others.
         facts: JSON values by what they are; the same names on every rank.
 
     Raises:
         LaunchError: on every rank, naming which rank, the dotted fields and both values.
     """
-    everyone = world.gather_objects(dict(facts))
+    everyone = group.gather_objects(dict(facts))
 
     def check() -> None:
         assert everyone is not None
@@ -63,7 +62,7 @@ def require_agreement(world: World, facts: Mapping[str, Any]) -> None:
                     "Give every process the same command, files and versions"
                 )
 
-    on_main(world, check)
+    group.on_main(check)
 
 
 def own_modules(recipe: Any) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from permafrost.launcher.ranks.process_group import World
+from permafrost.launcher.ranks.process_group import ProcessGroup
 
 
 class RecordedCounts:
@@ -19,9 +19,9 @@ class RecordedCounts:
     total / (world_size * accumulation) makes that average the global sum over the global count.
     """
 
-    def __init__(self, world: World, accumulation: int) -> None:
-        self._world = world
-        self._shares = world.world_size * accumulation
+    def __init__(self, group: ProcessGroup, accumulation: int) -> None:
+        self._group = group
+        self._shares = group.world_size * accumulation
         self._totals: dict[str, Tensor] = {}
         self._denominators: dict[str, float] | None = None
 
@@ -35,10 +35,10 @@ class RecordedCounts:
         """Sum what was recorded over the ranks. Collective."""
         names = list(self._totals)
         values = torch.stack([self._totals[name] for name in names]).tolist() if names else []
-        means = self._world.all_reduce_mean(dict(zip(names, values)))
+        means = self._group.all_reduce_mean(dict(zip(names, values)))
         # At least a share of one object, as in heads.base.world_mean_counts: a step without any has loss 0, not 0 / 0.
         self._denominators = {
-            name: max(mean * self._world.world_size, 1.0) / self._shares for name, mean in means.items()
+            name: max(mean * self._group.world_size, 1.0) / self._shares for name, mean in means.items()
         }
 
     def __call__(self, name: str, count: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from permafrost.launcher.ranks.heartbeat import ENDS, Culprit, Heartbeat, Watch,
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from permafrost.launcher.ranks.process_group import World
+    from permafrost.launcher.ranks.process_group import ProcessGroup
 
 OF_COMMUNICATION = re.compile(
     r"gloo|nccl|c10d|process ?group|tcpstore|connection (closed|reset|refused)|broken pipe", re.IGNORECASE
@@ -34,11 +34,11 @@ UNHURRIED = ("start", "checkpoint", "evaluate")
 
 
 @contextmanager
-def among_ranks(world: World, folder: Path, timeout: float) -> Iterator[Heartbeat]:
+def among_ranks(group: ProcessGroup, folder: Path, timeout: float) -> Iterator[Heartbeat]:
     """Beat while inside, and turn what is another rank's fault into an error that names it.
 
     Args:
-        world: this process among the others.
+        group: this process among the others.
         folder: heartbeats/ of the run folder.
         timeout: seconds after which the process group gives up; at half of it the rank that is waited for is named.
 
@@ -49,38 +49,38 @@ def among_ranks(world: World, folder: Path, timeout: float) -> Iterator[Heartbea
     A rank that has shown no sign of life for that long ends this process even where no exception can, because it is
     computing by itself or waits for what may take its time.
     """
-    heartbeat, watch = Heartbeat(folder, rank=world.rank, world_size=world.world_size), Watch(folder)
-    if world.world_size > 1:
-        heartbeat.notice(timeout / 2, lambda: _name_early(world, heartbeat, watch, timeout))
-        heartbeat.at_each_beat(lambda: _leave_the_lifeless(world, heartbeat, watch, timeout))
-        world.watched = True
+    heartbeat, watch = Heartbeat(folder, rank=group.rank, world_size=group.world_size), Watch(folder)
+    if group.world_size > 1:
+        heartbeat.notice(timeout / 2, lambda: _name_early(group, heartbeat, watch, timeout))
+        heartbeat.at_each_beat(lambda: _leave_the_lifeless(group, heartbeat, watch, timeout))
+        group.watched = True
     try:
         yield heartbeat
     except Interrupted as error:
         heartbeat.close("done", str(error))
         raise
     except BaseException as error:
-        if world.world_size == 1 or not (isinstance(error, RuntimeError) and OF_COMMUNICATION.search(str(error))):
+        if group.world_size == 1 or not (isinstance(error, RuntimeError) and OF_COMMUNICATION.search(str(error))):
             heartbeat.close("failed", f"{type(error).__name__}: {error}".partition("\n")[0])
             raise
-        text = _explain(world, heartbeat, watch, error)
+        text = _explain(group, heartbeat, watch, error)
         heartbeat.close("lost", text)
-        world.abandon()
+        group.abandon()
         raise RankLost(text) from error
     heartbeat.close()
 
 
-def _explain(world: World, heartbeat: Heartbeat, watch: Watch, error: BaseException) -> str:
+def _explain(group: ProcessGroup, heartbeat: Heartbeat, watch: Watch, error: BaseException) -> str:
     beat = heartbeat.beat
     reason = str(error).partition("\n")[0].rpartition("] ")[2] or str(error)
-    where = f"rank {world.rank} of {world.world_size}, in phase {beat.phase} of step {beat.step}"
+    where = f"rank {group.rank} of {group.world_size}, in phase {beat.phase} of step {beat.step}"
     waited_in_vain = bool(OF_TIME.search(reason))
-    culprits = find_culprits(watch.beats(), world.world_size, exclude=world.rank)
+    culprits = find_culprits(watch.beats(), group.world_size, exclude=group.rank)
     limit = time.monotonic() + GRACE
     while not waited_in_vain and all(culprit.is_guess for culprit in culprits) and time.monotonic() < limit:
         # A process loses its connections a moment before it is gone, and before it has said why.
         time.sleep(0.05)
-        culprits = find_culprits(watch.beats(), world.world_size, exclude=world.rank)
+        culprits = find_culprits(watch.beats(), group.world_size, exclude=group.rank)
     while (
         any(c.beat and c.beat.phase == "failed" and c.beat.is_running_here for c in culprits)
         and time.monotonic() < limit
@@ -97,7 +97,7 @@ def _explain(world: World, heartbeat: Heartbeat, watch: Watch, error: BaseExcept
     return text
 
 
-def _leave_the_lifeless(world: World, heartbeat: Heartbeat, watch: Watch, timeout: float) -> None:
+def _leave_the_lifeless(group: ProcessGroup, heartbeat: Heartbeat, watch: Watch, timeout: float) -> None:
     """In the thread of the heartbeat: end this process when another one has shown no sign of life for too long."""
     seen = watch.poll()
     lifeless = [
@@ -108,7 +108,7 @@ def _leave_the_lifeless(world: World, heartbeat: Heartbeat, watch: Watch, timeou
         )
         for rank, (beat, silence) in seen.items()
         # A rank in a collective finds out by itself at the timeout, and can say more.
-        if rank != world.rank and not beat.has_ended and silence > timeout + GRACE
+        if rank != group.rank and not beat.has_ended and silence > timeout + GRACE
     ]
     own = heartbeat.beat
     if not lifeless and 0 not in seen and own.phase in UNHURRIED and time.time() - own.since > timeout + GRACE:
@@ -117,25 +117,25 @@ def _leave_the_lifeless(world: World, heartbeat: Heartbeat, watch: Watch, timeou
         ]
     if not lifeless:
         return
-    text = f"rank {world.rank} of {world.world_size}, in phase {own.phase} of step {own.step}, gives up. "
-    text += "; ".join(map(str, find_culprits(watch.beats(), world.world_size, exclude=world.rank) or lifeless))
+    text = f"rank {group.rank} of {group.world_size}, in phase {own.phase} of step {own.step}, gives up. "
+    text += "; ".join(map(str, find_culprits(watch.beats(), group.world_size, exclude=group.rank) or lifeless))
     text += "".join(f". {c.beat.describe()} was killed" for c in kill_culprits(lifeless) if c.beat)
     heartbeat.close("lost", text)
     print(f"error: {text}", file=sys.stderr, flush=True)
     os._exit(FAILED)
 
 
-def _name_early(world: World, heartbeat: Heartbeat, watch: Watch, timeout: float) -> None:
+def _name_early(group: ProcessGroup, heartbeat: Heartbeat, watch: Watch, timeout: float) -> None:
     """Half way to the timeout one rank says who is waited for: where NCCL ends a process, nothing can be said later."""
     beat = heartbeat.beat
     if beat.phase in UNHURRIED:
         return
-    culprits = find_culprits(watch.beats(), world.world_size, exclude=world.rank)
+    culprits = find_culprits(watch.beats(), group.world_size, exclude=group.rank)
     named = {culprit.rank for culprit in culprits}
-    speaker = min(set(range(world.world_size)) - named, default=0)
-    if culprits and world.rank == speaker:
+    speaker = min(set(range(group.world_size)) - named, default=0)
+    if culprits and group.rank == speaker:
         print(
-            f"warning: rank {world.rank} has been in phase {beat.phase} of step {beat.step} for {timeout / 2:.0f} s. "
+            f"warning: rank {group.rank} has been in phase {beat.phase} of step {beat.step} for {timeout / 2:.0f} s. "
             f"{'; '.join(map(str, culprits))}. The process group gives up after {timeout:g} s "
             "(loop.process_group_timeout)",
             file=sys.stderr,

@@ -1,4 +1,4 @@
-"""The world: which process this is, how many there are, on which device, and the few things they tell each other.
+"""The process group: which process this is, how many there are, on which device, and the few things they tell each other.
 
 Ranks come from the standard variables that `deepspeed`, `accelerate launch` and `torchrun` set; under a bare `srun`
 they are derived from Slurm's; without any of them the run is one process and no process group exists.
@@ -12,15 +12,15 @@ import re
 import socket
 import sys
 import zlib
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from permafrost.launcher.errors import Interrupted, LaunchError
+from permafrost.launcher.errors import USER_ERRORS, Interrupted, LaunchError
 from permafrost.launcher.ranks.division import require_mesh
 
 if TYPE_CHECKING:
@@ -29,16 +29,18 @@ if TYPE_CHECKING:
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 
+T = TypeVar("T")
+
 FOR_EVER = timedelta(days=365)
 """The time limit of waits that something else ends."""
 
 
 @dataclass
-class World:
+class ProcessGroup:
     """This process among all that train together.
 
     Attributes:
-        rank: 0-based number of this process in the whole world.
+        rank: 0-based number of this process in the whole group.
         world_size: number of processes.
         local_rank: 0-based number of this process on its node.
         device: where this process computes.
@@ -111,13 +113,57 @@ class World:
         dist.broadcast_object_list(box, src=0, group=group)
         return box[0]
 
+    def on_main(self, make: Callable[[], T]) -> T:
+        """Return on every rank what `make` returns on the main one; a user's mistake there is raised everywhere. Collective.
+
+        It may take longer than the process group's timeout, see `broadcast_object`.
+        """
+        outcome: tuple[str, Any] | None = None
+        if self.is_main:
+            try:
+                outcome = ("value", make())
+            except USER_ERRORS as error:
+                outcome = ("error", error)
+        kind, content = self.broadcast_object(outcome, patient=True)
+        if kind == "error":
+            raise content
+        return content
+
+    def on_all(self, make: Callable[[], T]) -> T:
+        """Return `make()` of every rank; a user's mistake on any is raised everywhere, the first rank's where several differ.
+
+        Collective.
+        """
+        made: list[T] = []
+        problem: Exception | None = None
+        try:
+            made.append(make())
+        except USER_ERRORS as error:
+            problem = error
+        problems = self.gather_objects(problem)
+
+        def check() -> None:
+            assert problems is not None
+            for found in problems:
+                if found is not None:
+                    raise found
+
+        self.on_main(check)
+        return made[0]
+
+    def main_first(self, make: Callable[[], T]) -> T:
+        """Return `make()` of every rank, the main one first; a user's mistake there is raised everywhere. Collective."""
+        made: list[T] = []
+        self.on_main(lambda: made.append(make()))
+        return made[0] if self.is_main else make()
+
     def barrier(self) -> None:
         """Wait until every rank is here. Collective."""
         if self.world_size > 1:
             dist.barrier(group=self._control_group)
 
     def require_mesh(self, tensor: int) -> None:
-        """Check that the world divides into tensor groups.
+        """Check that the group divides into tensor groups.
 
         Raises:
             LaunchError: naming the numbers that would fit.
@@ -131,7 +177,7 @@ class World:
             tensor: processes of a group.
 
         Raises:
-            LaunchError: the world does not divide.
+            LaunchError: the group does not divide.
         """
         self.require_mesh(tensor)
         if tensor == 1:
@@ -166,7 +212,7 @@ class World:
                 _set_timeout(group, timedelta(seconds=timeout))
 
     def close(self) -> None:
-        """Take down the process group, if this world (or an engine on it) brought it up. Safe to call twice.
+        """Take down the process group, if this object (or an engine on it) brought it up. Safe to call twice.
 
         Ranks leave together, unless an exception is on its way: one that still works on its last message while
         another takes the group down, or while its own interpreter ends, may abort. They do after a signal, too, which all of
@@ -193,7 +239,7 @@ class World:
         self._owns_process_group = False
 
 
-def init_world(device: str = "auto", backend: str | None = None, *, timeout: float = 1800.0) -> World:
+def join_process_group(device: str = "auto", backend: str | None = None, *, timeout: float = 1800.0) -> ProcessGroup:
     """Find out which process this is, choose its device, and join the process group when there are several.
 
     Args:
@@ -230,7 +276,7 @@ def init_world(device: str = "auto", backend: str | None = None, *, timeout: flo
         if dist.get_backend() == "nccl":
             # Objects and a few floats go from memory to memory: the device is not synchronised for them.
             control_group = dist.new_group(backend="gloo", timeout=limit)
-    return World(
+    return ProcessGroup(
         rank,
         world_size,
         local_rank,
@@ -333,7 +379,7 @@ def choose_device(device: str, *, local_rank: int, world_size: int) -> torch.dev
 
 
 def complete_single_process(environ: MutableMapping[str, str]) -> None:
-    """Fill in the standard variables of a world of one, for a library that needs a process group even then.
+    """Fill in the standard variables of a group of one, for a library that needs a process group even then.
 
     DeepSpeed without them looks for MPI and fails on mpi4py.
     """

@@ -22,14 +22,13 @@ from permafrost.launcher.errors import CheckpointError
 from permafrost.launcher.run.checkpoint import HEAD_FILE, load_head
 from permafrost.launcher.run.fine_tune import FineTuned
 from permafrost.launcher.run.folder import write_atomically
-from permafrost.launcher.run.parts import on_all
 from permafrost.model.weights.formats import choose_state_dict
 from permafrost.model.weights.safe_pickle import load_checkpoint
 
 if TYPE_CHECKING:
     from permafrost.heads.base import Head
     from permafrost.launcher.experiment import Experiment, HeadExperiment
-    from permafrost.launcher.ranks.process_group import World
+    from permafrost.launcher.ranks.process_group import ProcessGroup
     from permafrost.launcher.run.parts import TrainingParts
     from permafrost.launcher.run.session import Session
     from permafrost.model.spec import FeatureSpec
@@ -88,7 +87,7 @@ class Start:
         return found
 
 
-def start_heads(experiment: Experiment, parts: TrainingParts, world: World) -> dict[str, Start]:
+def start_heads(experiment: Experiment, parts: TrainingParts, group: ProcessGroup) -> dict[str, Start]:
     """Give heads the weights that `init` names, in place, before any engine has them. Collective.
 
     Returns:
@@ -99,7 +98,7 @@ def start_heads(experiment: Experiment, parts: TrainingParts, world: World) -> d
         WeightsError, HeadError: a file that cannot be read, or is no released detector.
     """
     return {
-        name: on_all(world, lambda: _start(experiment, name, config, parts))  # noqa: B023 - called at once
+        name: group.on_all(lambda: _start(experiment, name, config, parts))  # noqa: B023 - called at once
         for name, config in experiment.heads.items()
         if config.init is not None
     }
@@ -253,7 +252,7 @@ def _shape(tensor: Tensor) -> str:
 
 def announce_starts(session: Session, starts: Mapping[str, Start]) -> None:
     """Print what every head took and what not, and keep it in the run folder. Main rank only."""
-    if not starts or not session.world.is_main:
+    if not starts or not session.group.is_main:
         return
     for name, start in starts.items():
         for line in start.lines(name):

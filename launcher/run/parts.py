@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from permafrost.launcher.errors import USER_ERRORS, RecipeError
+from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import Experiment
-from permafrost.launcher.ranks.process_group import World
+from permafrost.launcher.ranks.agreement import require_agreement
+from permafrost.launcher.ranks.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from permafrost.data.task import TaskDataset
@@ -37,7 +38,7 @@ class TrainingParts:
     heads: dict[str, Head]
 
 
-def build_parts(experiment: Experiment, world: World) -> TrainingParts:
+def build_parts(experiment: Experiment, group: ProcessGroup) -> TrainingParts:
     """Data sets, backbone and freshly initialised heads; collective, and the same on every rank.
 
     Raises:
@@ -46,18 +47,16 @@ def build_parts(experiment: Experiment, world: World) -> TrainingParts:
         LaunchError: the ranks do not see the same data or weights.
     """
     # A built-in world is written by the main rank; the others find it there.
-    train_set = main_first(world, experiment.data.build_train)
-    val_set = main_first(world, experiment.data.build_val)
+    train_set = group.main_first(experiment.data.build_train)
+    val_set = group.main_first(experiment.data.build_val)
     if list(train_set.classes) != list(val_set.classes):
         raise RecipeError(
             f"data: the training annotations have the classes {', '.join(train_set.classes)}, the validation "
             f"annotations {', '.join(val_set.classes)}: they must be the same, in the same order of category ids"
         )
-    backbone = build_backbone(experiment, world, experiment.mesh.tensor)
-    from permafrost.launcher.ranks.agreement import require_agreement  # it needs this module
-
+    backbone = build_backbone(experiment, group, experiment.mesh.tensor)
     require_agreement(
-        world,
+        group,
         {
             "training set": train_set.fingerprint,
             "validation set": val_set.fingerprint,
@@ -67,15 +66,15 @@ def build_parts(experiment: Experiment, world: World) -> TrainingParts:
     return TrainingParts(train_set, val_set, *join_heads(experiment, backbone, train_set.classes))
 
 
-def build_backbone(experiment: Experiment, world: World, tensor: int) -> FrozenBackbone | TrainableBackbone:
+def build_backbone(experiment: Experiment, group: ProcessGroup, tensor: int) -> FrozenBackbone | TrainableBackbone:
     """The network, split over tensor groups of this many ranks; 1: whole on every rank. Collective.
 
     Raises:
         WeightsError, BackboneError: what cannot be loaded on any rank, on every rank.
         LaunchError: the world does not divide into tensor groups.
     """
-    group = world.tensor_group(tensor)
-    return on_all(world, lambda: experiment.backbone.build(world.device, tensor_group=group))
+    tensor_group = group.tensor_group(tensor)
+    return group.on_all(lambda: experiment.backbone.build(group.device, tensor_group=tensor_group))
 
 
 def join_heads(
@@ -108,50 +107,3 @@ def seed_of(seed: int, purpose: str) -> int:
     """A seed of its own for a named purpose."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "little") & (2**63 - 1)
-
-
-def on_main(world: World, make: Callable[[], T]) -> T:
-    """What `make` returns on the main rank, on every rank; a user's mistake there is raised everywhere. Collective.
-
-    It may take longer than the process group's timeout, see World.broadcast_object.
-    """
-    outcome: tuple[str, Any] | None = None
-    if world.is_main:
-        try:
-            outcome = ("value", make())
-        except USER_ERRORS as error:
-            outcome = ("error", error)
-    kind, content = world.broadcast_object(outcome, patient=True)
-    if kind == "error":
-        raise content
-    return content
-
-
-def on_all(world: World, make: Callable[[], T]) -> T:
-    """`make()` on every rank; a user's mistake on any is raised everywhere, the first rank's where several differ.
-
-    Collective.
-    """
-    made: list[T] = []
-    problem: Exception | None = None
-    try:
-        made.append(make())
-    except USER_ERRORS as error:
-        problem = error
-    problems = world.gather_objects(problem)
-
-    def check() -> None:
-        assert problems is not None
-        for found in problems:
-            if found is not None:
-                raise found
-
-    on_main(world, check)
-    return made[0]
-
-
-def main_first(world: World, make: Callable[[], T]) -> T:
-    """`make()` on every rank, the main one first; a user's mistake there is raised everywhere. Collective."""
-    made: list[T] = []
-    on_main(world, lambda: made.append(make()))
-    return made[0] if world.is_main else make()

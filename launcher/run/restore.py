@@ -16,13 +16,13 @@ from permafrost.launcher.engines.base import resolve_precision
 from permafrost.launcher.errors import CheckpointError
 from permafrost.launcher.run.checkpoint import Checkpoint, load_head
 from permafrost.launcher.run.folder import RunFolder
-from permafrost.launcher.run.parts import build_backbone, join_heads, on_main
+from permafrost.launcher.run.parts import build_backbone, join_heads
 
 if TYPE_CHECKING:
     from permafrost.data.types import Batch
     from permafrost.heads.base import Head
     from permafrost.launcher.experiment import Experiment
-    from permafrost.launcher.ranks.process_group import World
+    from permafrost.launcher.ranks.process_group import ProcessGroup
     from permafrost.launcher.run.fine_tune import ImagesOn
     from permafrost.model.frozen import FrozenBackbone
 
@@ -72,7 +72,7 @@ class TrainedRun:
 
 
 def load_trained(
-    run: str | os.PathLike[str], world: World, *, heads: Sequence[str] | None = None, which: str = "best"
+    run: str | os.PathLike[str], group: ProcessGroup, *, heads: Sequence[str] | None = None, which: str = "best"
 ) -> TrainedRun:
     """Rebuild a run from its folder. Collective.
 
@@ -81,7 +81,7 @@ def load_trained(
 
     Args:
         run: the run folder.
-        world: whose device the heads and the backbone go to.
+        group: whose device the heads and the backbone go to.
         heads: names; None takes all of the recipe.
         which: "best" (of each head, by its metric) or "latest".
 
@@ -91,17 +91,17 @@ def load_trained(
         LaunchError: the processes do not divide into the run's tensor groups.
     """
     folder = RunFolder(run)
-    experiment = on_main(world, folder.experiment)
+    experiment = group.on_main(folder.experiment)
     names = list(experiment.heads) if heads is None else list(heads)
     unknown = [name for name in names if name not in experiment.heads]
     if unknown:
         raise CheckpointError(f"{folder} has no head {', '.join(unknown)}: it trains {', '.join(experiment.heads)}")
-    tensor = experiment.mesh.tensor if world.world_size > 1 else 1
-    world.require_mesh(tensor)
+    tensor = experiment.mesh.tensor if group.world_size > 1 else 1
+    group.require_mesh(tensor)
     # Read before the backbone is built: what is missing here shows at once.
-    found = on_main(world, lambda: {name: load_head(folder.path, name, which) for name in names})
+    found = group.on_main(lambda: {name: load_head(folder.path, name, which) for name in names})
     first = next(iter(found.values()))
-    backbone, built = join_heads(experiment, build_backbone(experiment, world, tensor), first.state.classes)
+    backbone, built = join_heads(experiment, build_backbone(experiment, group, tensor), first.state.classes)
     for name, checkpoint in found.items():
         _restore(built[name], name, checkpoint, backbone, experiment)
     precision = experiment.engine.precision
@@ -109,7 +109,7 @@ def load_trained(
         folder=folder,
         experiment=experiment,
         backbone=backbone,
-        heads={name: HeadRunner(built[name], precision=precision, device=world.device) for name in names},
+        heads={name: HeadRunner(built[name], precision=precision, device=group.device) for name in names},
         checkpoints={name: str(checkpoint.path) for name, checkpoint in found.items()},
         steps={name: checkpoint.state.step for name, checkpoint in found.items()},
         classes=first.state.classes,

@@ -18,13 +18,13 @@ from permafrost.launcher.run.checkpoint import Checkpoint, TrainingState, is_fin
 from permafrost.launcher.run.ema import Average
 from permafrost.launcher.run.folder import write_atomically
 from permafrost.launcher.run.meters import CommunicationMeter, Stopwatch, Window
-from permafrost.launcher.run.parts import TrainingParts, on_main
+from permafrost.launcher.run.parts import TrainingParts
 
 if TYPE_CHECKING:
     from permafrost.data.detection.dataset import ReplacementTracker
     from permafrost.launcher.experiment import Experiment, HeadExperiment
     from permafrost.launcher.ranks.heartbeat import Heartbeat
-    from permafrost.launcher.ranks.process_group import World
+    from permafrost.launcher.ranks.process_group import ProcessGroup
     from permafrost.launcher.ranks.signals import Interruption
     from permafrost.launcher.run.folder import RunFolder
     from permafrost.launcher.run.monitor import Monitor
@@ -76,7 +76,7 @@ class Session:
     """
 
     experiment: Experiment
-    world: World
+    group: ProcessGroup
     run: RunFolder
     monitor: Monitor
     parts: TrainingParts
@@ -108,7 +108,7 @@ class Session:
 
 def open_session(
     experiment: Experiment,
-    world: World,
+    group: ProcessGroup,
     run: RunFolder,
     monitor: Monitor,
     parts: TrainingParts,
@@ -129,13 +129,13 @@ def open_session(
         checkpoint.require_fit(parts.heads)
     session = Session(
         experiment,
-        world,
+        group,
         run,
         monitor,
         parts,
         parts.train_set.tracker(),
-        Stopwatch(world.device),
-        CommunicationMeter(world.world_size, world.device, max(MEASURE_EVERY, experiment.loop.log_every)),
+        Stopwatch(group.device),
+        CommunicationMeter(group.world_size, group.device, max(MEASURE_EVERY, experiment.loop.log_every)),
         heartbeat,
         interruption,
     )
@@ -148,7 +148,7 @@ def open_session(
             parts.heads[name],
             optimizer=config.optimizer,
             engine=experiment.engine,
-            world=world,
+            group=group,
             global_batch=global_batch,
         )
         if checkpoint is not None:
@@ -166,7 +166,7 @@ def open_session(
         session.tracker.update(list(checkpoint.state.loop["replaced"].items()))
         for name, counters in checkpoint.state.loop["heads"].items():
             session.trainees[name].skipped, session.trainees[name].in_a_row = counters["skipped"], counters["in_a_row"]
-    if world.is_main:
+    if group.is_main:
         run.rewind(checkpoint.state.step if checkpoint else 0)
         for entry in run.read_evaluations():
             update_best(session, entry["step"], entry["metrics"])
@@ -202,7 +202,7 @@ def save(session: Session, step: int, epoch: float) -> None:
         session.monitor.warn(f"head {name}: its weights or moments are no longer finite")
         stop_head(session, session.trainees[name], step)
     if states:
-        on_main(session.world, lambda: _write_checkpoint(session, states, step, epoch))
+        session.group.on_main(lambda: _write_checkpoint(session, states, step, epoch))
 
 
 def _write_checkpoint(session: Session, states: dict[str, HeadState], step: int, epoch: float) -> None:
@@ -249,7 +249,7 @@ def evaluate(session: Session, step: int) -> None:
             session.engines,
             session.parts.backbone,
             session.parts.val_set,
-            session.world,
+            session.group,
             session.experiment.loop,
             say=session.monitor.say,
             is_interrupted=lambda: session.interruption.received is not None,
@@ -258,7 +258,7 @@ def evaluate(session: Session, step: int) -> None:
     if metrics is None:
         end_interrupted(session, step)
     session.metrics = metrics
-    if not session.world.is_main:
+    if not session.group.is_main:
         return
     update_best(session, step, session.metrics)
     session.monitor.scalars(
@@ -289,8 +289,8 @@ def stop_head(session: Session, trainee: Trainee, step: int) -> None:
 
     Collective.
     """
-    evidence = session.world.gather_objects(trainee.evidence)
-    if session.world.is_main:
+    evidence = session.group.gather_objects(trainee.evidence)
+    if session.group.is_main:
         path = session.run.evidence(trainee.name)
         session.monitor.warn(f"head {trainee.name} stops after step {step}; what it saw last is listed in {path}")
         content = {"head": trainee.name, "step": step, "ranks": evidence}
@@ -306,9 +306,9 @@ def end_interrupted(session: Session, step: int) -> NoReturn:
         Interrupted: saying where it goes on.
         CheckpointError: the checkpoint could not be written.
     """
-    names = session.world.broadcast_object(session.world.gather_objects(session.interruption.received))
+    names = session.group.broadcast_object(session.group.gather_objects(session.interruption.received))
     who = ", ".join(f"{name} to rank {rank}" for rank, name in enumerate(names) if name is not None)
-    error = session.world.broadcast_object(session.save_error)
+    error = session.group.broadcast_object(session.save_error)
     if error is not None:
         raise CheckpointError(f"ended by a signal ({who}), but {error}")
     raise Interrupted(f"saved after step {step} and ended by {who}: the same command goes on from there")
@@ -337,7 +337,7 @@ def finish(session: Session, step: int) -> dict[str, Any]:
             ) from None
         return final
 
-    return on_main(session.world, write)
+    return session.group.on_main(write)
 
 
 def conclude(run: RunFolder, final: dict[str, Any]) -> Metrics:

@@ -40,8 +40,8 @@ def announce(
 
     Collective; the main rank prints and writes.
     """
-    groups_across_nodes = session.world.groups_across_nodes(session.experiment.mesh.tensor)
-    if not session.world.is_main:
+    groups_across_nodes = session.group.groups_across_nodes(session.experiment.mesh.tensor)
+    if not session.group.is_main:
         return
     facts = gather_facts(session, num_parameters, checkpoint, problems, groups_across_nodes)
     lines = facts["lines"]
@@ -69,10 +69,10 @@ def gather_facts(
     groups_across_nodes: int,
 ) -> dict[str, Any]:
     """Everything that was chosen, as JSON values; `lines` is what a person reads of it."""
-    experiment, world, parts = session.experiment, session.world, session.parts
+    experiment, group, parts = session.experiment, session.group, session.parts
     loop, accumulation = experiment.loop, experiment.engine.accumulation
     tensor = experiment.mesh.tensor
-    micro_batch = loop.global_batch // (world.world_size * accumulation)
+    micro_batch = loop.global_batch // (group.world_size * accumulation)
     backbone = {key: _plain(value) for key, value in parts.backbone.describe().items()}
     engine_kind, engine_reason = choose_engine(experiment.engine)
     start = checkpoint.state.step if checkpoint else 0
@@ -82,8 +82,8 @@ def gather_facts(
     lines = [
         f"recipe       {experiment.name}",
         f"run folder   {session.run}",
-        f"world        {world.describe()}",
-        f"mesh         {world.world_size // tensor} data x {tensor} tensor: "
+        f"world        {group.describe()}",
+        f"mesh         {group.world_size // tensor} data x {tensor} tensor: "
         + (f"ranks {tensor} by {tensor} share a backbone" if tensor > 1 else "every rank has all of the backbone"),
         f"engine       {engine_kind}: {engine_reason}",
         f"backbone     {experiment.backbone.name}, {_number(num_parameters['backbone'][1])} parameters, "
@@ -92,7 +92,7 @@ def gather_facts(
         *(f"             {key}: {value}" for key, value in shown.items()),
         f"data         {parts.train_set.extent} for training and {parts.val_set.extent} for validation, "
         f"{len(parts.train_set.classes)} classes",
-        f"batch        {loop.global_batch} = {micro_batch} images x {world.world_size} rank(s) x {accumulation} "
+        f"batch        {loop.global_batch} = {micro_batch} images x {group.world_size} rank(s) x {accumulation} "
         "micro-batch(es)",
         *([f"offload      {experiment.engine.offload}"] if experiment.engine.offload != "off" else []),
         f"steps        {loop.num_steps:,} = {loop.num_steps * loop.global_batch / len(parts.train_set):.1f} epochs",
@@ -118,20 +118,20 @@ def gather_facts(
     notes = [*parts.train_set.notes, *parts.val_set.notes]
     if groups_across_nodes:
         notes.append(
-            f"{groups_across_nodes} of {world.world_size // tensor} tensor groups have ranks on several nodes: every block of "
+            f"{groups_across_nodes} of {group.world_size // tensor} tensor groups have ranks on several nodes: every block of "
             "the split stages waits for the network between them twice. Start a multiple of mesh.tensor "
             f"({tensor}) processes on each node, or choose a smaller one"
         )
-    if world.device.type == "cuda" and world.world_size == 1 and torch.cuda.device_count() > 1:
+    if group.device.type == "cuda" and group.world_size == 1 and torch.cuda.device_count() > 1:
         notes.append(f"1 of {torch.cuda.device_count()} GPUs is used; `permafrost launch RECIPE ...` uses all")
     return {
         "recipe": experiment.name,
         "start_step": start,
         "resumed_from": str(checkpoint.path) if checkpoint else None,
         "damaged_checkpoints": problems,
-        "device": str(world.device),
-        "world_size": world.world_size,
-        "mesh": {"data": world.world_size // tensor, "tensor": tensor},
+        "device": str(group.device),
+        "world_size": group.world_size,
+        "mesh": {"data": group.world_size // tensor, "tensor": tensor},
         "tensor_groups_across_nodes": groups_across_nodes,
         "global_batch": loop.global_batch,
         "micro_batch": micro_batch,

@@ -20,7 +20,7 @@ from permafrost.heads.base import world_mean_counts
 from permafrost.launcher.engines.base import StepReport, build_engine, parameter_groups
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
 from permafrost.launcher.ranks.exit import run_and_leave
-from permafrost.launcher.ranks.process_group import init_world
+from permafrost.launcher.ranks.process_group import join_process_group
 from permafrost.launcher.run.fine_tune import FineTuned, ImagesOn
 from permafrost.model.config import BackboneConfig
 
@@ -119,7 +119,7 @@ def run(
 
 def main() -> None:
     if "--write-golden" in sys.argv:
-        world = init_world("cpu")
+        world = join_process_group("cpu")
         content = {
             "command": "python tests/distributed/equality_worker.py --write-golden",
             "torch": torch.__version__,
@@ -128,7 +128,7 @@ def main() -> None:
         GOLDEN.write_text(json.dumps(content, indent=1) + "\n")
         return
     options = arguments()
-    world = init_world("cpu", timeout=180)
+    world = join_process_group("cpu", timeout=180)
     results = {name: run(world, **layout) for name, layout in options["layouts"].items()}
     save_result(world, options["result"], results)
     world.close()

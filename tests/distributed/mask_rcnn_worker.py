@@ -23,7 +23,7 @@ from permafrost.heads.detection.config import HTCConfig, SemanticBranchConfig
 from permafrost.launcher.engines.base import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
 from permafrost.launcher.ranks.exit import run_and_leave
-from permafrost.launcher.ranks.process_group import init_world
+from permafrost.launcher.ranks.process_group import join_process_group
 from permafrost.model.spec import FeatureSpec
 
 GLOBAL_BATCH = 4
@@ -80,61 +80,61 @@ def image(step: int, index: int, num_boxes: int) -> tuple[list[torch.Tensor], De
     return maps, target
 
 
-def local_batch(world, step: int, num_boxes: tuple[int, ...]):
+def local_batch(group, step: int, num_boxes: tuple[int, ...]):
     """This rank's contiguous share of a step's images; `num_boxes` of each image of the global batch."""
-    size = GLOBAL_BATCH // world.world_size
-    chosen = range(world.rank * size, (world.rank + 1) * size)
+    size = GLOBAL_BATCH // group.world_size
+    chosen = range(group.rank * size, (group.rank + 1) * size)
     images = [image(step, index, num_boxes[index]) for index in chosen]
     features = tuple(torch.stack([maps[level] for maps, _ in images]) for level in range(len(SPEC.channels)))
     keys = [SampleKey(11, step, index) for index in chosen]
     return features, Batch(torch.zeros(size, 3, SIDE, SIDE, dtype=torch.uint8), [t for _, t in images], keys)
 
 
-def take_steps(world, kind: str, steps: list[tuple[int, ...]], config: MaskRCNNConfig = CONFIG) -> dict:
+def take_steps(group, kind: str, steps: list[tuple[int, ...]], config: MaskRCNNConfig = CONFIG) -> dict:
     engine = build_engine(
         make_head(config),
         optimizer=OptimizerConfig(),
         engine=EngineConfig() if kind == "accelerate" else EngineConfig(deepspeed_config=kind),
-        world=world,
+        group=group,
         global_batch=GLOBAL_BATCH,
     )
     engine.train()
     result = {"steps": []}
     for step, num_boxes in enumerate(steps):
-        features, batch = local_batch(world, step, num_boxes)
+        features, batch = local_batch(group, step, num_boxes)
         losses = engine(features, batch, world_mean_counts)
         engine.backward(sum(losses.values()))
         report = engine.step(1e-3)
         assert not report.skipped
-        means = world.all_reduce_mean({name: loss.item() for name, loss in losses.items()})
+        means = group.all_reduce_mean({name: loss.item() for name, loss in losses.items()})
         result["steps"].append({**means, "grad_norm": report.grad_norm})
         if step == 0:
             # A tenth of each parameter's gradient.
             result["exp_avg"] = engine.export_state().exp_avg
     engine.train(False)
     # Different numbers of detections on each rank, none on the last one: ZeRO 3 gathers parameters here.
-    features, batch = local_batch(world, 99, (2, 2, 2, 2))
-    if world.rank == world.world_size - 1:
+    features, batch = local_batch(group, 99, (2, 2, 2, 2))
+    if group.rank == group.world_size - 1:
         last = engine.head.box if config is CONFIG else engine.head.boxes[-1]
         last.config = dataclasses.replace(last.config, score_threshold=0.999)
     detections = engine(features, batch, world_mean_counts)
-    result["num_detections"] = world.gather_objects([len(found.boxes) for found in detections])
+    result["num_detections"] = group.gather_objects([len(found.boxes) for found in detections])
     return result
 
 
 def main() -> None:
     args = arguments()
-    world = init_world("cpu", timeout=180)
+    group = join_process_group("cpu", timeout=180)
     # The second step has objects on the first rank only, the third on none.
     steps = [(3, 1, 2, 4), (2, 1, 0, 0), (0, 0, 0, 0), (1, 1, 1, 1)]
     if args.get("htc"):
         save_result(
-            world, args["result"], {kind: take_steps(world, kind, steps, HTC) for kind in ("accelerate", "zero3")}
+            group, args["result"], {kind: take_steps(group, kind, steps, HTC) for kind in ("accelerate", "zero3")}
         )
-        world.close()
+        group.close()
         return
-    save_result(world, args["result"], {kind: take_steps(world, kind, steps) for kind in KINDS})
-    world.close()
+    save_result(group, args["result"], {kind: take_steps(group, kind, steps) for kind in KINDS})
+    group.close()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from permafrost.data.types import SampleKey
 from permafrost.launcher.cli import parse_experiment
 from permafrost.launcher.engines.base import build_engine
 from permafrost.launcher.ranks.exit import run_and_leave
-from permafrost.launcher.ranks.process_group import init_world
+from permafrost.launcher.ranks.process_group import join_process_group
 from permafrost.launcher.run.parts import build_backbone, join_heads
 from permafrost.launcher.train import head_losses
 from permafrost.model.offload import ActivationOffload
@@ -69,7 +69,7 @@ def watch_buckets(model: torch.nn.Module) -> dict[str, int]:
 
     def hook(state, bucket):
         buckets["total"] += bucket.buffer().nbytes
-        return allreduce_hook(dist.group.WORLD, bucket)
+        return allreduce_hook(dist.group.GROUP, bucket)
 
     model.register_comm_hook(None, hook)
     return buckets
@@ -200,7 +200,7 @@ def constants(backbone) -> Iterator[Tensor]:
 def main() -> None:
     options = arguments()
     count_collectives()
-    world = init_world("cpu")
+    world = join_process_group("cpu")
     results = {
         name: measure(world, options["recipe"], kind, fields) for name, (kind, fields) in options["measure"].items()
     }

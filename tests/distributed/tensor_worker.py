@@ -17,7 +17,7 @@ from permafrost.heads.base import world_mean_counts
 from permafrost.launcher.engines.base import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
 from permafrost.launcher.ranks.exit import run_and_leave
-from permafrost.launcher.ranks.process_group import init_world
+from permafrost.launcher.ranks.process_group import join_process_group
 from permafrost.model import BackboneError, SwinV2, load_backbone
 from permafrost.model.spec import SwinV2Size
 from permafrost.model.split.fairscale_groups import join_tensor_group
@@ -278,7 +278,7 @@ def main() -> None:
     args = arguments()
     if "load" in args:
         # Nothing is caught here: what becomes of the processes is looked at from outside.
-        world = init_world("cpu", timeout=60)
+        world = join_process_group("cpu", timeout=60)
         try:
             group = join_tensor_group(world.world_size)
             load_backbone("swinv2_nano", weights=args["load"][world.rank], tensor_group=group)
@@ -287,7 +287,7 @@ def main() -> None:
         return
     # Freed memory of more than 64 KiB goes back to the system at once (M_MMAP_THRESHOLD): what is left is in use.
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
-    world = init_world("cpu", timeout=180)
+    world = join_process_group("cpu", timeout=180)
     result: dict = {"errors": {}, "custom": {}, "loading": {}}
     old = None
     for degree in (2, 4):

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from common import arguments
 
 from permafrost.launcher.ranks.exit import run_and_leave
-from permafrost.launcher.ranks.process_group import init_world
+from permafrost.launcher.ranks.process_group import join_process_group
 
 
 def main() -> None:
-    world = init_world("cpu")
+    world = join_process_group("cpu")
     library_group = dist.new_group([0, 1])
     world.limit_collectives(arguments()["limit"])
     if world.is_main:

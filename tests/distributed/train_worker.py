@@ -40,7 +40,7 @@ from permafrost.launcher.experiment import (
     ScheduleConfig,
 )
 from permafrost.launcher.ranks.exit import run_and_leave
-from permafrost.launcher.ranks.process_group import init_world
+from permafrost.launcher.ranks.process_group import join_process_group
 from permafrost.model.config import BackboneConfig
 
 
@@ -121,7 +121,7 @@ def experiment(
         "checkpoint_every": 3,
         "image_every": 0,
     }
-    data = ShapesDataConfig(root=root, image_size=64, world=world, jitter=JitterConfig(scale_range=(0.7, 1.3)))
+    data = ShapesDataConfig(root=root, image_size=64, group=world, jitter=JitterConfig(scale_range=(0.7, 1.3)))
     if coco:
         # As it is on disk: nothing is cropped away, images without objects are trained on.
         as_is = JitterConfig(scale_range=(1.0, 1.0))
@@ -171,7 +171,7 @@ def run(kill_after: int | None = None, resume: str = "auto", detections: str = "
 def main() -> None:
     """The runs that the test asked for, one after the other."""
     given = arguments()
-    world = init_world("cpu")  # outlives the runs, which find it there and leave it
+    world = join_process_group("cpu")  # outlives the runs, which find it there and leave it
     outcomes = []
     for one in given["runs"]:
         own = dict(one)

@@ -24,18 +24,17 @@ from permafrost.launcher.cli import main
 from permafrost.launcher.errors import CheckpointError, RunFolderError
 from permafrost.launcher.evaluate import class_table, evaluate_heads, evaluate_run, metrics_table
 from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, ScheduleConfig
-from permafrost.launcher.ranks.process_group import World
+from permafrost.launcher.ranks.process_group import ProcessGroup
 from permafrost.launcher.run.checkpoint import CheckpointWarning
 from permafrost.launcher.run.restore import load_trained
 from permafrost.launcher.train import train
 
 
-class ThreadWorld:
-    """World for ranks that are threads of one process: the real collectives need processes."""
+class ThreadGroup(ProcessGroup):
+    """Ranks that are threads of one process: the real collectives need processes."""
 
     def __init__(self, rank: int, world_size: int, shared: dict[str, Any]) -> None:
-        self.rank, self.world_size, self.is_main = rank, world_size, rank == 0
-        self.device = torch.device("cpu")
+        super().__init__(rank, world_size, rank, torch.device("cpu"))
         self._shared = shared
 
     def gather_objects(self, value: Any) -> list[Any] | None:
@@ -54,14 +53,14 @@ class ThreadWorld:
         return value
 
 
-def on_ranks(world_size: int, work: Callable[[ThreadWorld], Any]) -> list[Any]:
+def on_ranks(world_size: int, work: Callable[[ThreadGroup], Any]) -> list[Any]:
     """The results of `work` on every rank, by rank."""
     shared = {"slots": [None] * world_size, "barrier": threading.Barrier(world_size, timeout=60)}
     results: list[Any] = [None] * world_size
 
     def run(rank: int) -> None:
         try:
-            results[rank] = work(ThreadWorld(rank, world_size, shared))
+            results[rank] = work(ThreadGroup(rank, world_size, shared))
         except BaseException as error:
             results[rank] = error
             shared["barrier"].abort()
@@ -168,11 +167,11 @@ def test_several_views_of_an_image_are_one_result(
     ).build_val()
     loop = LoopConfig(evaluation_batch=3, num_workers=0)
 
-    parts = [load_trained(run, World(0, 1, 0, torch.device("cpu"))) for _ in range(2)]
+    parts = [load_trained(run, ProcessGroup(0, 1, 0, torch.device("cpu"))) for _ in range(2)]
 
-    def share(world: ThreadWorld) -> Any:
-        own = parts[world.rank]
-        return evaluate_heads(own.heads, own.backbone, dataset, world, loop)
+    def share(group: ThreadGroup) -> Any:
+        own = parts[group.rank]
+        return evaluate_heads(own.heads, own.backbone, dataset, group, loop)
 
     for metrics in on_ranks(2, share):
         assert metrics["detection"]["bbox/AP"] == pytest.approx(content["metrics"]["detection"]["bbox/AP"], abs=1e-6)
@@ -185,12 +184,12 @@ def test_shares_of_ranks_make_the_same_result(
     experiment, expected = trained_run
     loop = LoopConfig(evaluation_batch=batch_size, num_workers=0)
     dataset = experiment.data.build_val()
-    single = World(0, 1, 0, torch.device("cpu"))
+    single = ProcessGroup(0, 1, 0, torch.device("cpu"))
     parts = [load_trained(experiment.output, single) for _ in range(world_size)]
 
-    def work(world: ThreadWorld) -> Any:
-        own = parts[world.rank]
-        return evaluate_heads(own.heads, own.backbone, dataset, world, loop, results_folder=tmp_path)
+    def work(group: ThreadGroup) -> Any:
+        own = parts[group.rank]
+        return evaluate_heads(own.heads, own.backbone, dataset, group, loop, results_folder=tmp_path)
 
     results = on_ranks(world_size, work)
     for result in results:
@@ -232,7 +231,7 @@ def test_what_cannot_be_scored_is_named(tiny: Callable[..., Experiment], tmp_pat
     train(experiment)
     run = Path(experiment.output)
     with pytest.raises(CheckpointError, match="no head other: it trains detection"):
-        load_trained(run, World(0, 1, 0, torch.device("cpu")), heads=["other"])
+        load_trained(run, ProcessGroup(0, 1, 0, torch.device("cpu")), heads=["other"])
     recipe = json.loads((run / "recipe.json").read_text())
     # Other weights behind the same run folder.
     recipe["experiment"]["backbone"]["weights"] = "random:5"
@@ -252,14 +251,14 @@ def test_what_cannot_be_scored_is_named(tiny: Callable[..., Experiment], tmp_pat
 def test_evaluation_changes_no_weight_and_no_mode(tiny: Callable[..., Experiment]) -> None:
     experiment = tiny(num_steps=2)
     train(experiment)
-    trained = load_trained(experiment.output, World(0, 1, 0, torch.device("cpu")))
+    trained = load_trained(experiment.output, ProcessGroup(0, 1, 0, torch.device("cpu")))
     head = trained.heads["detection"].head
     before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     evaluate_heads(
         trained.heads,
         trained.backbone,
         experiment.data.build_val(),
-        World(0, 1, 0, torch.device("cpu")),
+        ProcessGroup(0, 1, 0, torch.device("cpu")),
         experiment.loop,
     )
     assert not head.training

@@ -21,9 +21,9 @@ from permafrost.launcher.engines.deepspeed_json import load_json, merge_settings
 from permafrost.launcher.errors import CheckpointError, LaunchError
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
 from permafrost.launcher.ranks.division import micro_batch_size
-from permafrost.launcher.ranks.process_group import World
+from permafrost.launcher.ranks.process_group import ProcessGroup
 
-WORLD = World(0, 1, 0, torch.device("cpu"))
+GROUP = ProcessGroup(0, 1, 0, torch.device("cpu"))
 
 
 class LinearHead(nn.Module):
@@ -48,7 +48,7 @@ def make_engine(head: nn.Module | None = None, **engine):
         head or LinearHead(),
         optimizer=OptimizerConfig(),
         engine=EngineConfig(**engine),
-        world=WORLD,
+        group=GROUP,
         global_batch=4,
         environ={},
     )
@@ -115,7 +115,7 @@ class TestChoice:
                 LinearHead(),
                 optimizer=OptimizerConfig(),
                 engine=EngineConfig(),
-                world=WORLD,
+                group=GROUP,
                 global_batch=4,
                 environ=environ,
             )
@@ -343,13 +343,13 @@ class TestState:
 @pytest.mark.parametrize("engine", [{}, {"kind": "deepspeed"}, {"deepspeed_config": "zero3"}])
 def test_cuda(engine):
     """On a GPU: the same first step as on the CPU, bfloat16 by default, and a state that goes to the CPU and back."""
-    from permafrost.launcher.ranks.process_group import init_world
+    from permafrost.launcher.ranks.process_group import join_process_group
 
     reference = make_engine()
     reference.train()
     start = reference.export_state()
     expected = [take_step(reference, seed) for seed in range(4)]
-    world = init_world("cuda")
+    group = join_process_group("cuda")
     optimizer = OptimizerConfig()
     found = {}
     for precision in ("float32", "auto"):
@@ -357,7 +357,7 @@ def test_cuda(engine):
             LinearHead(),
             optimizer=optimizer,
             engine=EngineConfig(precision=precision, **engine),
-            world=world,
+            group=group,
             global_batch=4,
         )
         built.train()
@@ -375,4 +375,4 @@ def test_cuda(engine):
         found[built.precision] = losses
     assert found["float32"] == pytest.approx(expected, rel=1e-5)
     assert found["bfloat16"] == pytest.approx(expected, rel=5e-2)
-    world.close()
+    group.close()

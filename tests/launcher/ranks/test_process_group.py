@@ -13,7 +13,7 @@ from permafrost.launcher.ranks.process_group import (
     choose_device,
     complete_single_process,
     first_slurm_host,
-    init_world,
+    join_process_group,
     read_ranks,
 )
 
@@ -169,39 +169,39 @@ def test_accelerate_use_cpu(monkeypatch, num_cuda):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for name in (*mesh.RANK_VARIABLES, "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
-    assert init_world().device.type == "cuda"
+    assert join_process_group().device.type == "cuda"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    assert init_world().device.type == "cpu"
-    assert init_world("cuda").device.type == "cuda"
+    assert join_process_group().device.type == "cpu"
+    assert join_process_group("cuda").device.type == "cuda"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
-    assert init_world().device.type == "cuda"
+    assert join_process_group().device.type == "cuda"
 
 
 def test_single_process_world(monkeypatch):
     for name in (*mesh.RANK_VARIABLES, "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
-    world = init_world("cpu")
-    assert (world.rank, world.world_size, world.local_rank, world.is_main) == (0, 1, 0, True)
+    group = join_process_group("cpu")
+    assert (group.rank, group.world_size, group.local_rank, group.is_main) == (0, 1, 0, True)
     assert not torch.distributed.is_initialized()
-    assert world.all_reduce_mean({"b": 2, "a": 0.5}) == {"a": 0.5, "b": 2.0}
-    assert world.any_true(True)
-    assert not world.any_true(False)
-    assert world.gather_objects("x") == ["x"]
-    assert world.broadcast_object("x") == "x"
-    world.barrier()
-    assert "1 process" in world.describe()
-    world.close()
-    world.close()
+    assert group.all_reduce_mean({"b": 2, "a": 0.5}) == {"a": 0.5, "b": 2.0}
+    assert group.any_true(True)
+    assert not group.any_true(False)
+    assert group.gather_objects("x") == ["x"]
+    assert group.broadcast_object("x") == "x"
+    group.barrier()
+    assert "1 process" in group.describe()
+    group.close()
+    group.close()
 
 
 @pytest.mark.parametrize(("world_size", "tensor"), [(1, 2), (3, 2), (6, 4), (2, 4)])
 def test_a_world_that_does_not_divide_into_tensor_groups(world_size, tensor):
-    world = mesh.World(0, world_size, 0, torch.device("cpu"))
-    for refuse in (world.require_mesh, world.tensor_group):
+    group = mesh.ProcessGroup(0, world_size, 0, torch.device("cpu"))
+    for refuse in (group.require_mesh, group.tensor_group):
         with pytest.raises(LaunchError, match=rf"mesh\.tensor is {tensor} but there are {world_size} process"):
             refuse(tensor)
-    world.require_mesh(1)
-    assert world.tensor_group(1) is None
+    group.require_mesh(1)
+    assert group.tensor_group(1) is None
 
 
 def test_complete_single_process():

@@ -15,7 +15,7 @@ from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.evaluate import evaluate_run
 from permafrost.launcher.experiment import Experiment, HeadExperiment
 from permafrost.launcher.plan.planner import Machines, Planner
-from permafrost.launcher.ranks.process_group import init_world
+from permafrost.launcher.ranks.process_group import join_process_group
 from permafrost.launcher.run.checkpoint import load_newest, read_checkpoint
 from permafrost.launcher.run.folder import RunFolder
 from permafrost.launcher.run.restore import load_trained
@@ -55,8 +55,8 @@ def test_it_is_the_average_of_the_weights_and_changes_none(averaged: Callable[..
         for name, tensor in tensors(plain.output, step, "head").items():
             assert torch.equal(tensor, weights[name]), "the head itself trains as without"
     # It is what was scored, and what is used afterwards.
-    world = init_world("cpu")
-    head = load_trained(run.output, world, which="latest").heads["detection"].head
+    group = join_process_group("cpu")
+    head = load_trained(run.output, group, which="latest").heads["detection"].head
     for name, parameter in head.named_parameters():
         assert torch.equal(parameter, tensors(run.output, 5, "ema")[name])
     assert evaluate_run(run.output, which="latest", device="cpu", say=lambda text: None) == metrics

@@ -23,7 +23,7 @@ from permafrost.launcher.errors import CheckpointError, RecipeError, RunFolderEr
 from permafrost.launcher.evaluate import evaluate_run
 from permafrost.launcher.experiment import EngineConfig, Experiment, MeshConfig, OptimizerConfig
 from permafrost.launcher.predict import predict_run
-from permafrost.launcher.ranks.process_group import World
+from permafrost.launcher.ranks.process_group import ProcessGroup
 from permafrost.launcher.run.fine_tune import FineTuned
 from permafrost.launcher.run.folder import read_json_lines
 from permafrost.launcher.run.parts import build_heads, join_heads
@@ -32,7 +32,7 @@ from permafrost.launcher.train import train
 from permafrost.model.config import BackboneConfig
 from permafrost.model.spec import SWINV2_SIZES
 
-WORLD = World(0, 1, 0, torch.device("cpu"))
+GROUP = ProcessGroup(0, 1, 0, torch.device("cpu"))
 TRAINED = BackboneConfig("swinv2_nano", "random", frozen=False, drop_path_rate=0.2, learning_rate_factor=0.1)
 
 
@@ -124,7 +124,7 @@ def test_it_takes_the_steps_of_a_plain_loop_around_timms_network(tiny: Callable[
         expected.append(total.item())
 
     engine = build_engine(
-        model, optimizer=OptimizerConfig(), engine=EngineConfig(), world=WORLD, global_batch=2, environ={}
+        model, optimizer=OptimizerConfig(), engine=EngineConfig(), world=GROUP, global_batch=2, environ={}
     )
     engine.train()
     found = []
@@ -185,7 +185,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_evaluation_and_prediction_use_the_trained_backbone(run: Path, tmp_path: Path) -> None:
-    trained = load_trained(run, WORLD)
+    trained = load_trained(run, GROUP)
     model = trained.heads["detection"].head
     assert isinstance(model, FineTuned)
     content = saved(run, 4)
@@ -204,14 +204,14 @@ def test_evaluation_and_prediction_use_the_trained_backbone(run: Path, tmp_path:
 
 
 def test_other_weights_to_start_from_are_refused(run: Path) -> None:
-    experiment = load_trained(run, WORLD).experiment
+    experiment = load_trained(run, GROUP).experiment
     recipe = json.loads((run / "recipe.json").read_text())
     recipe["experiment"]["backbone"]["weights"] = "random:1"
     try:
         before = (run / "recipe.json").read_text()
         (run / "recipe.json").write_text(json.dumps(recipe))
         with pytest.raises(CheckpointError, match="was trained on the backbone swinv2_nano with fingerprint"):
-            load_trained(run, WORLD)
+            load_trained(run, GROUP)
     finally:
         (run / "recipe.json").write_text(before)
     other = dataclasses.replace(experiment, backbone=dataclasses.replace(experiment.backbone, frozen=True))
