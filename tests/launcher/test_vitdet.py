@@ -21,7 +21,7 @@ def test_vitdet_debug_trains_and_predicts_and_knows_its_run(
     assert "taps: [3]" in out
     assert "images_padded_to_multiples_of: 14" in out
     recipe = json.loads(Path("run/recipe.json").read_text())
-    assert json.dumps(recipe).count("permafrost.heads.config:SimplePyramidConfig") == 1
+    assert json.dumps(recipe).count("heads.SimplePyramidConfig") == 1
     assert main([*train, *small]) == 0
     assert "run has ended after 2 steps" in capsys.readouterr().out
     picture = next(Path(recipe_root(out)).glob("val2017/*.jpg"))
