@@ -35,7 +35,8 @@ def contestants(recipe: str) -> tuple[dict[str, Callable[[], float]], int]:
     """What takes a step and returns its loss, by name; and the number of images of a step."""
     from permafrost.heads.base import world_mean_counts
     from permafrost.launcher.cli import parse_experiment
-    from permafrost.launcher.engines.base import build_engine, parameter_groups
+    from permafrost.launcher.engines.base import parameter_groups
+    from permafrost.launcher.engines.choose import build_engine
     from permafrost.launcher.experiment import EngineConfig
     from permafrost.launcher.plan.head import make_batch
     from permafrost.launcher.ranks.process_group import join_process_group
@@ -43,12 +44,12 @@ def contestants(recipe: str) -> tuple[dict[str, Callable[[], float]], int]:
 
     experiment = parse_experiment(recipe, [])
     ((name, config),) = experiment.heads.items()
-    world = join_process_group("auto")
+    group = join_process_group("auto")
     images, side = experiment.loop.global_batch, experiment.data.image_size
     classes = [str(index) for index in range(8)]
-    batch = make_batch(images, side, objects=8, num_classes=len(classes)).to(world.device)
+    batch = make_batch(images, side, objects=8, num_classes=len(classes)).to(group.device)
     batch.images.random_(0, 256)
-    backbone = experiment.backbone.build(world.device)
+    backbone = experiment.backbone.build(group.device)
     features = backbone(batch.images)
 
     def new_head() -> torch.nn.Module:
@@ -60,7 +61,7 @@ def contestants(recipe: str) -> tuple[dict[str, Callable[[], float]], int]:
             new_head(),
             optimizer=config.optimizer,
             engine=EngineConfig(precision="float32", **fields),
-            world=world,
+            group=group,
             global_batch=images,
             environ={},
         )
@@ -74,7 +75,7 @@ def contestants(recipe: str) -> tuple[dict[str, Callable[[], float]], int]:
 
         return step
 
-    bare = new_head().to(world.device).train()
+    bare = new_head().to(group.device).train()
     optimizer = torch.optim.AdamW(
         [
             {"params": list(group.parameters.values()), "weight_decay": config.optimizer.weight_decay * group.decayed}
@@ -83,7 +84,7 @@ def contestants(recipe: str) -> tuple[dict[str, Callable[[], float]], int]:
         lr=LEARNING_RATE,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
-        fused=world.device.type == "cuda",
+        fused=group.device.type == "cuda",
         foreach=False,
     )
 

@@ -62,7 +62,7 @@ def measure(recipe: str, way: str) -> dict[str, object]:
     import torch
 
     from permafrost.launcher.cli import parse_experiment
-    from permafrost.launcher.engines.base import build_engine
+    from permafrost.launcher.engines.choose import build_engine
     from permafrost.launcher.plan.head import make_batch
     from permafrost.launcher.plan.planner import Machines, Planner
     from permafrost.launcher.ranks.process_group import join_process_group

@@ -98,7 +98,7 @@ def run(name: str, folder: Path, side: int, steps: int) -> dict[str, object]:
     """Loads, computes and trains; returns a row."""
     from permafrost.configs.coco import swinv2_base_fpn
     from permafrost.heads.base import world_mean_counts
-    from permafrost.launcher.engines.base import build_engine
+    from permafrost.launcher.engines.choose import build_engine
     from permafrost.launcher.experiment import EngineConfig
     from permafrost.launcher.plan.head import make_batch
     from permafrost.launcher.ranks.process_group import join_process_group

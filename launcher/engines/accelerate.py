@@ -18,6 +18,7 @@ from permafrost.launcher.engines.adamw import MOMENTS, adamw_state, build_adamw,
 from permafrost.launcher.engines.base import (
     HeadState,
     StepReport,
+    autocast,
     export_buffers,
     import_buffers,
     is_true,
@@ -42,7 +43,7 @@ UNSUPPORTED = {
 
 
 class AccelerateEngine:
-    """Trains a head in one process or, in a larger world, under DDP. See permafrost.launcher.engines.base.Engine."""
+    """Trains a head in one process or, of several, under DDP. engines.base.Engine says what each method does."""
 
     def __init__(
         self,
@@ -90,27 +91,25 @@ class AccelerateEngine:
         self.name = f"accelerate ({how}, {self.precision}, {self._accumulation} micro-batch(es) a step)"
 
     def __call__(self, features: Sequence[Tensor], batch: Batch, counts: LossCounts) -> Any:
-        """See Engine. In evaluation the raw head runs: no collectives."""
+        """In evaluation the raw head runs: no collectives."""
         if not self.head.training:
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), autocast(self.precision, self._group.device.type):
                 return self.head(features, batch, counts)
         is_last = self._num_backward == self._accumulation - 1
+        computes = autocast(self.precision, self._group.device.type)
         # DDP decides in the forward whether its backward will average gradients.
-        with contextlib.nullcontext() if is_last else self._accelerator.no_sync(self._model), self._autocast():
+        with contextlib.nullcontext() if is_last else self._accelerator.no_sync(self._model), computes:
             return self._model(features, batch, counts)
 
     def train(self, mode: bool = True) -> None:
-        """See Engine."""
         self._model.train(mode)
 
     def backward(self, loss: Tensor) -> None:
-        """See Engine."""
         assert self._num_backward < self._accumulation, f"more than {self._accumulation} backward calls in one step"
         self._accelerator.backward(loss / self._accumulation)
         self._num_backward += 1
 
     def step(self, learning_rate: float) -> StepReport:
-        """See Engine."""
         assert self._num_backward == self._accumulation, f"{self._num_backward} backward calls of {self._accumulation}"
         gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
         norm_tensor = torch.nn.utils.get_total_norm(gradients)
@@ -126,12 +125,10 @@ class AccelerateEngine:
         return StepReport(grad_norm=norm, skipped=False)
 
     def skip_step(self) -> None:
-        """See Engine."""
         self._optimizer.zero_grad(set_to_none=True)
         self._num_backward = 0
 
     def export_state(self) -> HeadState:
-        """See Engine."""
         states = self._optimizer.optimizer.state
         zero = {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in self._parameters.items() if p not in states}
         moments = {
@@ -149,22 +146,18 @@ class AccelerateEngine:
         )
 
     def masters(self) -> list[Tensor]:
-        """See Engine."""
         return [parameter.detach() for parameter in self._parameters.values()]
 
     def export_parameters(self) -> dict[str, Tensor]:
-        """See Engine."""
         return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
     def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
-        """See Engine."""
         for name, parameter in self._parameters.items():
             parameter.copy_(parameters[name])
 
     @torch.no_grad()
     def import_state(self, state: HeadState) -> None:
-        """See Engine."""
         state.require_fit(
             {name: parameter.shape for name, parameter in self._parameters.items()},
             {name: self.head.get_buffer(name).shape for name in self._buffer_names},
@@ -179,11 +172,6 @@ class AccelerateEngine:
                 entry[key].copy_(getattr(state, key)[name])
             optimizer.state[parameter] = entry
         import_buffers(self.head, self._buffer_names, state)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self._group.device.type, dtype=torch.bfloat16)
 
 
 def check_accelerate_environment(environ: Mapping[str, str], precision: str) -> None:

@@ -6,8 +6,8 @@ Two implementations stand on existing engines: Accelerate (one process, or DDP o
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from permafrost.launcher.errors import CheckpointError, LaunchError
-from permafrost.launcher.ranks.division import micro_batch_size
 
 if TYPE_CHECKING:
     from permafrost.data.types import Batch
     from permafrost.heads.base import Head, LossCounts
-    from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
+    from permafrost.launcher.experiment import OptimizerConfig
     from permafrost.launcher.ranks.process_group import ProcessGroup
 
 
@@ -138,73 +137,6 @@ class Engine(Protocol):
         """
 
 
-def choose_engine(config: EngineConfig, environ: Mapping[str, str] | None = None) -> tuple[str, str]:
-    """("accelerate" or "deepspeed", the reason in words).
-
-    Raises:
-        LaunchError: the recipe and Accelerate's launcher ask for different engines.
-    """
-    environ = os.environ if environ is None else environ
-    launcher_wants_deepspeed = (
-        is_true(environ.get("ACCELERATE_USE_DEEPSPEED"))
-        or environ.get("ACCELERATE_DISTRIBUTED_TYPE", "").upper() == "DEEPSPEED"
-    )
-    if config.kind == "accelerate":
-        if config.deepspeed_config is not None:
-            raise LaunchError(
-                f"engine.kind is 'accelerate' but engine.deepspeed_config is {config.deepspeed_config!r}: set kind to "
-                "'deepspeed' or 'auto', or leave deepspeed_config out"
-            )
-        if launcher_wants_deepspeed:
-            raise LaunchError(
-                "engine.kind is 'accelerate' but Accelerate's configuration says distributed_type: DEEPSPEED. Set "
-                "kind to 'auto' or 'deepspeed', or change the configuration given to accelerate launch"
-            )
-        return "accelerate", "the recipe says engine.kind = 'accelerate'"
-    if config.kind == "deepspeed":
-        return "deepspeed", "the recipe says engine.kind = 'deepspeed'"
-    if config.deepspeed_config is not None:
-        return "deepspeed", f"engine.deepspeed_config is {config.deepspeed_config!r}"
-    if launcher_wants_deepspeed:
-        return "deepspeed", "Accelerate's distributed_type is DEEPSPEED"
-    return "accelerate", "nothing asks for DeepSpeed"
-
-
-def build_engine(
-    head: Head,
-    *,
-    optimizer: OptimizerConfig,
-    engine: EngineConfig,
-    group: ProcessGroup,
-    global_batch: int,
-    environ: MutableMapping[str, str] | None = None,
-) -> Engine:
-    """The engine that `choose_engine` picks, around a head that is moved to the process group's device.
-
-    Args:
-        head: with the same values on every rank (built from the run's seed, or about to get an imported state).
-        optimizer: AdamW's numbers; the learning rate arrives with each step.
-        engine: the recipe's engine section.
-        group: this process among the others.
-        global_batch: images per optimizer step over all ranks and micro-batches.
-        environ: what to read the launcher's wishes from; None is os.environ.
-
-    Raises:
-        LaunchError: the pieces contradict each other.
-    """
-    environ = os.environ if environ is None else environ
-    kind, _ = choose_engine(engine, environ)
-    size = micro_batch_size(global_batch=global_batch, world_size=group.world_size, accumulation=engine.accumulation)
-    require_trainable(head)
-    if kind == "accelerate":
-        from permafrost.launcher.engines.accelerate import AccelerateEngine
-
-        return AccelerateEngine(head, optimizer=optimizer, engine=engine, group=group, environ=environ)
-    from permafrost.launcher.engines.deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine(head, optimizer=optimizer, engine=engine, group=group, micro_batch=size, environ=environ)
-
-
 def split_decay(head: nn.Module, no_decay: Sequence[str]) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """(decayed, not decayed) parameters by name: the latter have one dimension or a part of `no_decay` in the name."""
     decayed: dict[str, nn.Parameter] = {}
@@ -277,6 +209,13 @@ def resolve_precision(precision: str, device_type: str) -> str:
     if precision == "auto":
         return "bfloat16" if device_type == "cuda" else "float32"
     return precision
+
+
+def autocast(precision: str, device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which a head computes: torch's autocast for "bfloat16", nothing for "float32"."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, dtype=torch.bfloat16)
 
 
 def persistent_buffers(head: nn.Module) -> list[str]:

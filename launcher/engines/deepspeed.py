@@ -5,7 +5,6 @@ DeepSpeed broadcasts every parameter it is given from rank 0, frozen ones includ
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -18,6 +17,7 @@ from permafrost.launcher.engines.adamw import build_adamw, set_learning_rate
 from permafrost.launcher.engines.base import (
     HeadState,
     StepReport,
+    autocast,
     export_buffers,
     import_buffers,
     persistent_buffers,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class DeepSpeedEngine:
-    """Trains a head under ZeRO. See permafrost.launcher.engines.base.Engine."""
+    """Trains a head under ZeRO. engines.base.Engine says what each method does."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class DeepSpeedEngine:
         )
 
     def __call__(self, features: Sequence[Tensor], batch: Batch, counts: LossCounts) -> Any:
-        """See Engine. In evaluation ZeRO 1 and 2 run the raw head; ZeRO 3 gathers its parameters, collectively."""
+        """In evaluation ZeRO 1 and 2 run the raw head; ZeRO 3 gathers its parameters, collectively."""
         if self.head.training:
             # Stage 1 reduces, and all stages hand over to the optimizer, in the last micro-batch's backward.
             self._engine.set_gradient_accumulation_boundary(self._num_backward == self._accumulation - 1)
@@ -107,21 +107,19 @@ class DeepSpeedEngine:
         with torch.no_grad():
             if self._stage == 3:
                 return self._engine(features, batch, counts)
-            with self._autocast():
+            with autocast(self.precision, self._group.device.type):
                 return self.head(features, batch, counts)
 
     def train(self, mode: bool = True) -> None:
-        """See Engine."""
         self._engine.train(mode)
 
     def backward(self, loss: Tensor) -> None:
-        """See Engine. DeepSpeed divides by the number of micro-batches itself."""
+        """DeepSpeed divides by the number of micro-batches itself."""
         assert self._num_backward < self._accumulation, f"more than {self._accumulation} backward calls in one step"
         self._engine.backward(loss)
         self._num_backward += 1
 
     def step(self, learning_rate: float) -> StepReport:
-        """See Engine."""
         assert self._num_backward == self._accumulation, f"{self._num_backward} backward calls of {self._accumulation}"
         set_learning_rate(self._engine.optimizer.param_groups, learning_rate)
         self._engine.step()
@@ -130,30 +128,24 @@ class DeepSpeedEngine:
         return StepReport(grad_norm=None if norm is None else float(norm), skipped=not self._engine.was_step_applied())
 
     def skip_step(self) -> None:
-        """See Engine."""
         drop_gradients(self._engine)
         self._num_backward = 0
 
     def export_state(self) -> HeadState:
-        """See Engine."""
         parameters, moments, step = export_zero(self._engine, self._parameters)
         buffers = export_buffers(self.head, self._buffer_names, self._group)
         return HeadState(parameters=parameters, buffers=buffers, step=step, **moments)
 
     def masters(self) -> list[Tensor]:
-        """See Engine."""
         return [flat.detach() for flat in flat_partitions(self._engine)]
 
     def export_parameters(self) -> dict[str, Tensor]:
-        """See Engine."""
         return export_weights(self._parameters)
 
     def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
-        """See Engine."""
         import_weights(self._engine, self._parameters, parameters)
 
     def import_state(self, state: HeadState) -> None:
-        """See Engine."""
         state.require_fit(
             parameter_shapes(self._parameters),
             {name: self.head.get_buffer(name).shape for name in self._buffer_names},
@@ -161,11 +153,6 @@ class DeepSpeedEngine:
         self.skip_step()
         import_zero(self._engine, self._parameters, state)
         import_buffers(self.head, self._buffer_names, state)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self._group.device.type, dtype=torch.bfloat16)
 
 
 def start_deepspeed(group: ProcessGroup) -> Any:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from permafrost.data.task import Task
-from permafrost.launcher.engines.base import choose_engine, parameter_groups, resolve_precision
+from permafrost.launcher.engines.base import parameter_groups, resolve_precision
+from permafrost.launcher.engines.choose import choose_engine
 from permafrost.launcher.engines.deepspeed_json import merge_settings, read_settings
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import EngineConfig, Experiment

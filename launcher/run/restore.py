@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from permafrost.heads.base import LossCounts, world_mean_counts
-from permafrost.launcher.engines.base import resolve_precision
+from permafrost.launcher.engines.base import autocast, resolve_precision
 from permafrost.launcher.errors import CheckpointError
 from permafrost.launcher.run.checkpoint import Checkpoint, load_head
 from permafrost.launcher.run.folder import RunFolder
@@ -41,8 +40,7 @@ class HeadRunner:
     @torch.no_grad()
     def __call__(self, features: Sequence[Tensor], batch: Batch, counts: LossCounts = world_mean_counts) -> list[Any]:
         """One result per image."""
-        use_autocast = self.precision == "bfloat16"
-        with torch.autocast(self._device_type, dtype=torch.bfloat16) if use_autocast else contextlib.nullcontext():
+        with autocast(self.precision, self._device_type):
             return self.head(features, batch, counts)
 
 

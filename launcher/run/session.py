@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from permafrost.launcher.engines.base import Engine, HeadState, build_engine
+from permafrost.launcher.engines.base import Engine, HeadState
+from permafrost.launcher.engines.choose import build_engine
 from permafrost.launcher.errors import CheckpointError, Interrupted, RecipeError, TrainingStopped
 from permafrost.launcher.evaluate import Metrics, evaluate_heads, metrics_table
 from permafrost.launcher.run.checkpoint import Checkpoint, TrainingState, is_finite, save_checkpoint

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from permafrost.launcher.engines.base import choose_engine
+from permafrost.launcher.engines.choose import choose_engine
 
 if TYPE_CHECKING:
     from permafrost.launcher.run.checkpoint import Checkpoint

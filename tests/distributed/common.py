@@ -76,16 +76,16 @@ def micro_batches(step: int, rank: int, world_size: int, accumulation: int):
         yield features, Batch(torch.zeros(size, 3, 1, 1, dtype=torch.uint8), [t for _, t in chosen], keys), counts
 
 
-def train_step(engine, world, step: int, accumulation: int, learning_rate: float = LEARNING_RATE):
+def train_step(engine, group, step: int, accumulation: int, learning_rate: float = LEARNING_RATE):
     """One step on all ranks: (mean losses over ranks and micro-batches, StepReport)."""
     total: dict[str, float] = {}
-    for features, batch, counts in micro_batches(step, world.rank, world.world_size, accumulation):
+    for features, batch, counts in micro_batches(step, group.rank, group.world_size, accumulation):
         losses = engine(features, batch, counts)
         engine.backward(sum(losses.values()))
         for name, value in losses.items():
             total[name] = total.get(name, 0.0) + value.item() / accumulation
     report = engine.step(learning_rate)
-    return world.all_reduce_mean(total), report
+    return group.all_reduce_mean(total), report
 
 
 def arguments() -> dict:
@@ -93,10 +93,10 @@ def arguments() -> dict:
     return json.loads(next(word for word in sys.argv[1:] if word.startswith("{")))
 
 
-def save_result(world, path: str | Path, result: dict) -> None:
+def save_result(group, path: str | Path, result: dict) -> None:
     """Rank 0's result, complete or not there."""
-    if world.is_main:
+    if group.is_main:
         part = Path(f"{path}.part")
         torch.save(result, part)
         part.rename(path)
-    world.barrier()
+    group.barrier()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from common import GLOBAL_BATCH, SmoothHead, arguments, micro_batches, save_result, train_step
 
-from permafrost.launcher.engines.base import build_engine
+from permafrost.launcher.engines.choose import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
 from permafrost.launcher.ranks.exit import run_and_leave
 from permafrost.launcher.ranks.process_group import join_process_group

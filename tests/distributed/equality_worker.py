@@ -17,7 +17,8 @@ from mask_rcnn_worker import CONFIG, GLOBAL_BATCH, SIDE, image
 
 from permafrost.data.types import Batch, SampleKey
 from permafrost.heads.base import world_mean_counts
-from permafrost.launcher.engines.base import StepReport, build_engine, parameter_groups
+from permafrost.launcher.engines.base import StepReport, parameter_groups
+from permafrost.launcher.engines.choose import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
 from permafrost.launcher.ranks.exit import run_and_leave
 from permafrost.launcher.ranks.process_group import join_process_group
@@ -82,12 +83,12 @@ class PlainLoop:
 
 
 def run(
-    world, *, tensor: int = 1, frozen: bool = True, plain: bool = False, num_steps: int = NUM_STEPS
+    group, *, tensor: int = 1, frozen: bool = True, plain: bool = False, num_steps: int = NUM_STEPS
 ) -> list[dict[str, float]]:
     """Losses and gradient norm of every step."""
     fields = {} if frozen else {"drop_path_rate": 0.2, "learning_rate_factor": 0.1}
     config = BackboneConfig("swinv2_nano", "random", dtype="float64", frozen=frozen, **fields)
-    backbone = config.build(tensor_group=world.tensor_group(tensor))
+    backbone = config.build(tensor_group=group.tensor_group(tensor))
     torch.manual_seed(0)
     head = CONFIG.build(spec=backbone.spec, classes=list(CLASSES)).double()
     if not frozen:
@@ -100,38 +101,38 @@ def run(
             head,
             optimizer=optimizer,
             engine=EngineConfig(kind="accelerate"),
-            world=world,
+            group=group,
             global_batch=GLOBAL_BATCH,
             environ={},
         )
     engine.train()
     steps = []
     for step in range(num_steps):
-        batch = local_batch(world.rank, world.world_size, step)
+        batch = local_batch(group.rank, group.world_size, step)
         losses = engine(backbone(batch.images), batch, world_mean_counts)
         engine.backward(torch.stack(list(losses.values())).sum())
         report = engine.step(1e-3)
         assert not report.skipped
-        means = world.all_reduce_mean({name: loss.item() for name, loss in losses.items()})
+        means = group.all_reduce_mean({name: loss.item() for name, loss in losses.items()})
         steps.append({**means, "grad_norm": report.grad_norm})
     return steps
 
 
 def main() -> None:
     if "--write-golden" in sys.argv:
-        world = join_process_group("cpu")
+        group = join_process_group("cpu")
         content = {
             "command": "python tests/distributed/equality_worker.py --write-golden",
             "torch": torch.__version__,
-            **{name: run(world, frozen=name == "frozen") for name in ("frozen", "trained")},
+            **{name: run(group, frozen=name == "frozen") for name in ("frozen", "trained")},
         }
         GOLDEN.write_text(json.dumps(content, indent=1) + "\n")
         return
     options = arguments()
-    world = join_process_group("cpu", timeout=180)
-    results = {name: run(world, **layout) for name, layout in options["layouts"].items()}
-    save_result(world, options["result"], results)
-    world.close()
+    group = join_process_group("cpu", timeout=180)
+    results = {name: run(group, **layout) for name, layout in options["layouts"].items()}
+    save_result(group, options["result"], results)
+    group.close()
 
 
 if __name__ == "__main__":

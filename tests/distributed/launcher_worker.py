@@ -6,7 +6,7 @@ import os
 
 from common import GLOBAL_BATCH, SmoothHead, arguments, save_result, train_step
 
-from permafrost.launcher.engines.base import build_engine, choose_engine
+from permafrost.launcher.engines.choose import build_engine, choose_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
 from permafrost.launcher.ranks.exit import run_and_leave
 from permafrost.launcher.ranks.process_group import join_process_group

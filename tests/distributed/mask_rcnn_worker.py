@@ -20,7 +20,7 @@ from permafrost.heads.config import (
     RPNConfig,
 )
 from permafrost.heads.detection.config import HTCConfig, SemanticBranchConfig
-from permafrost.launcher.engines.base import build_engine
+from permafrost.launcher.engines.choose import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
 from permafrost.launcher.ranks.exit import run_and_leave
 from permafrost.launcher.ranks.process_group import join_process_group

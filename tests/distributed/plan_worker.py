@@ -18,7 +18,7 @@ from torch import Tensor
 from permafrost.data.stream.loader import collate
 from permafrost.data.types import SampleKey
 from permafrost.launcher.cli import parse_experiment
-from permafrost.launcher.engines.base import build_engine
+from permafrost.launcher.engines.choose import build_engine
 from permafrost.launcher.ranks.exit import run_and_leave
 from permafrost.launcher.ranks.process_group import join_process_group
 from permafrost.launcher.run.parts import build_backbone, join_heads
@@ -124,20 +124,20 @@ def allocator_peak(events) -> int:
     return peak
 
 
-def forward_and_backward(world, backbone, engine, batches, offload) -> list:
+def forward_and_backward(group, backbone, engine, batches, offload) -> list:
     """A step as train_steps takes it, up to the optimizer; the feature maps, which stay until it is done."""
     with torch.no_grad():
         features = [offload.forward(backbone, batch.images) for batch in batches]
-    head_losses(engine, features, batches, world, offload)
+    head_losses(engine, features, batches, group, offload)
     return features
 
 
-def measure(world, recipe: str, kind: str, fields: list[str]) -> dict:
+def measure(group, recipe: str, kind: str, fields: list[str]) -> dict:
     """Three steps of a recipe's head under one kind of engine: the third is measured."""
     engine_fields = [] if kind == "accelerate" else ["--engine.kind", "deepspeed", "--engine.zero-stage", kind[-1]]
     experiment = parse_experiment(recipe, [*fields, *engine_fields])
     train_set = experiment.data.build_train()
-    built = build_backbone(experiment, world, experiment.mesh.tensor)
+    built = build_backbone(experiment, group, experiment.mesh.tensor)
     backbone, heads = join_heads(experiment, built, train_set.classes)
     (head,) = heads.values()
     frozen = built if experiment.backbone.frozen else torch.nn.Module()
@@ -147,13 +147,13 @@ def measure(world, recipe: str, kind: str, fields: list[str]) -> dict:
         head,
         optimizer=config.optimizer,
         engine=experiment.engine,
-        world=world,
+        group=group,
         global_batch=experiment.loop.global_batch,
     )
     engine.train()
-    buckets = watch_buckets(engine._model) if kind == "accelerate" and world.world_size > 1 else {}
+    buckets = watch_buckets(engine._model) if kind == "accelerate" and group.world_size > 1 else {}
     accumulation = experiment.engine.accumulation
-    size = experiment.loop.global_batch // (world.world_size * accumulation)
+    size = experiment.loop.global_batch // (group.world_size * accumulation)
     keys = iter(range(10**6))
 
     def next_batches():
@@ -162,9 +162,9 @@ def measure(world, recipe: str, kind: str, fields: list[str]) -> dict:
             for _ in range(accumulation)
         ]
 
-    offload = ActivationOffload(experiment.engine.offload, world.device)
+    offload = ActivationOffload(experiment.engine.offload, group.device)
     for _ in range(2):
-        features = forward_and_backward(world, backbone, engine, next_batches(), offload)
+        features = forward_and_backward(group, backbone, engine, next_batches(), offload)
         del features
         engine.step(1e-4)
     resident = {**held(engine, kind, gradients=False)}
@@ -178,14 +178,14 @@ def measure(world, recipe: str, kind: str, fields: list[str]) -> dict:
     targets = [target for batch in batches for target in batch.targets]
     always += unique_bytes([*(batch.images for batch in batches), *(target.masks for target in targets)])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        features = forward_and_backward(world, backbone, engine, batches, offload)
+        features = forward_and_backward(group, backbone, engine, batches, offload)
         before_step = held(engine, kind, gradients=True)
         engine.step(1e-4)
     before_step["gradients"] += buckets.get("total", 0)
     always += buckets.get("total", 0)
     del features
     own = {**resident, **before_step, "peak": always + allocator_peak(profile.profiler.kineto_results.events())}
-    everyone = world.gather_objects(own) or [own]
+    everyone = group.gather_objects(own) or [own]
     # A plan is of the rank that holds most.
     return {"sent": dict(SENT), "held": {name: max(one[name] for one in everyone) for name in own}}
 
@@ -200,12 +200,12 @@ def constants(backbone) -> Iterator[Tensor]:
 def main() -> None:
     options = arguments()
     count_collectives()
-    world = join_process_group("cpu")
+    group = join_process_group("cpu")
     results = {
-        name: measure(world, options["recipe"], kind, fields) for name, (kind, fields) in options["measure"].items()
+        name: measure(group, options["recipe"], kind, fields) for name, (kind, fields) in options["measure"].items()
     }
-    save_result(world, options["result"], results)
-    world.close()
+    save_result(group, options["result"], results)
+    group.close()
 
 
 if __name__ == "__main__":

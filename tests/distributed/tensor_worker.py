@@ -14,7 +14,7 @@ from torch import Tensor
 
 from permafrost.data.types import Batch, SampleKey
 from permafrost.heads.base import world_mean_counts
-from permafrost.launcher.engines.base import build_engine
+from permafrost.launcher.engines.choose import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
 from permafrost.launcher.ranks.exit import run_and_leave
 from permafrost.launcher.ranks.process_group import join_process_group
@@ -37,9 +37,9 @@ NETWORKS = {
 }
 
 
-def draw_images(world, kind: str) -> Tensor:
-    batch, height, width = BATCHES[kind][world.rank]
-    generator = torch.Generator().manual_seed(7 + world.rank)
+def draw_images(group, kind: str) -> Tensor:
+    batch, height, width = BATCHES[kind][group.rank]
+    generator = torch.Generator().manual_seed(7 + group.rank)
     return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
 
 
@@ -61,17 +61,17 @@ def compare(found: tuple[Tensor, ...], images: Tensor, spec, expected: tuple[Ten
     return worst
 
 
-def forwards(world, group) -> dict:
+def forwards(group, tensor_group) -> dict:
     """{(network, dtype, batches): the largest relative error on this rank}."""
     errors = {}
     for network, fields in NETWORKS.items():
         for dtype in (torch.float32, torch.float64):
             whole = load_backbone("swinv2_nano", weights="random:3", dtype=dtype, **fields)
-            split = load_backbone("swinv2_nano", weights="random:3", dtype=dtype, tensor_group=group, **fields)
+            split = load_backbone("swinv2_nano", weights="random:3", dtype=dtype, tensor_group=tensor_group, **fields)
             assert split.fingerprint == whole.fingerprint
             assert split.spec == whole.spec
             for kind in BATCHES:
-                images = draw_images(world, kind)
+                images = draw_images(group, kind)
                 found = split(images)
                 expected = whole(images) if len(images) else None
                 errors[network, str(dtype), kind] = compare(found, images, split.spec, expected)
@@ -80,27 +80,29 @@ def forwards(world, group) -> dict:
     return errors
 
 
-def attending(world, group) -> float:
+def attending(group, tensor_group) -> float:
     """The largest relative error of a split network whose own heads attend by window_attention, against the whole one by default."""
     own = {"weights": "random:3", "dtype": torch.float64, **NETWORKS["extra_norms"]}
-    split = load_backbone("swinv2_nano", attention="reference", residual_norm="reference", tensor_group=group, **own)
+    split = load_backbone(
+        "swinv2_nano", attention="reference", residual_norm="reference", tensor_group=tensor_group, **own
+    )
     assert split.describe()["attention"].startswith("reference (as asked for)")
-    images = draw_images(world, "uneven")
+    images = draw_images(group, "uneven")
     expected = load_backbone("swinv2_nano", **own)(images) if len(images) else None
     return compare(split(images), images, split.spec, expected)
 
 
-def passes(world, group) -> dict[str, float]:
+def passes(group, tensor_group) -> dict[str, float]:
     """The largest relative error of maps that are computed in several passes, of which members need unequally many."""
     whole = load_backbone("swinv2_nano", weights="random:3", dtype=torch.float64)
-    split = load_backbone("swinv2_nano", weights="random:3", dtype=torch.float64, tensor_group=group)
+    split = load_backbone("swinv2_nano", weights="random:3", dtype=torch.float64, tensor_group=tensor_group)
     split.max_images = 2
     errors = {}
     for kind in ("uneven", "counts", "none"):
-        images = draw_images(world, kind)
+        images = draw_images(group, kind)
         errors[kind] = compare(split(images), images, split.spec, whole(images) if len(images) else None)
-    random = torch.Generator().manual_seed(world.rank)
-    clips = torch.randint(0, 256, (world.rank % 2, 3, 3, 64, 64), dtype=torch.uint8, generator=random)
+    random = torch.Generator().manual_seed(group.rank)
+    clips = torch.randint(0, 256, (group.rank % 2, 3, 3, 64, 64), dtype=torch.uint8, generator=random)
     found = split(clips)
     assert [one.shape[:2] for one in found] == [clips.shape[:2]] * 4
     if len(clips):
@@ -109,43 +111,43 @@ def passes(world, group) -> dict[str, float]:
     return errors
 
 
-def half_precision(world, group) -> dict[str, float]:
+def half_precision(group, tensor_group) -> dict[str, float]:
     """How far the maps in bfloat16 are from those in float64, split and whole."""
-    images = draw_images(world, "equal")
+    images = draw_images(group, "equal")
     exact = load_backbone("swinv2_nano", weights="random:3", dtype=torch.float64)
     errors = {}
-    for kind, own in (("split", group), ("whole", None)):
+    for kind, own in (("split", tensor_group), ("whole", None)):
         backbone = load_backbone("swinv2_nano", weights="random:3", dtype=torch.bfloat16, tensor_group=own)
         errors[kind] = compare(backbone(images), images, exact.spec, exact(images))
     return errors
 
 
-def detection_losses(world, group, num_steps: int = 20) -> list[dict[str, float]]:
+def detection_losses(group, tensor_group, num_steps: int = 20) -> list[dict[str, float]]:
     """Steps of a small Mask R-CNN in float64 on the maps of a backbone in float64, one image on each rank."""
-    backbone = load_backbone("swinv2_nano", weights="random", dtype=torch.float64, tensor_group=group)
+    backbone = load_backbone("swinv2_nano", weights="random", dtype=torch.float64, tensor_group=tensor_group)
     torch.manual_seed(0)
     engine = build_engine(
         CONFIG.build(spec=backbone.spec, classes=["circle", "square", "star"]).double(),
         optimizer=OptimizerConfig(),
         engine=EngineConfig(),
-        world=world,
-        global_batch=world.world_size,
+        group=group,
+        global_batch=group.world_size,
     )
     engine.train()
     steps = []
     for step in range(num_steps):
-        key = SampleKey(11, step, world.rank)
+        key = SampleKey(11, step, group.rank)
         images = torch.randint(0, 256, (1, 3, SIDE, SIDE), dtype=torch.uint8, generator=key.generator("pixels"))
-        _, target = image(step, world.rank, (3, 1, 2, 4)[world.rank])
+        _, target = image(step, group.rank, (3, 1, 2, 4)[group.rank])
         losses = engine(backbone(images), Batch(images, [target], [key]), world_mean_counts)
         engine.backward(sum(losses.values()))
         report = engine.step(1e-3)
-        means = world.all_reduce_mean({name: loss.item() for name, loss in losses.items()})
+        means = group.all_reduce_mean({name: loss.item() for name, loss in losses.items()})
         steps.append({**means, "grad_norm": report.grad_norm})
     return steps
 
 
-def custom_size(world, group) -> float:
+def custom_size(group, tensor_group) -> float:
     """A network of its own size, split when it has its weights already; heads that are no power of two."""
     size = SwinV2Size(24, (1, 2, 3, 2), (1, 3, 6, 6), extra_norm_interval=2, window_size=5)
     torch.manual_seed(0)
@@ -153,12 +155,12 @@ def custom_size(world, group) -> float:
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.2)
-    images = torch.randn(2, 3, 45, 83, generator=torch.Generator().manual_seed(world.rank), dtype=torch.float64)
+    images = torch.randn(2, 3, 45, 83, generator=torch.Generator().manual_seed(group.rank), dtype=torch.float64)
     with torch.no_grad():
         expected = network(images)
-        split = SplitSwinV2(network, group)
+        split = SplitSwinV2(network, tensor_group)
         split.fold()
-        return compare(split(images, [(2, 45, 83)] * group.degree), images, split.spec, expected)
+        return compare(split(images, [(2, 45, 83)] * tensor_group.degree), images, split.spec, expected)
 
 
 def reassemble(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -213,7 +215,7 @@ class Peak(threading.Thread):
         self.join()
 
 
-def loading(world, group, files: list[str]) -> dict:
+def loading(group, tensor_group, files: list[str]) -> dict:
     """What a file leaves in memory, in each format, and that the parts make up the file."""
     found = {}
     tensors = load_file(next(file for file in files if file.endswith(".safetensors")))
@@ -221,7 +223,7 @@ def loading(world, group, files: list[str]) -> dict:
     for file in files:
         with Peak() as peak:
             split = load_backbone(
-                "swinv2_tiny", weights=file, window_size=8, pretrained_window_size=8, tensor_group=group
+                "swinv2_tiny", weights=file, window_size=8, pretrained_window_size=8, tensor_group=tensor_group
             )
         grown = (resident_kib() - peak.before) * 1024
         state = split.network.network.state_dict()
@@ -230,7 +232,7 @@ def loading(world, group, files: list[str]) -> dict:
         assert sum(parameter.untyped_storage().nbytes() for parameter in state.values()) == resident
         described = split.describe()
         assert described["resident_parameters"] == sum(parameter.numel() for parameter in split.parameters())
-        parts = group.gather_objects(state)
+        parts = tensor_group.gather_objects(state)
         joined = reassemble(parts)
         assert joined.keys() == set(names)
         assert all(torch.equal(joined[name], tensors[name]) for name in names)
@@ -253,12 +255,12 @@ def refusal(load) -> str:
     return "nothing"
 
 
-def faults(world, group, files: dict[str, str]) -> dict:
+def faults(group, tensor_group, files: dict[str, str]) -> dict:
     """What each rank is told when one of its group has other files or images; everybody goes on afterwards."""
 
     def load(own: str, others: str = "good", **fields) -> SplitBackbone:
-        weights = files[own if world.rank == 1 else others]
-        return load_backbone("swinv2_nano", weights=weights, tensor_group=group, **fields)
+        weights = files[own if group.rank == 1 else others]
+        return load_backbone("swinv2_nano", weights=weights, tensor_group=tensor_group, **fields)
 
     told = {
         "truncated": refusal(lambda: load("truncated")),
@@ -268,7 +270,7 @@ def faults(world, group, files: dict[str, str]) -> dict:
         "half": refusal(lambda: load("large", "large", dtype=torch.float16)),
     }
     split = load("good")
-    wrong = torch.zeros(1, 4, 64, 64) if world.rank == 1 else torch.zeros(1, 3, 64, 64)
+    wrong = torch.zeros(1, 4, 64, 64) if group.rank == 1 else torch.zeros(1, 3, 64, 64)
     told["images"] = refusal(lambda: split(wrong))
     assert [len(feature) for feature in split(torch.zeros(1, 3, 64, 64))] == [1] * 4
     return told
@@ -278,39 +280,41 @@ def main() -> None:
     args = arguments()
     if "load" in args:
         # Nothing is caught here: what becomes of the processes is looked at from outside.
-        world = join_process_group("cpu", timeout=60)
+        group = join_process_group("cpu", timeout=60)
         try:
-            group = join_tensor_group(world.world_size)
-            load_backbone("swinv2_nano", weights=args["load"][world.rank], tensor_group=group)
+            tensor_group = join_tensor_group(group.world_size)
+            load_backbone("swinv2_nano", weights=args["load"][group.rank], tensor_group=tensor_group)
         finally:
-            world.close()
+            group.close()
         return
     # Freed memory of more than 64 KiB goes back to the system at once (M_MMAP_THRESHOLD): what is left is in use.
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
-    world = join_process_group("cpu", timeout=180)
+    group = join_process_group("cpu", timeout=180)
     result: dict = {"errors": {}, "custom": {}, "loading": {}}
     old = None
     for degree in (2, 4):
-        group = join_tensor_group(degree)
-        assert join_tensor_group(degree) is group
-        assert (group.rank, group.degree) == (world.rank % degree, degree)
+        tensor_group = join_tensor_group(degree)
+        assert join_tensor_group(degree) is tensor_group
+        assert (tensor_group.rank, tensor_group.degree) == (group.rank % degree, degree)
         if old is not None:
             result["left"] = refusal(lambda: old(torch.zeros(1, 3, 64, 64)))  # noqa: B023 - called at once
-        result["errors"][degree] = world.gather_objects(forwards(world, group))
-        result["loading"][degree] = world.gather_objects(loading(world, group, args["files"]))
+        result["errors"][degree] = group.gather_objects(forwards(group, tensor_group))
+        result["loading"][degree] = group.gather_objects(loading(group, tensor_group, args["files"]))
         if degree == 2:
-            result["passes"] = world.gather_objects(passes(world, group))
-            result["half"] = world.gather_objects(half_precision(world, group))
-            result["steps"] = {kind: detection_losses(world, own) for kind, own in (("split", group), ("whole", None))}
-            result["attending"] = world.gather_objects(attending(world, group))
-            result["custom"] = world.gather_objects(custom_size(world, group))
-            result["faults"] = world.gather_objects(faults(world, group, args["faults"]))
-            old = load_backbone("swinv2_nano", weights="random", tensor_group=group)
+            result["passes"] = group.gather_objects(passes(group, tensor_group))
+            result["half"] = group.gather_objects(half_precision(group, tensor_group))
+            result["steps"] = {
+                kind: detection_losses(group, own) for kind, own in (("split", tensor_group), ("whole", None))
+            }
+            result["attending"] = group.gather_objects(attending(group, tensor_group))
+            result["custom"] = group.gather_objects(custom_size(group, tensor_group))
+            result["faults"] = group.gather_objects(faults(group, tensor_group, args["faults"]))
+            old = load_backbone("swinv2_nano", weights="random", tensor_group=tensor_group)
         else:
-            result["heads"] = world.gather_objects(refusal(lambda: custom_size(world, group)))  # noqa: B023
-    result["world"] = world.gather_objects(refusal(lambda: join_tensor_group(3)))
-    save_result(world, args["result"], result)
-    world.close()
+            result["heads"] = group.gather_objects(refusal(lambda: custom_size(group, tensor_group)))  # noqa: B023
+    result["world"] = group.gather_objects(refusal(lambda: join_tensor_group(3)))
+    save_result(group, args["result"], result)
+    group.close()
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from permafrost.launcher.ranks.process_group import join_process_group
 
 
 def main() -> None:
-    world = join_process_group("cpu")
+    group = join_process_group("cpu")
     library_group = dist.new_group([0, 1])
-    world.limit_collectives(arguments()["limit"])
-    if world.is_main:
+    group.limit_collectives(arguments()["limit"])
+    if group.is_main:
         start = time.monotonic()
         try:
             dist.all_reduce(torch.ones(1), group=library_group)

@@ -121,7 +121,7 @@ def experiment(
         "checkpoint_every": 3,
         "image_every": 0,
     }
-    data = ShapesDataConfig(root=root, image_size=64, group=world, jitter=JitterConfig(scale_range=(0.7, 1.3)))
+    data = ShapesDataConfig(root=root, image_size=64, world=world, jitter=JitterConfig(scale_range=(0.7, 1.3)))
     if coco:
         # As it is on disk: nothing is cropped away, images without objects are trained on.
         as_is = JitterConfig(scale_range=(1.0, 1.0))
@@ -171,28 +171,28 @@ def run(kill_after: int | None = None, resume: str = "auto", detections: str = "
 def main() -> None:
     """The runs that the test asked for, one after the other."""
     given = arguments()
-    world = join_process_group("cpu")  # outlives the runs, which find it there and leave it
+    group = join_process_group("cpu")  # outlives the runs, which find it there and leave it
     outcomes = []
     for one in given["runs"]:
         own = dict(one)
-        if "wrong_rank" in own and own.pop("wrong_rank") == world.rank:
+        if "wrong_rank" in own and own.pop("wrong_rank") == group.rank:
             own["num_steps"] = 7
         if own.get("root"):
             Path(own["root"]).parent.mkdir(parents=True, exist_ok=True)
-        outcomes.append(world.gather_objects(run(**own)))
+        outcomes.append(group.gather_objects(run(**own)))
     metrics = []
     for evaluated in given.get("evaluate", []):
         # Another layout for a run that has ended: only what its recipe says of the mesh is changed.
-        if world.is_main and "copy" in evaluated:
+        if group.is_main and "copy" in evaluated:
             shutil.copytree(evaluated["copy"], evaluated["run"])
             recipe = Path(evaluated["run"]) / "recipe.json"
             content = json.loads(recipe.read_text())
             content["experiment"]["mesh"]["tensor"] = evaluated["tensor"]
             recipe.write_text(json.dumps(content))
-        world.barrier()
-        metrics.append(world.gather_objects(evaluate_run(evaluated["run"], device="cpu")))
-    save_result(world, given["result"], {"outcomes": outcomes, "metrics": metrics, "pid": os.getpid()})
-    world.close()
+        group.barrier()
+        metrics.append(group.gather_objects(evaluate_run(evaluated["run"], device="cpu")))
+    save_result(group, given["result"], {"outcomes": outcomes, "metrics": metrics, "pid": os.getpid()})
+    group.close()
 
 
 if __name__ == "__main__":

@@ -10,13 +10,8 @@ import torch
 from torch import nn
 
 from permafrost.data.types import Batch
-from permafrost.launcher.engines.base import (
-    HeadState,
-    build_engine,
-    choose_engine,
-    resolve_precision,
-    split_decay,
-)
+from permafrost.launcher.engines.base import HeadState, resolve_precision, split_decay
+from permafrost.launcher.engines.choose import build_engine, choose_engine
 from permafrost.launcher.engines.deepspeed_json import load_json, merge_settings, read_settings
 from permafrost.launcher.errors import CheckpointError, LaunchError
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig

@@ -18,7 +18,8 @@ import permafrost.launcher.train as loop
 from permafrost.data.stream.loader import collate
 from permafrost.data.types import Batch, SampleKey
 from permafrost.heads.base import world_mean_counts
-from permafrost.launcher.engines.base import build_engine, parameter_groups
+from permafrost.launcher.engines.base import parameter_groups
+from permafrost.launcher.engines.choose import build_engine
 from permafrost.launcher.errors import CheckpointError, RecipeError, RunFolderError
 from permafrost.launcher.evaluate import evaluate_run
 from permafrost.launcher.experiment import EngineConfig, Experiment, MeshConfig, OptimizerConfig
@@ -124,7 +125,7 @@ def test_it_takes_the_steps_of_a_plain_loop_around_timms_network(tiny: Callable[
         expected.append(total.item())
 
     engine = build_engine(
-        model, optimizer=OptimizerConfig(), engine=EngineConfig(), world=GROUP, global_batch=2, environ={}
+        model, optimizer=OptimizerConfig(), engine=EngineConfig(), group=GROUP, global_batch=2, environ={}
     )
     engine.train()
     found = []
