@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from permafrost.data.segmentation.config import ADE20KDataConfig
-from permafrost.heads.segmentation.config import Mask2FormerConfig, PixelDecoderConfig, TransformerDecoderConfig
-from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
-from permafrost.model.config import BackboneConfig
+from permafrost.data import ADE20KDataConfig
+from permafrost.heads import Mask2FormerConfig, PixelDecoderConfig, TransformerDecoderConfig
+from permafrost.launcher import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
+from permafrost.model import BackboneConfig
 
 
 def swinv2_base_mask2former() -> Experiment:

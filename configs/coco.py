@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from permafrost.data.detection.config import CocoDataConfig, JitterConfig
-from permafrost.heads.config import MaskRCNNConfig
-from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
-from permafrost.model.config import BackboneConfig
+from permafrost.data import CocoDataConfig, JitterConfig
+from permafrost.heads import MaskRCNNConfig
+from permafrost.launcher import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
+from permafrost.model import BackboneConfig
 
 
 def swinv2_base_fpn() -> Experiment:

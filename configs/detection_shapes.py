@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from permafrost.configs.paper_parts import row
 from permafrost.configs.quickstart import quickstart
+from permafrost.heads import CascadeConfig, HTCConfig, SemanticBranchConfig
 from permafrost.heads.config import BiFPNConfig, MaskRCNNConfig, NeckConfig, ResidualFPNConfig
-from permafrost.heads.detection.config import CascadeConfig, HTCConfig, SemanticBranchConfig
-from permafrost.launcher.experiment import Experiment
+from permafrost.launcher import Experiment
 
 NUM_SHAPES = 8
 """Classes of the built-in world."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from permafrost.configs.quickstart import quickstart
-from permafrost.heads.config import FPNConfig, MaskRCNNConfig
-from permafrost.launcher.experiment import EngineConfig, Experiment, LoopConfig, MeshConfig
-from permafrost.model.config import BackboneConfig
+from permafrost.heads import FPNConfig, MaskRCNNConfig
+from permafrost.launcher import EngineConfig, Experiment, LoopConfig, MeshConfig
+from permafrost.model import BackboneConfig
 
 
 def smoke() -> Experiment:

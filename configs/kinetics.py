@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from permafrost.data.video.config import ClipConfig, KineticsDataConfig
-from permafrost.heads.video.config import GlobalVideoConfig, LinearVideoConfig, TemporalVideoConfig
-from permafrost.launcher.experiment import (
-    EngineConfig,
-    Experiment,
-    HeadExperiment,
-    LoopConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-)
-from permafrost.model.config import BackboneConfig
+from permafrost.data import ClipConfig, KineticsDataConfig
+from permafrost.heads import GlobalVideoConfig, LinearVideoConfig, TemporalVideoConfig
+from permafrost.launcher import EngineConfig, Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
+from permafrost.model import BackboneConfig
 
 NUM_VIDEOS = 240_000
 """Training videos, about (the paper, section 3.3); how many are still online differs."""

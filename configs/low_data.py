@@ -8,8 +8,8 @@ from __future__ import annotations
 from permafrost.configs.coco import swinv2_base_fpn
 from permafrost.configs.paper import table2_fpn
 from permafrost.configs.paper_parts import full, row, share
-from permafrost.heads.config import BiFPNConfig
-from permafrost.launcher.experiment import Experiment
+from permafrost.heads import BiFPNConfig
+from permafrost.launcher import Experiment
 
 
 def table6_fpn_1pct() -> Experiment:

@@ -17,11 +17,10 @@ from __future__ import annotations
 
 from permafrost.configs.coco import swinv2_base_fpn
 from permafrost.configs.paper_parts import full, pretrained, row
-from permafrost.data.detection.config import EvaluationConfig, MultiScaleConfig
-from permafrost.heads.config import BiFPNConfig, ResidualFPNConfig
-from permafrost.heads.detection.config import CascadeConfig, HTCConfig, SemanticBranchConfig
-from permafrost.launcher.experiment import EngineConfig, Experiment
-from permafrost.model.config import BackboneConfig
+from permafrost.data import EvaluationConfig, MultiScaleConfig
+from permafrost.heads import BiFPNConfig, CascadeConfig, HTCConfig, ResidualFPNConfig, SemanticBranchConfig
+from permafrost.launcher import EngineConfig, Experiment
+from permafrost.model import BackboneConfig
 
 
 def table1_sup_1k() -> Experiment:

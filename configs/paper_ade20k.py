@@ -21,8 +21,8 @@ from __future__ import annotations
 
 from permafrost.configs.ade20k import swinv2_base_mask2former
 from permafrost.configs.paper_parts import fine_tuned
-from permafrost.launcher.experiment import EngineConfig, Experiment
-from permafrost.model.config import BackboneConfig
+from permafrost.launcher import EngineConfig, Experiment
+from permafrost.model import BackboneConfig
 
 
 def _row(

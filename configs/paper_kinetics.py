@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from permafrost.configs.kinetics import swinv2_base_linear
 from permafrost.configs.paper_parts import fine_tuned
-from permafrost.heads.video.config import GlobalVideoConfig, LinearVideoConfig, TemporalVideoConfig
-from permafrost.launcher.experiment import EngineConfig, Experiment
-from permafrost.model.config import BackboneConfig
+from permafrost.heads import GlobalVideoConfig, LinearVideoConfig, TemporalVideoConfig
+from permafrost.launcher import EngineConfig, Experiment
+from permafrost.model import BackboneConfig
 
 
 def _row(

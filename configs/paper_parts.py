@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from permafrost.configs.coco import swinv2_base_fpn
 from permafrost.heads.config import MaskRCNNConfig, NeckConfig
-from permafrost.launcher.experiment import Experiment
-from permafrost.model.config import BackboneConfig
+from permafrost.launcher import Experiment
+from permafrost.model import BackboneConfig
 
 FULL_DROP_PATH = {"swinv2_tiny": 0.2, "swinv2_base": 0.3, "swinv2_large": 0.3}
 """Of the Swin papers' detection recipes; the large size takes the base's, a choice of ours."""

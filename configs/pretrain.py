@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from permafrost.launcher.pretraining.config import PretrainExperiment
+from permafrost.launcher import PretrainExperiment
 
 
 def nano_glyphs() -> PretrainExperiment:

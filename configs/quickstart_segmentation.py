@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from permafrost.data.segmentation.config import SceneryDataConfig, SceneryWorld, SegmentationJitterConfig
-from permafrost.heads.segmentation.config import (
-    Mask2FormerConfig,
-    PixelDecoderConfig,
-    SegmentationLossConfig,
-    TransformerDecoderConfig,
-)
-from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
-from permafrost.model.config import BackboneConfig
+from permafrost.data import SceneryDataConfig, SceneryWorld, SegmentationJitterConfig
+from permafrost.heads import Mask2FormerConfig, PixelDecoderConfig, SegmentationLossConfig, TransformerDecoderConfig
+from permafrost.launcher import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
+from permafrost.model import BackboneConfig
 
 
 def quickstart_segmentation() -> Experiment:

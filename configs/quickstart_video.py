@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from permafrost.data.video.config import MotionDataConfig
-from permafrost.heads.video.config import GlobalVideoConfig
-from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
-from permafrost.model.config import BackboneConfig
+from permafrost.data import MotionDataConfig
+from permafrost.heads import GlobalVideoConfig
+from permafrost.launcher import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
+from permafrost.model import BackboneConfig
 
 
 def quickstart_video() -> Experiment:

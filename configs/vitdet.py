@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from permafrost.configs.coco import swinv2_base_fpn
 from permafrost.configs.quickstart import quickstart
-from permafrost.data.detection.config import ShapesWorld
-from permafrost.heads.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, RPNConfig, SimplePyramidConfig
-from permafrost.launcher.experiment import Experiment, LoopConfig
-from permafrost.model.config import BackboneConfig
+from permafrost.data import ShapesWorld
+from permafrost.heads import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, RPNConfig, SimplePyramidConfig
+from permafrost.launcher import Experiment, LoopConfig
+from permafrost.model import BackboneConfig
 
 
 def dinov2_small() -> Experiment:

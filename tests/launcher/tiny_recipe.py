@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from permafrost.data.detection.config import JitterConfig, ShapesDataConfig, ShapesWorld
-from permafrost.heads.config import BoxHeadConfig, FPNConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
-from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
-from permafrost.model.config import BackboneConfig
+from permafrost.data import JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.heads import BoxHeadConfig, FPNConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
+from permafrost.launcher import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
+from permafrost.model import BackboneConfig
 
 
 def tiny() -> Experiment:
