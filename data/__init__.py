@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         inference_sample as inference_sample,
     )
     from permafrost.data.detection.evaluator import CocoEvaluator as CocoEvaluator
+    from permafrost.data.detection.inputs import Detections as Detections
     from permafrost.data.errors import DataError as DataError
     from permafrost.data.segmentation.check import check_ade20k as check_ade20k
     from permafrost.data.segmentation.config import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     )
     from permafrost.data.segmentation.dataset import SceneParsing as SceneParsing
     from permafrost.data.segmentation.evaluator import SegmentationEvaluator as SegmentationEvaluator
+    from permafrost.data.segmentation.inputs import ClassMap as ClassMap
     from permafrost.data.stream.loader import (
         WorkerError as WorkerError,
         train_loader as train_loader,
@@ -60,5 +62,6 @@ if TYPE_CHECKING:
     )
     from permafrost.data.video.dataset import KineticsClips as KineticsClips
     from permafrost.data.video.evaluator import VideoEvaluator as VideoEvaluator
+    from permafrost.data.video.inputs import VideoClass as VideoClass
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

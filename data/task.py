@@ -190,15 +190,20 @@ class InputReader(Protocol):
     suffix: str
     threshold: float
 
-    def read(self, file: Path, index: int) -> tuple[list[Sample], Any]:
-        """(what the head is to see, what `write` draws on) of one file; `index` is its position among the inputs.
+    def read(self, source: Any, index: int) -> tuple[list[Sample], Any]:
+        """Return what the head is to see of one input, a sample a view, and what `write` draws on.
+
+        Args:
+            source: a path, or pixels that the caller has at hand (an image: what `pictures.read.to_pixels` takes).
+            index: its position among the inputs.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: it cannot be read, with the file's name if it has one.
         """
 
     def keep(self, results: Sequence[Any], threshold: float) -> Any:
-        """One result of a file's samples', without what scores below the threshold."""
+        """Return one typed result of an input's samples, in its own pixels and with the classes' `names`, without what scores below
+        the threshold."""
 
     def describe(self, result: Any) -> str:
         """What was found, in a few words."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from permafrost.launcher.errors import CheckpointError, RunFolderError
 
 if TYPE_CHECKING:
-    from permafrost.data.task import InputReader
     from permafrost.launcher.run.restore import TrainedRun
 
 PREDICTIONS = "predictions.json"
@@ -86,9 +85,7 @@ def predict_run(
             raise CheckpointError(f"{trained.folder} has the heads {', '.join(trained.heads)}: say which with --head")
         ((name, path),) = trained.checkpoints.items()
         say(f"head {name}: {path}, on {group.device}")
-        reader = trained.experiment.data.inputs(trained.classes, trained.category_ids)
-        threshold = reader.threshold if score_threshold is None else score_threshold
-        _predict_files(trained, reader, files, folder, threshold, done, say)
+        _predict_files(trained, files, folder, score_threshold, done, say)
     finally:
         group.close()
     if not done.pictures:
@@ -183,22 +180,21 @@ def _prepare_output(folder: Path) -> Path:
 
 def _predict_files(
     trained: TrainedRun,
-    reader: InputReader,
     files: Sequence[Path],
     folder: Path,
-    threshold: float,
+    threshold: float | None,
     done: Predictions,
     say: Callable[[str], None],
 ) -> None:
     from permafrost.data.errors import DataError
 
-    inputs = {file.resolve() for file in files}
+    reader, inputs = trained.reader, {file.resolve() for file in files}
     for index, (file, name) in enumerate(zip(files, picture_names(files, reader.suffix))):
         target = folder / name
         while target.resolve() in inputs:
             target = target.with_stem(f"{target.stem}_predicted")
         try:
-            result, source = predict_file(trained, reader, file, index, threshold)
+            ((result, source),) = trained.look([file], score_threshold=threshold, first=index)
         except DataError as error:
             done.failures[str(file)] = str(error).removeprefix(f"{file}: ")
             continue
@@ -209,28 +205,3 @@ def _predict_files(
             raise RunFolderError(f"{target} cannot be written: {error.strerror or error}") from None
         done.pictures[file] = target
         say(f"{file}: {reader.describe(result)} -> {target}")
-
-
-def predict_file(trained: TrainedRun, reader: InputReader, file: Path, index: int, threshold: float) -> tuple[Any, Any]:
-    """One head on one file.
-
-    Returns:
-        what was found from the threshold up, on the CPU; and what it is drawn on.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    import torch
-
-    from permafrost.data.stream.loader import collate
-
-    (runner,) = trained.heads.values()
-    samples, source = reader.read(file, index)
-    device = next(runner.head.parameters()).device
-    size = trained.experiment.loop.evaluation_batch
-    results = []
-    with torch.no_grad():
-        for start in range(0, len(samples), size):
-            batch = collate(samples[start : start + size]).to(device)
-            results += [result.cpu() for result in runner(trained.backbone(batch.images), batch)]
-    return reader.keep(results, threshold), source

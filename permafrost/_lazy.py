@@ -31,7 +31,8 @@ def attach(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], 
     def load(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(homes[name]), name)
+        module, attribute = homes[name]
+        value = getattr(import_module(module), attribute)
         setattr(sys.modules[package], name, value)
         return value
 
@@ -41,12 +42,12 @@ def attach(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], 
     return load, listing, sorted(homes)
 
 
-def _homes(source: str) -> dict[str, str]:
-    """Return name -> module of everything that a front's TYPE_CHECKING block imports."""
+def _homes(source: str) -> dict[str, tuple[str, str]]:
+    """Return name -> (module, its name there) of everything that a front's TYPE_CHECKING block imports."""
     (block,) = (
         node
         for node in ast.parse(source).body
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
     )
     imports = (node for node in block.body if isinstance(node, ast.ImportFrom) and node.module)
-    return {alias.name: str(node.module) for node in imports for alias in node.names}
+    return {alias.asname or alias.name: (str(node.module), alias.name) for node in imports for alias in node.names}

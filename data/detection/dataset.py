@@ -24,7 +24,7 @@ from permafrost.data.detection.config import CocoDataConfig, EvaluationConfig, J
 from permafrost.data.detection.copy_paste import paste
 from permafrost.data.detection.semantic import INSTANCES, SemanticMaps
 from permafrost.data.errors import DataError
-from permafrost.data.pictures.read import ImageError, read_image
+from permafrost.data.pictures.read import ImageError, image_of, read_image
 from permafrost.data.pictures.transforms import FitTransform, JitterTransform, MultiScaleTransform, NetworkInput, Scene
 from permafrost.data.stream.split import choose_share
 from permafrost.data.types import DetectionResult, DetectionTarget, DetectionView, Sample, SampleKey
@@ -481,16 +481,19 @@ def to_target(
     )
 
 
-def inference_sample(path: Path, image_size: int, image_id: int = 0, transform: FitTransform | None = None) -> Sample:
-    """An image file without annotations, resized as in evaluation: into the square, unless a transform is given.
+def inference_sample(source: Any, image_size: int, image_id: int = 0, transform: FitTransform | None = None) -> Sample:
+    """Return an image without annotations, resized as in evaluation: into the square, unless a transform is given.
+
+    Args:
+        source: a path, or what `pictures.read.to_pixels` takes.
+        image_size: side of the square, pixels.
+        image_id: what its results are listed under.
+        transform: what resizes and pads it.
 
     Raises:
         DataError: it cannot be read.
     """
-    try:
-        image = read_image(path)
-    except ImageError as error:
-        raise DataError(f"{path}: {error}") from error
+    image = image_of(source)
     height, width = image.shape[-2:]
     scene = Scene(image, torch.zeros((0, height, width), dtype=torch.uint8), torch.zeros((0, 4)))
     result = (transform or FitTransform(image_size))(scene)

@@ -59,7 +59,7 @@ def draw_detections(
     colors = [class_color(int(label)) for label in labels]
     if masks is not None and len(masks):
         if masks.is_floating_point():
-            masks = _paste(masks, boxes, height, width)
+            masks = paste_masks(masks, boxes, height, width)
         image = draw_segmentation_masks(image, masks.bool(), alpha=0.45, colors=colors)
     factor = max(1, -(-min_side // max(height, width)))
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
@@ -80,8 +80,8 @@ def draw_detections(
     return np.asarray(picture)
 
 
-def _paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
-    """Masks (N, H, W) bool from grids (N, M, M) on their boxes."""
+def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+    """Return masks (N, H, W) bool from grids (N, M, M) of probabilities on their boxes (N, 4) xyxy."""
     from pycocotools import mask as mask_api
 
     from permafrost.data.detection.evaluator import paste_mask
@@ -90,7 +90,7 @@ def _paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
         mask_api.decode(paste_mask(grid.float().numpy(), box, height, width))
         for grid, box in zip(masks, boxes.tolist())
     ]
-    return torch.from_numpy(np.stack(pasted)).bool()
+    return torch.from_numpy(np.stack(pasted)).bool() if pasted else torch.zeros(0, height, width, dtype=torch.bool)
 
 
 def _draw_label(draw: ImageDraw.ImageDraw, text: str, x: float, y: float, color: tuple, font, limits: tuple) -> None:

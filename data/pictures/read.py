@@ -7,13 +7,17 @@ opened read-only.
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from permafrost.data.errors import DataError
 
 MAX_PIXELS = 64_000_000
 """Largest image decoded: 8000 x 8000; the largest of COCO has 410,000 pixels."""
@@ -71,6 +75,53 @@ def read_image(path: Path, expected_size: tuple[int, int] | None = None) -> Tens
         # struct.error, zlib.error, DecompressionBombError and the like share no base class below Exception.
         raise ImageError(_reason(error)) from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def image_of(source: Any) -> Tensor:
+    """Return a file, or a picture that a caller has at hand, as (3, H, W) uint8 RGB.
+
+    Args:
+        source: a path, or what `to_pixels` takes.
+
+    Raises:
+        DataError: it cannot be read, with the file's name; or it is no picture.
+    """
+    is_file = isinstance(source, (str, os.PathLike))
+    try:
+        return read_image(Path(source).expanduser()) if is_file else to_pixels(source)
+    except ImageError as error:
+        raise DataError(f"{source}: {error}" if is_file else str(error)) from error
+
+
+def to_pixels(given: Any) -> Tensor:
+    """Return a picture that a caller has at hand as (3, H, W) uint8 RGB.
+
+    Args:
+        given: a PIL image, an (H, W, 3) uint8 array in RGB, or a (3, H, W) uint8 tensor.
+
+    Raises:
+        ImageError: another type, shape or dtype; or too large, as of a file.
+    """
+    if isinstance(given, Image.Image):
+        _check_header(given, None)
+        return torch.from_numpy(_rgb_pixels(given)).permute(2, 0, 1).contiguous()
+    if not isinstance(given, (np.ndarray, Tensor)):
+        raise ImageError(
+            f"it is a {type(given).__name__}: give a path, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor"
+        )
+    kind, layout = ("an array", "(H, W, 3)") if isinstance(given, np.ndarray) else ("a tensor", "(3, H, W)")
+    shape, channels = tuple(given.shape), -1 if isinstance(given, np.ndarray) else 0
+    if len(shape) != 3 or shape[channels] != 3:
+        several = "; several images are given as a list" if len(shape) == 4 else ""
+        raise ImageError(f"it has the shape {shape}: {kind} must be {layout}, RGB{several}")
+    if given.dtype not in (np.uint8, torch.uint8):
+        raise ImageError(f"its pixels are {given.dtype}: give uint8, 0 to 255")
+    # An array is copied: torch warns of one that cannot be written to.
+    pixels = torch.from_numpy(np.array(given)).permute(2, 0, 1) if channels else given.detach().cpu()
+    problem = size_problem(pixels.shape[-1], pixels.shape[-2])
+    if problem:
+        raise ImageError(problem)
+    return pixels.contiguous()
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from permafrost.data.errors import DataError
-from permafrost.data.pictures.read import ImageError, read_image
+from permafrost.data.pictures.read import image_of
 from permafrost.data.pictures.transforms import NO_CLASS
 from permafrost.data.segmentation.config import ADE20KDataConfig
 from permafrost.data.segmentation.drawing import class_shares, draw_classes
@@ -31,10 +30,12 @@ class ClassMap:
     Attributes:
         image_id: position among the inputs.
         classes: (H, W) uint8, of the photo's size.
+        names: of the K classes; `names[classes[y, x]]` is a pixel's.
     """
 
     image_id: int
     classes: Tensor
+    names: list[str] = field(repr=False)
 
 
 class SegmentationInputs:
@@ -51,16 +52,13 @@ class SegmentationInputs:
     def __init__(self, config: ADE20KDataConfig, classes: Sequence[str]) -> None:
         self.config, self.classes = config, list(classes)
 
-    def read(self, file: Path, index: int) -> tuple[list[Sample], Tensor]:
-        """One sample for each view, and the photo (3, H, W) uint8.
+    def read(self, source: Any, index: int) -> tuple[list[Sample], Tensor]:
+        """Return one sample for each view, and the photo (3, H, W) uint8.
 
         Raises:
             DataError: it cannot be read.
         """
-        try:
-            image = read_image(file)
-        except ImageError as error:
-            raise DataError(f"{file}: {error}") from error
+        image = image_of(source)
         original = (image.shape[-2], image.shape[-1])
         unknown = torch.full(original, NO_CLASS, dtype=torch.uint8)
         side, evaluation = self.config.image_size, self.config.evaluation
@@ -77,7 +75,7 @@ class SegmentationInputs:
         merger = ViewMerger()
         for result in results:
             classes = merger.add(result)
-        return ClassMap(results[0].image_id, classes)
+        return ClassMap(results[0].image_id, classes, self.classes)
 
     def describe(self, result: ClassMap) -> str:
         """The largest classes with their shares of the pixels."""

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from permafrost.data.video.errors import VideoError
-from permafrost.data.video.sampling import dense_indices, segment_indices
+from permafrost.data.video.sampling import choose_frames
 
 MEMORY_LIMIT = 16 << 30
 """Bytes of address space: a header of a few kilobytes can claim frames of gigabytes."""
@@ -71,7 +71,7 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]
         open_reader = getattr(importlib.import_module(module), function)
         video = open_reader(path, request.pop("backend"), request.pop("num_threads"))
         try:
-            indices = _indices(video.num_frames, **request)
+            indices = choose_frames(video.num_frames, **request)
             frames = video.frames(indices)
         finally:
             video.close()
@@ -83,16 +83,6 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]
         return {"error": f"{type(error).__name__}: {error}".split("\n")[0]}, None
     facts = {"num_frames": video.num_frames, "rate": video.rate, "indices": np.asarray(indices).tolist()}
     return {"shape": frames.shape, **facts}, frames
-
-
-def _indices(num_frames: int, kind: str, **arguments: Any) -> Any:
-    if kind == "dense":
-        return dense_indices(num_frames, **arguments)
-    if kind == "segment":
-        return segment_indices(num_frames, **arguments)
-    if kind == "all":
-        return np.arange(min(num_frames, arguments["most"]))
-    return arguments["indices"]
 
 
 if __name__ == "__main__":

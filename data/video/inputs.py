@@ -19,6 +19,7 @@ from permafrost.data.types import ClipResult, ClipTarget, Sample, SampleKey
 from permafrost.data.video.config import ClipConfig, KineticsDataConfig
 from permafrost.data.video.decoder import Decoder
 from permafrost.data.video.errors import VideoError
+from permafrost.data.video.sampling import choose_frames
 from permafrost.data.video.transforms import to_clip, view_crop
 
 TOP = 5
@@ -38,11 +39,13 @@ class VideoClass:
         video_id: position among the inputs.
         num_views: over which the probabilities are averaged.
         top: (label, probability) of the most probable classes, the best first.
+        names: of those classes.
     """
 
     video_id: int
     num_views: int
     top: list[tuple[int, float]]
+    names: list[str]
 
 
 @dataclass
@@ -79,17 +82,27 @@ class VideoInputs:
             timeout=config.decode_timeout, backend=config.decoder, num_threads=config.decoder_threads
         )
 
-    def read(self, file: Path, index: int) -> tuple[list[Sample], SourceVideo]:
-        """One sample for each view, and where the video is.
+    def read(self, source: Any, index: int) -> tuple[list[Sample], SourceVideo]:
+        """Return one sample for each view, and where the video is.
+
+        Args:
+            source: a path, or the frames of a video, (T, H, W, 3) uint8 array or (T, 3, H, W) uint8 tensor.
+            index: its position among the inputs.
 
         Raises:
-            DataError: it cannot be decoded.
+            DataError: it cannot be decoded, or is no video.
         """
         clip = self.config.clip
         samples: list[Sample] = []
+        is_file = isinstance(source, (str, os.PathLike))
+        file, given = Path(source).expanduser() if is_file else Path(), None if is_file else to_frames(source)
         try:
             for moment in range(clip.test_clips):
-                frames, facts = self.decoder.read(file, **view_sampling(clip, moment))
+                asked = view_sampling(clip, moment)
+                if given is None:
+                    frames, facts = self.decoder.read(file, **asked)
+                else:
+                    frames, facts = given[choose_frames(len(given), **asked)], {"num_frames": len(given), "rate": 0.0}
                 for crop in range(clip.test_crops):
                     image = view_crop(to_clip(frames), clip.test_short_side, clip.crop_size, crop, clip.test_crops)
                     target = ClipTarget(index, len(samples), torch.tensor(0))
@@ -103,7 +116,7 @@ class VideoInputs:
         scores = torch.stack([result.scores for result in results]).double().mean(dim=0)
         best = torch.argsort(scores, descending=True, stable=True)[:TOP].tolist()
         top = [(label, float(scores[label])) for label in best if scores[label] >= threshold]
-        return VideoClass(results[0].video_id, len(results), top)
+        return VideoClass(results[0].video_id, len(results), top, [self.classes[label] for label, _ in top])
 
     def describe(self, result: VideoClass) -> str:
         """The best classes with their probabilities."""
@@ -157,6 +170,28 @@ class VideoInputs:
                 yield from self.decoder.read(source.path, kind="frames", indices=indices)[0]
             except VideoError:
                 return
+
+
+def to_frames(given: Any) -> np.ndarray:
+    """Return the frames that a caller has at hand, (T, H, W, 3) uint8.
+
+    Raises:
+        DataError: another type, shape or dtype.
+    """
+    if not isinstance(given, (np.ndarray, torch.Tensor)):
+        raise DataError(
+            f"it is a {type(given).__name__}: give a path, a (T, H, W, 3) uint8 array or a (T, 3, H, W) uint8 tensor"
+        )
+    kind, layout, channels = (
+        ("an array", "(T, H, W, 3)", -1) if isinstance(given, np.ndarray) else ("a tensor", "(T, 3, H, W)", 1)
+    )
+    shape = tuple(given.shape)
+    if len(shape) != 4 or shape[channels] != 3 or 0 in shape:
+        raise DataError(f"it has the shape {shape}: {kind} of a video's frames must be {layout}, RGB")
+    if given.dtype not in (np.uint8, torch.uint8):
+        raise DataError(f"its pixels are {given.dtype}: give uint8, 0 to 255")
+    # An array is copied: torch warns of one that cannot be written to.
+    return np.array(given) if isinstance(given, np.ndarray) else given.detach().cpu().permute(0, 2, 3, 1).numpy()
 
 
 def view_sampling(clip: ClipConfig, moment: int) -> dict[str, Any]:

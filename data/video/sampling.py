@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -55,3 +56,19 @@ def segment_indices(
     within = (clip + 0.5) / num_clips if draws is None else np.asarray(draws)
     indices = np.floor((np.arange(length) + within) * num_frames / length).astype(np.int64)
     return np.minimum(indices, num_frames - 1)
+
+
+def choose_frames(num_frames: int, kind: str, **arguments: Any) -> np.ndarray:
+    """Return the numbers of the frames that are asked of a video.
+
+    Args:
+        num_frames: of the video.
+        kind: "dense" or "segment", whose functions take `arguments`; "all", of which `most` are taken; or "frames", by `indices`.
+    """
+    if kind == "dense":
+        return dense_indices(num_frames, **arguments)
+    if kind == "segment":
+        return segment_indices(num_frames, **arguments)
+    if kind == "all":
+        return np.arange(min(num_frames, arguments["most"]))
+    return np.asarray(arguments["indices"], dtype=np.int64)

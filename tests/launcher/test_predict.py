@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from permafrost.data.detection.inputs import draw_result
+from permafrost.data.detection.config import CocoDataConfig
+from permafrost.data.detection.inputs import DetectionInputs
 from permafrost.data.pictures.draw import class_color
 from permafrost.data.task import IMAGE_SUFFIXES
 from permafrost.data.types import DetectionResult
@@ -77,7 +78,7 @@ def test_predictions_are_those_of_the_evaluation(run: Path, images: Path, tmp_pa
     assert digests(images) == before, "inputs are only read"
 
 
-def test_results_are_drawn_where_they_are_on_the_original_image() -> None:
+def test_results_are_drawn_where_they_are_on_the_original_image(tmp_path: Path) -> None:
     result = DetectionResult(
         image_id=0,
         boxes=torch.tensor([[10.0, 5.0, 30.0, 20.0]]),
@@ -87,7 +88,12 @@ def test_results_are_drawn_where_they_are_on_the_original_image() -> None:
         size=(40, 64),
         original_size=(400, 640),
     )
-    picture = draw_result(torch.zeros(3, 400, 640, dtype=torch.uint8), result, ["a", "b", "c"])
+    reader = DetectionInputs(CocoDataConfig(), ["a", "b", "c"], [1, 2, 3])
+    shown = reader.keep([result], 0.5)
+    assert shown.names == ["c"]
+    assert shown.masks.sum() == pytest.approx(200 * 150, rel=0.02)
+    reader.write(torch.zeros(3, 400, 640, dtype=torch.uint8), shown, tmp_path / "shown.png")
+    picture = np.asarray(Image.open(tmp_path / "shown.png"))
     assert picture.shape == (400, 640, 3)
     color = np.array(class_color(2))
     for row, column in ((199, 200), (120, 100), (120, 299)):

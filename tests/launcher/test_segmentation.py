@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import permafrost
 from permafrost.data.segmentation.classes import ADE20K_CLASSES
 from permafrost.heads.segmentation.config import Mask2FormerConfig, PixelDecoderConfig, TransformerDecoderConfig
 from permafrost.launcher.cli import main
@@ -127,6 +128,16 @@ def test_predict_lays_colors_over_photos_of_any_size(run, tmp_path, capsys) -> N
             factor = picture.height // size[0]
             assert picture.height == factor * size[0]
             assert picture.width > factor * size[1]
+
+    trained = permafrost.load_run(run, device="cpu")
+    with Image.open(tmp_path / "high.jpg") as picture:
+        high, wide = trained.predict([np.asarray(picture), str(tmp_path / "wide.jpg")], batch_size=1)
+    for found, stem in ((high, "high"), (wide, "wide")):
+        with Image.open(output / f"{stem}_labels.png") as labels:
+            assert (found.classes.numpy() + 1 == np.array(labels)).all()
+        assert found.names == trained.classes
+    maps = trained.features(tmp_path / "wide.jpg")
+    assert [one.shape[1] for one in maps] == list(trained.backbone.spec.channels)
 
 
 def test_submission_files_are_those_of_the_test_images(run, tmp_path, capsys) -> None:

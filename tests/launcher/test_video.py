@@ -11,8 +11,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import permafrost
+from permafrost.data import DataError
 from permafrost.data.video.inputs import draw_panel
 from permafrost.data.worlds.motion import CLASSES
 from permafrost.heads.video.config import GlobalVideoConfig, LinearVideoConfig, TemporalVideoConfig
@@ -178,6 +181,29 @@ def test_predict_writes_the_video_with_its_classes_and_a_json(run, tmp_path, cap
         error = np.abs(pictures[0][factor * height :].astype(int) - panel)
         assert error.mean() < 12
         assert (panel > 200).any()
+
+
+def test_a_loaded_run_takes_videos_by_path_and_as_frames(run, tmp_path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (9, 50, 70, 3), dtype=np.uint8)
+    path = tmp_path / "v.mp4"
+    video_files.write_with(path, frames)
+    trained = permafrost.load_run(run, device="cpu")
+    decoded = trained.reader.decoder.read(path, kind="frames", indices=list(range(9)))[0]
+    found = trained.predict(path)
+    assert len(found.names) == 5
+    for other in trained.predict([decoded, torch.from_numpy(decoded.copy()).permute(0, 3, 1, 2)], batch_size=3):
+        assert other.names == found.names
+        assert [score for _, score in other.top] == pytest.approx([score for _, score in found.top], abs=1e-5)
+    maps = trained.features(path)
+    clip = trained.experiment.data.clip
+    assert [one.shape[:2] for one in maps] == [(2, clip.num_frames)] * len(trained.backbone.spec.channels)
+    for wrong, message in (
+        (decoded[0], r"\(50, 70, 3\).*\(T, H, W, 3\)"),
+        (decoded.astype(float), "float64.*uint8"),
+        (1, "int"),
+    ):
+        with pytest.raises(DataError, match=f"the image: it .*{message}|the image: its .*{message}"):
+            trained.predict(wrong)
 
 
 def test_predict_keeps_what_scores_from_the_threshold_up(run, tmp_path, capsys) -> None:
