@@ -27,10 +27,11 @@ import torch
 from records import append, processor
 
 from permafrost.data.types import Batch, DetectionTarget, SampleKey
-from permafrost.heads.config import BiFPNConfig
-from permafrost.heads.detection import cascade, mask_rcnn, roi, rpn
+from permafrost.heads.build import build_head
+from permafrost.heads.detection import mask_rcnn, roi, rpn
 from permafrost.heads.detection.config import CascadeConfig
 from permafrost.heads.detection.pooling import RegionPooling
+from permafrost.heads.necks.config import BiFPNConfig
 from permafrost.model.spec import FeatureSpec
 
 RESULTS = Path(__file__).parent / "results" / "cascade_step.csv"
@@ -159,9 +160,7 @@ def measure(
     """Of each counted step: clock and processor milliseconds of every part."""
     torch.manual_seed(0)
     config = CascadeConfig(neck=BiFPNConfig(num_layers=5))
-    head = (
-        cascade.build_cascade(config, spec=SPEC, classes=[f"class {i}" for i in range(NUM_CLASSES)]).to(device).train()
-    )
+    head = build_head(config, spec=SPEC, classes=[f"class {i}" for i in range(NUM_CLASSES)]).to(device).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-5)
     batch = make_batch(images, side, objects).to(device)
     features = [

@@ -34,7 +34,8 @@ from pathlib import Path
 
 from permafrost.configs import detection_shapes
 from permafrost.data.detection.config import JitterConfig, ShapesWorld
-from permafrost.heads.config import BiFPNConfig, MaskHeadConfig, NeckConfig
+from permafrost.heads.detection.config import MaskHeadConfig
+from permafrost.heads.necks.config import BiFPNConfig, NeckConfig
 from permafrost.launcher.experiment import Experiment, LoopConfig
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -98,6 +98,7 @@ def run(name: str, folder: Path, side: int, steps: int) -> dict[str, object]:
     """Loads, computes and trains; returns a row."""
     from permafrost.configs.coco import swinv2_base_fpn
     from permafrost.heads.base import world_mean_counts
+    from permafrost.heads.build import build_head
     from permafrost.launcher.engines.choose import build_engine
     from permafrost.launcher.experiment import EngineConfig
     from permafrost.launcher.plan.head import make_batch
@@ -117,7 +118,7 @@ def run(name: str, folder: Path, side: int, steps: int) -> dict[str, object]:
 
     detection = swinv2_base_fpn().heads["detection"]
     torch.manual_seed(0)
-    head = detection.model.build(spec=backbone.spec, classes=[str(index) for index in range(80)])
+    head = build_head(detection.model, spec=backbone.spec, classes=[str(index) for index in range(80)])
     group = join_process_group("cpu")
     engine = build_engine(
         head, optimizer=detection.optimizer, engine=EngineConfig(kind="accelerate"), group=group, global_batch=1

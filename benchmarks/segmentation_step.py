@@ -22,6 +22,7 @@ from records import append, processor
 
 from permafrost.data.types import Batch, SampleKey, SegmentationTarget
 from permafrost.heads.base import world_mean_counts
+from permafrost.heads.build import build_head
 from permafrost.heads.segmentation.config import Mask2FormerConfig, PixelDecoderConfig, TransformerDecoderConfig
 from permafrost.heads.segmentation.criterion import collect_segments
 from permafrost.model.config import BackboneConfig
@@ -53,7 +54,7 @@ def measure(pixel: int, transformer: int, *, backbone_name: str, batch_size: int
         pixel_decoder=PixelDecoderConfig(num_blocks=pixel, kernel="triton" if device.type == "cuda" else "reference"),
         transformer_decoder=TransformerDecoderConfig(num_blocks=transformer),
     )
-    head = config.build(spec=backbone.spec, classes=[str(k) for k in range(NUM_CLASSES)]).to(device).train()
+    head = build_head(config, spec=backbone.spec, classes=[str(k) for k in range(NUM_CLASSES)]).to(device).train()
     batch = make_batch(batch_size).to(device)
     found: dict[str, list[float]] = {part: [] for part in PARTS}
 

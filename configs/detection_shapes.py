@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from permafrost.configs.paper_parts import row
 from permafrost.configs.quickstart import quickstart
-from permafrost.heads import CascadeConfig, HTCConfig, SemanticBranchConfig
-from permafrost.heads.config import BiFPNConfig, MaskRCNNConfig, NeckConfig, ResidualFPNConfig
+from permafrost.heads import (
+    BiFPNConfig,
+    CascadeConfig,
+    HTCConfig,
+    MaskRCNNConfig,
+    NeckConfig,
+    ResidualFPNConfig,
+    SemanticBranchConfig,
+)
 from permafrost.launcher import Experiment
 
 NUM_SHAPES = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from permafrost.configs.coco import swinv2_base_fpn
-from permafrost.heads.config import MaskRCNNConfig, NeckConfig
+from permafrost.heads import MaskRCNNConfig, NeckConfig
 from permafrost.launcher import Experiment
 from permafrost.model import BackboneConfig
 

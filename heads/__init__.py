@@ -8,26 +8,29 @@ from permafrost._lazy import attach
 
 if TYPE_CHECKING:
     from permafrost.heads.base import Head as Head, LossCounts as LossCounts, world_mean_counts as world_mean_counts
-    from permafrost.heads.config import (
-        BiFPNConfig as BiFPNConfig,
+    from permafrost.heads.build import build_head as build_head
+    from permafrost.heads.config import HeadConfig as HeadConfig
+    from permafrost.heads.detection.config import (
         BoxHeadConfig as BoxHeadConfig,
-        FPNConfig as FPNConfig,
-        HeadConfig as HeadConfig,
+        CascadeConfig as CascadeConfig,
+        HTCConfig as HTCConfig,
         MaskHeadConfig as MaskHeadConfig,
         MaskRCNNConfig as MaskRCNNConfig,
         PoolingConfig as PoolingConfig,
-        PyramidConfig as PyramidConfig,
-        ResidualFPNConfig as ResidualFPNConfig,
         RPNConfig as RPNConfig,
-        SimplePyramidConfig as SimplePyramidConfig,
-    )
-    from permafrost.heads.detection.config import (
-        CascadeConfig as CascadeConfig,
-        HTCConfig as HTCConfig,
         SemanticBranchConfig as SemanticBranchConfig,
     )
     from permafrost.heads.detection.mask_rcnn import MaskRCNN as MaskRCNN
     from permafrost.heads.errors import HeadError as HeadError
+    from permafrost.heads.necks.build import build_neck as build_neck
+    from permafrost.heads.necks.config import (
+        BiFPNConfig as BiFPNConfig,
+        FPNConfig as FPNConfig,
+        NeckConfig as NeckConfig,
+        PyramidConfig as PyramidConfig,
+        ResidualFPNConfig as ResidualFPNConfig,
+        SimplePyramidConfig as SimplePyramidConfig,
+    )
     from permafrost.heads.segmentation.config import (
         Mask2FormerConfig as Mask2FormerConfig,
         PixelDecoderConfig as PixelDecoderConfig,

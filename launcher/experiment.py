@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from permafrost.data.task import TaskDataConfig
-from permafrost.heads.config import HeadConfig, MaskRCNNConfig
+from permafrost.heads.config import HeadConfig
+from permafrost.heads.detection.config import MaskRCNNConfig
+from permafrost.heads.errors import HeadError
 from permafrost.launcher.errors import RecipeError
 from permafrost.model.config import BackboneConfig, OffloadMode
 from permafrost.model.errors import BackboneError
@@ -229,8 +231,7 @@ class Experiment:
             )
         if not self.backbone.frozen:
             self._check_fine_tuning()
-        self._check_task()
-        self._check_semantic()
+        self._check_heads()
         not_split = {"compile": SPLIT_AND_COMPILED, "cuda_graph": SPLIT_AND_CAPTURED, "fp8": SPLIT_AND_FP8}
         for name, reason in not_split.items():
             if getattr(self.backbone, name) and self.mesh.tensor > 1:
@@ -240,27 +241,17 @@ class Experiment:
         except BackboneError as error:
             raise RecipeError(f"mesh.tensor is {self.mesh.tensor}: {error}") from None
 
-    def _check_task(self) -> None:
+    def _check_heads(self) -> None:
         for name, head in self.heads.items():
             if head.model.task != self.data.task:
                 raise RecipeError(
                     f"heads.{name}.model is a {type(head.model).__name__}, for {head.model.task}, but data is a "
                     f"{type(self.data).__name__}, for {self.data.task}: choose a head and data of the same task"
                 )
-
-    def _check_semantic(self) -> None:
-        for name, head in self.heads.items():
-            wanted = getattr(getattr(head.model, "semantic", None), "num_classes", 0)
-            if wanted and not getattr(self.data, "semantic", ""):
-                raise RecipeError(
-                    f"heads.{name}.model.semantic.num_classes is {wanted} but data.semantic is empty: name the folder of semantic "
-                    'maps ("stuffthingmaps/train2017"), or "instances"; or set semantic.num_classes 0 to do without the branch'
-                )
-            if wanted and wanted != self.data.semantic_classes:
-                raise RecipeError(
-                    f"heads.{name}.model.semantic.num_classes is {wanted} but data.semantic_classes is "
-                    f"{self.data.semantic_classes}: they must be the same"
-                )
+            try:
+                head.model.check_data(self.data)
+            except HeadError as error:
+                raise RecipeError(f"heads.{name}.model.{error}") from None
 
     def _check_fine_tuning(self) -> None:
         if len(self.heads) > 1:

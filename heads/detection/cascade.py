@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,9 @@ from torch.nn import functional as F
 from permafrost.data.types import Batch, DetectionResult
 from permafrost.heads.base import LossCounts
 from permafrost.heads.detection.boxes import image_sizes
-from permafrost.heads.detection.config import CascadeConfig, HTCConfig
-from permafrost.heads.detection.mask_rcnn import TwoStageHead, build_two_stages, typed_results
+from permafrost.heads.detection.mask_rcnn import TwoStageHead, typed_results
 from permafrost.heads.detection.roi import BoxBranch, MaskBranch, PositiveRegions, RegionSamples, join
 from permafrost.heads.detection.semantic import SemanticBranch
-
-if TYPE_CHECKING:
-    from permafrost.model.spec import FeatureSpec
 
 
 @dataclass
@@ -168,30 +164,3 @@ class _Numbered:
 
     def __call__(self, name: str, count: Tensor) -> Tensor:
         return self.counts(f"{name}_{self.number}", count)
-
-
-def build_cascade(config: CascadeConfig, *, spec: FeatureSpec, classes: Sequence[str]) -> CascadeMaskRCNN:
-    """See CascadeConfig.build."""
-    parts, region = build_two_stages(config, spec=spec, classes=classes)
-    options: dict[str, Any] = {}
-    if isinstance(config, HTCConfig):
-        options = {"interleaved": config.interleaved, "information_flow": config.information_flow}
-        if config.semantic.num_classes:
-            options["semantic"] = SemanticBranch(
-                channels=config.neck.channels,
-                strides=parts["neck"].strides,
-                resolution=config.mask.resolution,
-                config=config.semantic,
-                pooling=config.pooling,
-            )
-    flows = options.get("information_flow", False)
-    return CascadeMaskRCNN(
-        **parts,
-        boxes=[BoxBranch(**region, config=own, pooling=config.pooling) for own in config.boxes()],
-        masks=[
-            MaskBranch(**region, config=config.mask, pooling=config.pooling, takes_previous=flows and stage > 0)
-            for stage in range(config.num_stages)
-        ],
-        stage_weights=config.stage_weights,
-        **options,
-    )

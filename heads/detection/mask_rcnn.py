@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from permafrost.data.types import Batch, DetectionResult
 from permafrost.heads.base import Head, LossCounts, world_mean_counts
-from permafrost.heads.config import MaskRCNNConfig
 from permafrost.heads.detection.roi import BoxBranch, Detections, MaskBranch, RegionSamples, join, sample_regions
 from permafrost.heads.detection.rpn import RPN
-from permafrost.heads.errors import HeadError
-
-if TYPE_CHECKING:
-    from permafrost.heads.necks.bifpn import BiFPN
-    from permafrost.heads.necks.fpn import FPN
-    from permafrost.heads.necks.simple_pyramid import SimpleFeaturePyramid
-    from permafrost.model.spec import FeatureSpec
-
-    Neck = FPN | BiFPN | SimpleFeaturePyramid
+from permafrost.heads.necks.build import Neck
 
 
 class TwoStageHead(Head):
@@ -140,34 +131,3 @@ def typed_results(detections: Sequence[Detections], masks: Tensor, batch: Batch)
             batch.targets, detections, masks.split([len(found.boxes) for found in detections])
         )
     ]
-
-
-def build_mask_rcnn(config: MaskRCNNConfig, *, spec: FeatureSpec, classes: Sequence[str]) -> MaskRCNN:
-    """See MaskRCNNConfig.build."""
-    parts, region = build_two_stages(config, spec=spec, classes=classes)
-    box = BoxBranch(**region, config=config.box, pooling=config.pooling)
-    return MaskRCNN(**parts, box=box, mask=MaskBranch(**region, config=config.mask, pooling=config.pooling))
-
-
-def build_two_stages(
-    config: MaskRCNNConfig, *, spec: FeatureSpec, classes: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of TwoStageHead, and those that all box and mask branches share.
-
-    Raises:
-        HeadError: the neck takes other maps, or there is no class.
-    """
-    if isinstance(classes, str) or len(classes) == 0:
-        raise HeadError(f"classes is {classes!r}: give the names of the classes, at least one")
-    neck = config.neck.build(spec=spec)
-    pooled = neck.strides[: neck.num_backbone_levels]
-    if any(stride & (stride - 1) for stride in pooled):
-        raise HeadError(
-            f"pooling: the neck's strides are {pooled}; boxes are assigned to levels by powers of two: choose levels of the "
-            "backbone with such strides"
-        )
-    rpn = RPN(
-        channels=config.neck.channels, strides=neck.strides, config=config.rpn, ignore_overlap=config.ignore_overlap
-    )
-    parts = {"neck": neck, "rpn": rpn, "classes": classes, "ignore_overlap": config.ignore_overlap}
-    return parts, {"channels": config.neck.channels, "strides": pooled, "num_classes": len(classes)}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from permafrost.heads.config import PoolingConfig
+from permafrost.heads.detection.config import PoolingConfig
 from permafrost.heads.detection.roi_align import roi_align
 
 CANONICAL_LEVEL = 4

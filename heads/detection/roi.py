@@ -19,8 +19,8 @@ from torchvision.ops import batched_nms
 
 from permafrost.data.types import Batch
 from permafrost.heads.base import LossCounts
-from permafrost.heads.config import BoxHeadConfig, MaskHeadConfig, PoolingConfig
 from permafrost.heads.detection.boxes import box_loss, clip_boxes, giou_loss, image_sizes, larger_than
+from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, PoolingConfig
 from permafrost.heads.detection.pooling import RegionPooling, project_masks
 from permafrost.heads.detection.sampling import POSITIVE, drop_ignored, match_boxes, sample_balanced
 from permafrost.heads.detection.soft_nms import soft_nms

@@ -17,8 +17,8 @@ from torchvision.ops import batched_nms
 
 from permafrost.data.types import Batch
 from permafrost.heads.base import LossCounts
-from permafrost.heads.config import RPNConfig
 from permafrost.heads.detection.boxes import box_dtype, box_loss, clip_boxes, image_sizes, larger_than
+from permafrost.heads.detection.config import RPNConfig
 from permafrost.heads.detection.sampling import drop_ignored, match_boxes, sample_balanced
 
 MIN_PROPOSAL_SIDE = 1e-3

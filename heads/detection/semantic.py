@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from permafrost.data.types import Batch
 from permafrost.heads.base import LossCounts
-from permafrost.heads.config import PoolingConfig
 from permafrost.heads.detection.boxes import box_dtype
-from permafrost.heads.detection.config import SemanticBranchConfig
+from permafrost.heads.detection.config import PoolingConfig, SemanticBranchConfig
 from permafrost.heads.detection.pooling import RegionPooling
 from permafrost.heads.errors import HeadError
 

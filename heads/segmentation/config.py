@@ -1,4 +1,4 @@
-"""Configurations of Mask2Former: values only, no torch; `build` makes the live head.
+"""Configurations of Mask2Former: values only, no torch.
 
 Defaults are the public recipe of Mask2Former on ADE20K (Cheng et al. 2022) with the paper's smallest head: one block of the
 pixel decoder, three of the transformer decoder and the prediction of the raw queries ("(3+1)x", Table 3).
@@ -6,32 +6,11 @@ pixel decoder, three of the transformer decoder and the prediction of the raw qu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from permafrost.heads.config import HeadConfig, HeadTask
-from permafrost.heads.errors import HeadError
-
-if TYPE_CHECKING:
-    from permafrost.heads.segmentation.mask2former import Mask2Former
-    from permafrost.model.spec import FeatureSpec
-
-
-def _require(condition: bool, name: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise HeadError(f"{name} is {value!r}: {remedy}")
-
-
-def _require_width(prefix: str, channels: int, num_heads: int) -> None:
-    _require(channels >= 1 and num_heads >= 1, f"{prefix}.channels", channels, "channels and heads are at least 1")
-    # A sine and a cosine of x and of y each.
-    _require(
-        channels % num_heads == 0 and channels % 4 == 0,
-        f"{prefix}.channels",
-        channels,
-        f"it must be a multiple of 4 and of the {num_heads} heads",
-    )
+from permafrost.heads.checks import require, require_counts, require_positive
+from permafrost.heads.config import HeadConfig
 
 
 @dataclass
@@ -50,10 +29,12 @@ class PixelDecoderConfig:
     """What computes deformable attention: plain PyTorch, which runs anywhere, or the Triton kernel, on a GPU."""
 
     def __post_init__(self) -> None:
-        for name in ("num_blocks", "num_points", "ffn_channels"):
-            value = getattr(self, name)
-            _require(value >= 1, f"pixel_decoder.{name}", value, "it must be at least 1")
-        _require_width("pixel_decoder", self.channels, self.num_heads)
+        require_counts("pixel_decoder.", self, "num_blocks", "num_points", "ffn_channels")
+        name, channels, heads = "pixel_decoder.channels", self.channels, self.num_heads
+        require(channels >= 1 and heads >= 1, name, channels, "channels and heads are at least 1")
+        # A sine and a cosine of x and of y each.
+        fits = channels % heads == 0 and channels % 4 == 0
+        require(fits, name, channels, f"it must be a multiple of 4 and of the {heads} heads")
 
 
 @dataclass
@@ -68,9 +49,7 @@ class TransformerDecoderConfig:
     ffn_channels: int = 2048
 
     def __post_init__(self) -> None:
-        for name in ("num_blocks", "num_queries", "num_heads", "ffn_channels"):
-            value = getattr(self, name)
-            _require(value >= 1, f"transformer_decoder.{name}", value, "it must be at least 1")
+        require_counts("transformer_decoder.", self, "num_blocks", "num_queries", "num_heads", "ffn_channels")
 
 
 @dataclass
@@ -91,19 +70,16 @@ class SegmentationLossConfig:
     """Share of the points chosen so; the others are uniform."""
 
     def __post_init__(self) -> None:
-        for name in ("class_weight", "mask_weight", "dice_weight", "no_object_weight"):
-            value = getattr(self, name)
-            _require(value > 0, f"loss.{name}", value, "it must be above 0")
-        _require(self.num_points >= 1, "loss.num_points", self.num_points, "it must be at least 1")
-        _require(self.oversample >= 1, "loss.oversample", self.oversample, "it must be at least 1")
-        _require(0 <= self.importance <= 1, "loss.importance", self.importance, "give a share from 0 to 1")
+        require_positive("loss.", self, "class_weight", "mask_weight", "dice_weight", "no_object_weight")
+        require_counts("loss.", self, "num_points", "oversample")
+        require(0 <= self.importance <= 1, "loss.importance", self.importance, "give a share from 0 to 1")
 
 
 @dataclass
 class Mask2FormerConfig(HeadConfig):
     """Mask2Former (Cheng et al., CVPR 2022) for semantic segmentation."""
 
-    task: ClassVar[HeadTask] = "segmentation"
+    task: ClassVar[str] = "segmentation"
 
     pixel_decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
     transformer_decoder: TransformerDecoderConfig = field(default_factory=TransformerDecoderConfig)
@@ -113,23 +89,9 @@ class Mask2FormerConfig(HeadConfig):
 
     def __post_init__(self) -> None:
         channels, heads = self.pixel_decoder.channels, self.transformer_decoder.num_heads
-        _require(
+        require(
             channels % heads == 0,
             "transformer_decoder.num_heads",
             heads,
             f"it must divide pixel_decoder.channels ({channels})",
         )
-
-    def build(self, *, spec: FeatureSpec, classes: Sequence[str]) -> Mask2Former:
-        """The live head, initialised from torch's global generator.
-
-        Args:
-            spec: the backbone's maps: at least two, the finest at stride 4 in the released recipe.
-            classes: names of the K classes, in the order of the labels.
-
-        Raises:
-            HeadError: the backbone gives one map only, or there is no class.
-        """
-        from permafrost.heads.segmentation.mask2former import Mask2Former
-
-        return Mask2Former(spec=spec, classes=classes, config=self)

@@ -67,7 +67,7 @@ class BlocksHead(ClipHead):
 
     Args:
         spec: the backbone's maps.
-        num_classes: K.
+        classes: names of the K classes.
         config: blocks, codes, norm and dropout.
         axes: which of "frames", "rows", "columns" the position codes tell apart.
 
@@ -75,7 +75,9 @@ class BlocksHead(ClipHead):
         HeadError: the width does not divide into attention heads.
     """
 
-    def __init__(self, *, spec: FeatureSpec, num_classes: int, config: BlocksVideoConfig, axes: Sequence[str]) -> None:
+    def __init__(
+        self, *, spec: FeatureSpec, classes: Sequence[str], config: BlocksVideoConfig, axes: Sequence[str]
+    ) -> None:
         channels = spec.channels[-1]
         width = channels if config.width is None else config.width
         if width % config.head_channels:
@@ -83,7 +85,7 @@ class BlocksHead(ClipHead):
                 f"width is {width} and head_channels {config.head_channels}: the blocks' channels must be a multiple of "
                 f"the channels of an attention head; the backbone's last map has {channels}"
             )
-        super().__init__(spec=spec, num_classes=num_classes, config=config, width=width)
+        super().__init__(spec=spec, classes=classes, config=config, width=width)
         self.embed = nn.Identity() if config.width is None else nn.Linear(channels, width)
         self.positions = make_positions(
             config.position, width, axes, num_frames=config.num_frames, map_side=config.map_side

@@ -23,7 +23,7 @@ class ClipHead(Head):
 
     Args:
         spec: the backbone's maps.
-        num_classes: K.
+        classes: names of the K classes.
         config: norm and dropout.
         width: D, channels that `mix` gives.
 
@@ -31,14 +31,14 @@ class ClipHead(Head):
         HeadError: fewer than two classes.
     """
 
-    def __init__(self, *, spec: FeatureSpec, num_classes: int, config: LinearVideoConfig, width: int) -> None:
+    def __init__(self, *, spec: FeatureSpec, classes: Sequence[str], config: LinearVideoConfig, width: int) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise HeadError(f"a video head was given {num_classes} classes: it takes at least 2 to tell clips apart")
+        if len(classes) < 2:
+            raise HeadError(f"a video head was given {len(classes)} classes: it takes at least 2 to tell clips apart")
         channels = spec.channels[-1]
         self.dropout = config.dropout
         self.level_norm = nn.LayerNorm(channels, eps=1e-5) if config.level_norm else nn.Identity()
-        self.classifier = nn.Linear(width, num_classes)
+        self.classifier = nn.Linear(width, len(classes))
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 

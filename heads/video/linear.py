@@ -17,12 +17,12 @@ class LinearVideoHead(ClipHead):
 
     Args:
         spec: the backbone's maps.
-        num_classes: K.
+        classes: names of the K classes.
         config: norm and dropout.
     """
 
-    def __init__(self, *, spec: FeatureSpec, num_classes: int, config: LinearVideoConfig) -> None:
-        super().__init__(spec=spec, num_classes=num_classes, config=config, width=spec.channels[-1])
+    def __init__(self, *, spec: FeatureSpec, classes: Sequence[str], config: LinearVideoConfig) -> None:
+        super().__init__(spec=spec, classes=classes, config=config, width=spec.channels[-1])
 
     def mix(self, tokens: Tensor, map_size: tuple[int, int], keys: Sequence[SampleKey]) -> Tensor:
         """The tokens as they are: the frames' order does not matter."""

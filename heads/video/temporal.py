@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from permafrost.heads.video.blocks import BlocksHead
@@ -14,12 +16,12 @@ class TemporalVideoHead(BlocksHead):
 
     Args:
         spec: the backbone's maps.
-        num_classes: K.
+        classes: names of the K classes.
         config: blocks, codes, norm and dropout.
     """
 
-    def __init__(self, *, spec: FeatureSpec, num_classes: int, config: TemporalVideoConfig) -> None:
-        super().__init__(spec=spec, num_classes=num_classes, config=config, axes=("frames",))
+    def __init__(self, *, spec: FeatureSpec, classes: Sequence[str], config: TemporalVideoConfig) -> None:
+        super().__init__(spec=spec, classes=classes, config=config, axes=("frames",))
 
     def fold(self, tokens: Tensor) -> Tensor:
         """(B, T, L, D) to (B, L, T, D)."""

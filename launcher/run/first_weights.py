@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from permafrost.data.segmentation.classes import ADE20K_CLASSES
+from permafrost.heads.build import build_head
 from permafrost.heads.detection.released import COCO_CLASSES, from_released, is_released
 from permafrost.heads.segmentation import released as mask2former
 from permafrost.launcher.errors import CheckpointError
@@ -198,7 +199,7 @@ def class_tensors(config: HeadExperiment, spec: FeatureSpec, classes: Sequence[s
     shapes = []
     for names in (list(classes), [*classes, "one more"]):
         with torch.device("meta"):
-            state = config.model.build(spec=spec, classes=names).state_dict()
+            state = build_head(config.model, spec=spec, classes=names).state_dict()
         shapes.append({name: tensor.shape for name, tensor in state.items()})
     return {name for name, shape in shapes[0].items() if shapes[1].get(name) != shape}
 

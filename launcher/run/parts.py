@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from permafrost.heads.build import build_head
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import Experiment
 from permafrost.launcher.ranks.agreement import require_agreement
@@ -99,7 +100,7 @@ def build_heads(experiment: Experiment, spec: FeatureSpec, classes: Sequence[str
     for name, config in experiment.heads.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(experiment.loop.seed, name))
-            heads[name] = config.model.build(spec=spec, classes=list(classes))
+            heads[name] = build_head(config.model, spec=spec, classes=list(classes))
     return heads
 
 

@@ -17,6 +17,7 @@ from mask_rcnn_worker import CONFIG, GLOBAL_BATCH, SIDE, image
 
 from permafrost.data.types import Batch, SampleKey
 from permafrost.heads.base import world_mean_counts
+from permafrost.heads.build import build_head
 from permafrost.launcher.engines.base import StepReport, parameter_groups
 from permafrost.launcher.engines.choose import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
@@ -90,7 +91,7 @@ def run(
     config = BackboneConfig("swinv2_nano", "random", dtype="float64", frozen=frozen, **fields)
     backbone = config.build(tensor_group=group.tensor_group(tensor))
     torch.manual_seed(0)
-    head = CONFIG.build(spec=backbone.spec, classes=list(CLASSES)).double()
+    head = build_head(CONFIG, spec=backbone.spec, classes=list(CLASSES)).double()
     if not frozen:
         head = FineTuned(backbone, head, learning_rate_factor=config.learning_rate_factor)
         backbone = ImagesOn(backbone)

@@ -10,16 +10,17 @@ from engines_worker import KINDS
 
 from permafrost.data.types import Batch, DetectionTarget, SampleKey
 from permafrost.heads.base import world_mean_counts
-from permafrost.heads.config import (
-    BiFPNConfig,
+from permafrost.heads.build import build_head
+from permafrost.heads.detection.config import (
     BoxHeadConfig,
-    FPNConfig,
+    HTCConfig,
     MaskHeadConfig,
     MaskRCNNConfig,
     PoolingConfig,
     RPNConfig,
+    SemanticBranchConfig,
 )
-from permafrost.heads.detection.config import HTCConfig, SemanticBranchConfig
+from permafrost.heads.necks.config import BiFPNConfig, FPNConfig
 from permafrost.launcher.engines.choose import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
 from permafrost.launcher.ranks.exit import run_and_leave
@@ -53,7 +54,7 @@ HTC = HTCConfig(
 
 def make_head(config: MaskRCNNConfig):
     torch.manual_seed(0)
-    return config.build(spec=SPEC, classes=["circle", "square", "star"])
+    return build_head(config, spec=SPEC, classes=["circle", "square", "star"])
 
 
 def image(step: int, index: int, num_boxes: int) -> tuple[list[torch.Tensor], DetectionTarget]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from permafrost.data.types import Batch, SampleKey
 from permafrost.heads.base import world_mean_counts
+from permafrost.heads.build import build_head
 from permafrost.launcher.engines.choose import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
 from permafrost.launcher.ranks.exit import run_and_leave
@@ -127,7 +128,7 @@ def detection_losses(group, tensor_group, num_steps: int = 20) -> list[dict[str,
     backbone = load_backbone("swinv2_nano", weights="random", dtype=torch.float64, tensor_group=tensor_group)
     torch.manual_seed(0)
     engine = build_engine(
-        CONFIG.build(spec=backbone.spec, classes=["circle", "square", "star"]).double(),
+        build_head(CONFIG, spec=backbone.spec, classes=["circle", "square", "star"]).double(),
         optimizer=OptimizerConfig(),
         engine=EngineConfig(),
         group=group,

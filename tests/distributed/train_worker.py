@@ -20,14 +20,8 @@ import permafrost.launcher.train as loop
 from permafrost.data.detection.config import CocoDataConfig, JitterConfig, ShapesDataConfig, ShapesWorld
 from permafrost.data.types import DetectionResult
 from permafrost.heads.base import Head, world_mean_counts
-from permafrost.heads.config import (
-    BoxHeadConfig,
-    FPNConfig,
-    MaskHeadConfig,
-    MaskRCNNConfig,
-    PoolingConfig,
-    RPNConfig,
-)
+from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
+from permafrost.heads.necks.config import FPNConfig
 from permafrost.launcher.errors import USER_ERRORS, TrainingStopped
 from permafrost.launcher.evaluate import evaluate_run
 from permafrost.launcher.experiment import (

@@ -22,7 +22,8 @@ from torch import nn
 from permafrost.data.detection.config import CocoDataConfig, JitterConfig, ShapesDataConfig, ShapesWorld
 from permafrost.data.types import DetectionResult
 from permafrost.heads.base import Head, world_mean_counts
-from permafrost.heads.config import BoxHeadConfig, FPNConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
+from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
+from permafrost.heads.necks.config import FPNConfig
 from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
 from permafrost.model.config import BackboneConfig
 

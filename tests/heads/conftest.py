@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from permafrost.data.types import Batch, DetectionTarget, SampleKey
-from permafrost.heads.config import BoxHeadConfig, FPNConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
+from permafrost.heads.build import build_head
+from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
+from permafrost.heads.necks.config import FPNConfig
 from permafrost.model.spec import FeatureSpec
 
 CLASSES = ("circle", "square", "star")
@@ -119,7 +121,7 @@ def _select():
 def build(config, spec, classes, *, seed=0, spread=0.05):
     """A head whose predictors are no longer near zero, so that every part of it decides something."""
     torch.manual_seed(seed)
-    head = config.build(spec=spec, classes=classes)
+    head = build_head(config, spec=spec, classes=classes)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(torch.randn_like(parameter) * spread)

@@ -10,14 +10,8 @@ from pathlib import Path
 import pytest
 
 from permafrost.data.detection.config import JitterConfig, ShapesDataConfig, ShapesWorld
-from permafrost.heads.config import (
-    BoxHeadConfig,
-    FPNConfig,
-    MaskHeadConfig,
-    MaskRCNNConfig,
-    PoolingConfig,
-    RPNConfig,
-)
+from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
+from permafrost.heads.necks.config import FPNConfig
 from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig
 from permafrost.model.config import BackboneConfig
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from permafrost.data.detection.config import EvaluationConfig, MultiScaleConfig
-from permafrost.heads.config import BiFPNConfig
 from permafrost.heads.detection.config import HTCConfig, SemanticBranchConfig
+from permafrost.heads.necks.config import BiFPNConfig
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.evaluate import evaluate_run
 from permafrost.launcher.experiment import Experiment

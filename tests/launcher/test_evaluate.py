@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from permafrost.data.detection.config import JitterConfig, ShapesDataConfig, ShapesWorld
-from permafrost.heads.config import FPNConfig
+from permafrost.heads.necks.config import FPNConfig
 from permafrost.launcher.cli import main
 from permafrost.launcher.errors import CheckpointError, RunFolderError
 from permafrost.launcher.evaluate import class_table, evaluate_heads, evaluate_run, metrics_table

@@ -11,8 +11,7 @@ import torch
 
 from permafrost.data.detection.config import CocoDataConfig, ShapesDataConfig
 from permafrost.data.video.config import KineticsDataConfig, MotionDataConfig
-from permafrost.heads.config import MaskRCNNConfig
-from permafrost.heads.detection.config import CascadeConfig, HTCConfig
+from permafrost.heads.detection.config import CascadeConfig, HTCConfig, MaskRCNNConfig
 from permafrost.heads.segmentation.config import Mask2FormerConfig
 from permafrost.heads.video.config import GlobalVideoConfig, LinearVideoConfig, TemporalVideoConfig
 from permafrost.launcher.errors import RecipeError

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from permafrost.data.detection.config import MultiScaleConfig
-from permafrost.heads.config import BiFPNConfig
+from permafrost.heads.build import build_head
+from permafrost.heads.necks.config import BiFPNConfig
 from permafrost.launcher.cli import main
 from permafrost.launcher.experiment import Experiment
 from permafrost.launcher.plan.backbone import windows_of
@@ -69,7 +70,7 @@ def count_trainable(experiment: Experiment) -> int:
     classes = [str(number) for number in range(NUM_CLASSES[type(experiment.data).__name__])]
     with torch.device("meta"):
         (config,) = experiment.heads.values()
-        head = config.model.build(spec=backbone.spec, classes=classes)
+        head = build_head(config.model, spec=backbone.spec, classes=classes)
     parts = [head] if experiment.backbone.frozen else [head, backbone]
     assert all(parameter.is_meta for part in parts for parameter in part.parameters())
     return sum(parameter.numel() for part in parts for parameter in part.parameters())

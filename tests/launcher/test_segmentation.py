@@ -17,6 +17,7 @@ from PIL import Image
 
 import permafrost
 from permafrost.data.segmentation.classes import ADE20K_CLASSES
+from permafrost.heads.build import build_head
 from permafrost.heads.segmentation.config import Mask2FormerConfig, PixelDecoderConfig, TransformerDecoderConfig
 from permafrost.launcher.cli import main
 from permafrost.launcher.errors import CheckpointError
@@ -335,7 +336,7 @@ def head_of(pixel: int, decoder: int, classes: list[str]):
         )
     )
     spec = FeatureSpec(channels=tuple(CHANNELS), strides=(4, 8, 16, 32))
-    return config.model.build(spec=spec, classes=classes), class_tensors(config, spec, classes)
+    return build_head(config.model, spec=spec, classes=classes), class_tensors(config, spec, classes)
 
 
 @pytest.mark.parametrize(("suffix", "pixel", "decoder"), [(".pkl", 6, 9), (".pth", 1, 3)])

@@ -31,7 +31,7 @@ from permafrost.data.errors import DataError
 from permafrost.data.stream.sampler import GlobalStream
 from permafrost.data.types import DetectionResult
 from permafrost.heads.base import Head, world_mean_counts
-from permafrost.heads.config import MaskRCNNConfig
+from permafrost.heads.detection.config import MaskRCNNConfig
 from permafrost.launcher.errors import CheckpointError, RecipeError, RunFolderError, TrainingStopped
 from permafrost.launcher.experiment import EngineConfig, Experiment, HeadExperiment
 from permafrost.launcher.run.folder import read_json_lines

@@ -9,12 +9,19 @@ import pytest
 import torch
 from torchvision.ops import generalized_box_iou
 
-from permafrost.heads.config import BiFPNConfig, BoxHeadConfig, MaskHeadConfig
+from permafrost.heads.build import build_head
 from permafrost.heads.detection.boxes import giou_loss
-from permafrost.heads.detection.config import CascadeConfig, HTCConfig, SemanticBranchConfig
+from permafrost.heads.detection.config import (
+    BoxHeadConfig,
+    CascadeConfig,
+    HTCConfig,
+    MaskHeadConfig,
+    SemanticBranchConfig,
+)
 from permafrost.heads.detection.roi import join
 from permafrost.heads.detection.semantic import IGNORED, cells
 from permafrost.heads.errors import HeadError
+from permafrost.heads.necks.config import BiFPNConfig
 
 REGION_LOSSES = ("loss_classifier", "loss_box", "loss_mask")
 
@@ -75,7 +82,7 @@ def test_stage_targets_by_hand(small_config, spec, classes, make_batch, make_fea
     """
     torch.manual_seed(0)
     box = BoxHeadConfig(class_agnostic=True, num_samples=16, positive_fraction=1.0, resolution=5, fc_channels=8)
-    head = cascade_of(small_config, box=box).build(spec=spec, classes=classes)
+    head = build_head(cascade_of(small_config, box=box), spec=spec, classes=classes)
     truth = torch.tensor([10.0, 10.0, 50.0, 50.0])
     a, b, c = [20.0, 10.0, 60.0, 50.0], [10.0, 10.0, 50.0, 34.0], [70.0, 70.0, 90.0, 90.0]
     batch = make_batch((1,))
@@ -132,7 +139,7 @@ def test_one_stage_is_mask_rcnn(small_config, spec, classes, make_batch, make_fe
     parts = replace(parts, box=replace(parts.box, num_samples=200, positive_fraction=1.0))
     plain = build(parts, spec, classes).double()
     stages = {"stage_ious": (0.5,), "stage_weights": (1.0,), "stage_stds": ((0.1, 0.1, 0.2, 0.2),)}
-    cascade = CascadeConfig(**vars(parts), **stages).build(spec=spec, classes=classes).double()
+    cascade = build_head(CascadeConfig(**vars(parts), **stages), spec=spec, classes=classes).double()
     state = {
         name.replace("box.", "boxes.0.").replace("mask.", "masks.0."): value
         for name, value in plain.state_dict().items()
@@ -410,4 +417,4 @@ def test_semantic_loss_counts_what_is_not_ignored(small_config, spec, classes, m
 def test_semantic_level_beyond_the_pyramid_is_refused(small_config, spec, classes):
     config = cascade_of(small_config, HTCConfig, semantic=SemanticBranchConfig(num_classes=5, level=9))
     with pytest.raises(HeadError, match=r"semantic.level is 9: the pyramid has the levels 0..4"):
-        config.build(spec=spec, classes=classes)
+        build_head(config, spec=spec, classes=classes)

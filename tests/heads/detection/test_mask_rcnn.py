@@ -15,9 +15,11 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from permafrost.heads.config import BoxHeadConfig, FPNConfig, MaskHeadConfig, PoolingConfig, RPNConfig
+from permafrost.heads.build import build_head
+from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, PoolingConfig, RPNConfig
 from permafrost.heads.detection.rpn import make_anchors
 from permafrost.heads.detection.sampling import sample_balanced
+from permafrost.heads.necks.config import FPNConfig
 
 LOSSES = ["loss_rpn_objectness", "loss_rpn_box", "loss_classifier", "loss_box", "loss_mask"]
 COUNTS = ["rpn_samples", "roi_samples", "mask_samples"]
@@ -336,7 +338,7 @@ def test_losses_depend_on_keys_alone(small_config, spec, classes, make_batch, ma
 def test_construction_is_deterministic_under_the_seed(small_config, spec, classes):
     def state(seed):
         torch.manual_seed(seed)
-        return small_config().build(spec=spec, classes=classes).state_dict()
+        return build_head(small_config(), spec=spec, classes=classes).state_dict()
 
     first, same, other = state(3), state(3), state(4)
     assert all(torch.equal(first[name], same[name]) for name in first)
@@ -346,7 +348,7 @@ def test_construction_is_deterministic_under_the_seed(small_config, spec, classe
 def test_initial_predictions_are_undecided(spec, classes, make_batch, make_features, small_config):
     """Small predictors: objectness near ln 2, classes near ln(K + 1), masks near ln 2."""
     torch.manual_seed(0)
-    losses = small_config().build(spec=spec, classes=classes)(make_features(), make_batch())
+    losses = build_head(small_config(), spec=spec, classes=classes)(make_features(), make_batch())
     for name, expected in (("loss_rpn_objectness", 2), ("loss_classifier", 4), ("loss_mask", 2)):
         torch.testing.assert_close(losses[name], torch.tensor(float(expected)).log(), rtol=0.1, atol=0)
 
@@ -401,7 +403,7 @@ def test_it_learns_two_images_by_heart(spec, classes, make_batch, make_features,
         mask=MaskHeadConfig(num_convs=1, channels=32),
     )
     torch.manual_seed(0)
-    head = config.build(spec=spec, classes=classes)
+    head = build_head(config, spec=spec, classes=classes)
     # Five objects that do not overlap.
     batch, features = make_batch((3, 2), first=16), make_features(first=16)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)

@@ -9,8 +9,8 @@ import torch
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from permafrost.heads.config import PoolingConfig
 from permafrost.heads.detection import pooling
+from permafrost.heads.detection.config import PoolingConfig
 from permafrost.heads.detection.pooling import RegionPooling, project_masks
 
 STRIDES = (4, 8, 16, 32)

@@ -7,9 +7,11 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from permafrost.heads.config import BoxHeadConfig, FPNConfig, HeadError, MaskHeadConfig, RPNConfig
-from permafrost.heads.detection.config import CascadeConfig, HTCConfig
+from permafrost.heads.build import build_head
+from permafrost.heads.detection.config import BoxHeadConfig, CascadeConfig, HTCConfig, MaskHeadConfig, RPNConfig
 from permafrost.heads.detection.released import COCO_CLASSES, from_released
+from permafrost.heads.errors import HeadError
+from permafrost.heads.necks.config import FPNConfig
 
 C, K, POOL, MASK, FC = 16, 3, 5, 6, 24
 WIDTHS = (8, 12, 16, 20)
@@ -71,7 +73,7 @@ def config(small_config, kind=None, **box):
 
 
 def loaded(config, spec, state):
-    head = config.build(spec=spec, classes=["a", "b", "c"]).double()
+    head = build_head(config, spec=spec, classes=["a", "b", "c"]).double()
     head.load_state_dict(from_released(state).tensors)
     return head.eval()
 

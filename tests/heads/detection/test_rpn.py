@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-from permafrost.heads.config import RPNConfig
+from permafrost.heads.detection.config import RPNConfig
 from permafrost.heads.detection.rpn import RPN, make_anchors
 from permafrost.heads.detection.sampling import sample_balanced
 

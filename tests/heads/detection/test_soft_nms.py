@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from permafrost.heads.config import BoxHeadConfig
+from permafrost.heads.detection.config import BoxHeadConfig
 from permafrost.heads.detection.roi import suppress
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from permafrost.heads.config import FPNConfig, SimplePyramidConfig
+from permafrost.heads.build import build_head
 from permafrost.heads.errors import HeadError
+from permafrost.heads.necks.config import FPNConfig, SimplePyramidConfig
 from permafrost.model import load_backbone
 
 SINGLE = ("vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224")
@@ -19,7 +20,7 @@ def test_a_head_trains_on_frozen_features(name, small_config, classes, make_batc
     neck = (SimplePyramidConfig if name in SINGLE else FPNConfig)(channels=16)
     config = small_config(neck=neck)
     torch.manual_seed(0)
-    head = config.build(spec=backbone.spec, classes=classes)
+    head = build_head(config, spec=backbone.spec, classes=classes)
     batch = make_batch((4, 2), side=96, size=(90, 96))
     batch.images = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     assert head.neck.strides == (4, 8, 16, 32, 64)
@@ -45,4 +46,4 @@ def test_a_head_trains_on_frozen_features(name, small_config, classes, make_batc
     with pytest.raises(
         HeadError, match=r"use SimplePyramidConfig as neck" if name in SINGLE else "use FPNConfig as neck"
     ):
-        other.build(spec=backbone.spec, classes=classes)
+        build_head(other, spec=backbone.spec, classes=classes)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from permafrost.heads.config import BiFPNConfig
 from permafrost.heads.errors import HeadError
 from permafrost.heads.necks.bifpn import BiFPN
+from permafrost.heads.necks.build import build_neck
+from permafrost.heads.necks.config import BiFPNConfig
 from permafrost.model.spec import FeatureSpec
 
 
@@ -112,7 +113,7 @@ def derive(state, features, *, num_layers, num_extra, norm, separable):
 def test_equals_a_plain_derivation(fields, first, sizes):
     spec = FeatureSpec(channels=(3, 5, 4), strides=(4, 8, 16))
     sizes = sizes or [(12, 9), (6, 5), (3, 3)]
-    neck = shaken(BiFPNConfig(channels=16, **{"num_extra_levels": 1, **fields}).build(spec=spec))
+    neck = shaken(build_neck(BiFPNConfig(channels=16, **{"num_extra_levels": 1, **fields}), spec=spec))
     random = np.random.default_rng(3)
     maps = [random.normal(size=(2, channels, *size)) for channels, size in zip(spec.channels, sizes)]
     found = neck([torch.from_numpy(x) for x in maps])

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from permafrost.heads.config import ResidualFPNConfig
+from permafrost.heads.necks.build import build_neck
+from permafrost.heads.necks.config import ResidualFPNConfig
 from permafrost.heads.necks.fpn import FPN
 from permafrost.heads.necks.residual_fpn import ResidualBlock, ResidualFPN
 
@@ -56,7 +57,7 @@ def test_blocks_stand_where_they_are_said_to(spec, make_features, place, norm):
 
 def test_parameters_beside_fpn(spec):
     """Four basic blocks of 256 channels on four levels: 32 convolutions of 3 x 3 x 256 x 256 and their norms."""
-    plain, residual = FPN(spec=spec), ResidualFPNConfig().build(spec=spec)
+    plain, residual = FPN(spec=spec), build_neck(ResidualFPNConfig(), spec=spec)
 
     def count(module):
         return sum(p.numel() for p in module.parameters())

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from permafrost.heads.config import SimplePyramidConfig
 from permafrost.heads.errors import HeadError
+from permafrost.heads.necks.build import build_neck
+from permafrost.heads.necks.config import SimplePyramidConfig
 from permafrost.heads.necks.simple_pyramid import SimpleFeaturePyramid, resample
 from permafrost.model.spec import FeatureSpec
 
@@ -174,7 +175,7 @@ def test_takes_bf16_maps_and_every_parameter_gets_a_gradient():
 
 def test_the_config_builds_what_it_says():
     spec = FeatureSpec((24,), (16,))
-    neck = SimplePyramidConfig(channels=8, num_extra_levels=0, level_norm=False).build(spec=spec)
+    neck = build_neck(SimplePyramidConfig(channels=8, num_extra_levels=0, level_norm=False), spec=spec)
     assert neck.strides == STRIDES
     assert neck.level_norms is None
     assert [conv.in_channels for conv in neck.lateral] == [6, 12, 24, 24]

@@ -12,6 +12,7 @@ import torch
 
 from permafrost.data.types import Batch, SampleKey, SegmentationTarget
 from permafrost.heads.base import world_mean_counts
+from permafrost.heads.build import build_head
 from permafrost.heads.errors import HeadError
 from permafrost.heads.segmentation.config import (
     Mask2FormerConfig,
@@ -272,7 +273,7 @@ def test_under_autocast_pixels_keep_their_precision(spec, build, make_features) 
 def test_learns_to_tell_segments_apart(spec, build) -> None:
     """A hundred steps on two images whose features are their labels: the loss falls and pixels are named right."""
     torch.manual_seed(0)
-    head = small(num_blocks=1, decoder_blocks=2, num_points=400).build(spec=spec, classes=CLASSES).train()
+    head = build_head(small(num_blocks=1, decoder_blocks=2, num_points=400), spec=spec, classes=CLASSES).train()
     side = 64
     semantic = torch.full((2, side, side), 1, dtype=torch.uint8)
     semantic[0, :32, :32], semantic[1, 32:] = 0, 3
@@ -312,7 +313,7 @@ def test_default_parameters_are_counted() -> None:
         config = Mask2FormerConfig(
             PixelDecoderConfig(num_blocks=6), TransformerDecoderConfig(num_blocks=9), level_norm=False
         )
-        head = config.build(spec=spec, classes=classes)
+        head = build_head(config, spec=spec, classes=classes)
     theirs = hf_mask2former.TheirHead(config, spec, 150)
     assert sum(p.numel() for p in head.parameters()) == sum(p.numel() for p in theirs.parameters())
 
@@ -342,6 +343,6 @@ def test_impossible_configurations_are_refused(make, message) -> None:
 
 def test_what_it_cannot_be_built_for_is_refused(spec) -> None:
     with pytest.raises(HeadError, match="at least two maps, the backbone gives 1"):
-        small().build(spec=FeatureSpec((8,), (16,)), classes=CLASSES)
+        build_head(small(), spec=FeatureSpec((8,), (16,)), classes=CLASSES)
     with pytest.raises(HeadError, match="names of 1 to 255 classes"):
-        small().build(spec=spec, classes=[])
+        build_head(small(), spec=spec, classes=[])

@@ -11,6 +11,7 @@ from torch import nn
 
 from permafrost.data.types import Batch, ClipTarget, SampleKey
 from permafrost.heads import GlobalVideoConfig, HeadError, LinearVideoConfig, TemporalVideoConfig
+from permafrost.heads.build import build_head
 from permafrost.heads.video.positions import make_positions
 from permafrost.model.spec import FeatureSpec
 
@@ -25,7 +26,7 @@ def make_head(kind, *, dtype=torch.float64, spread=0.3, **options):
     if kind is not LinearVideoConfig:
         options = {"num_blocks": 2, "head_channels": 8, "num_frames": 4, "map_side": 3, **options}
     torch.manual_seed(3)
-    head = kind(**options).build(spec=SPEC, classes=CLASSES).to(dtype)
+    head = build_head(kind(**options), spec=SPEC, classes=CLASSES).to(dtype)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(torch.randn_like(parameter) * spread)
@@ -238,7 +239,7 @@ def test_clips_and_maps_of_another_size_run(kind, position):
 def test_the_defaults_have_the_papers_four_blocks_of_the_maps_width():
     spec = FeatureSpec(channels=(128, 256, 512, 1024), strides=(4, 8, 16, 32))
     with torch.device("meta"):
-        head = TemporalVideoConfig().build(spec=spec, classes=[str(i) for i in range(400)])
+        head = build_head(TemporalVideoConfig(), spec=spec, classes=[str(i) for i in range(400)])
     assert len(head.blocks) == 4
     width = 1024
     block = 12 * width**2 + 13 * width
@@ -253,8 +254,11 @@ def test_the_defaults_have_the_papers_four_blocks_of_the_maps_width():
         (lambda: TemporalVideoConfig(num_blocks=0), "num_blocks is 0"),
         (lambda: GlobalVideoConfig(drop_path=1.0), "drop_path is 1.0"),
         (lambda: GlobalVideoConfig(width=0), "width is 0"),
-        (lambda: GlobalVideoConfig(width=40).build(spec=SPEC, classes=CLASSES), "width is 40 and head_channels 64"),
-        (lambda: LinearVideoConfig().build(spec=SPEC, classes=["one"]), "given 1 classes"),
+        (
+            lambda: build_head(GlobalVideoConfig(width=40), spec=SPEC, classes=CLASSES),
+            "width is 40 and head_channels 64",
+        ),
+        (lambda: build_head(LinearVideoConfig(), spec=SPEC, classes=["one"]), "given 1 classes"),
         (
             lambda: make_head(LinearVideoConfig).logits((torch.zeros(2, 32, 3, 3).double(),), []),
             r"maps of clips, \(B, T, C, h, w\), and was given \(2, 32, 3, 3\)",

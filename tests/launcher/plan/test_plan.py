@@ -16,7 +16,9 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from permafrost.heads.config import BoxHeadConfig, FPNConfig, MaskHeadConfig, MaskRCNNConfig, RPNConfig
+from permafrost.heads.build import build_head
+from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, RPNConfig
+from permafrost.heads.necks.config import FPNConfig
 from permafrost.launcher.cli import main, parse_experiment
 from permafrost.launcher.plan import head as plan_head_module
 from permafrost.launcher.plan.advice import recommend, remedies
@@ -92,7 +94,7 @@ def test_a_split_network_holds_its_parts_and_sends_its_partial_sums(degree: int)
 @pytest.fixture(scope="module")
 def head_run() -> HeadRun:
     torch.manual_seed(0)
-    head = HEAD.build(spec=NANO, classes=[str(i) for i in range(8)]).train()
+    head = build_head(HEAD, spec=NANO, classes=[str(i) for i in range(8)]).train()
     return HeadRun(
         head, NANO, torch.float32, "float32", PlannedData("detection", 8, 6), offload="off", device_type="cpu"
     )

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from permafrost.data.segmentation.config import ADE20KDataConfig
 from permafrost.data.task import SampleExtent
+from permafrost.heads.build import build_head
 from permafrost.heads.config import HeadConfig
 from permafrost.heads.segmentation.config import (
     Mask2FormerConfig,
@@ -42,7 +43,7 @@ MASK2FORMER = Mask2FormerConfig(
 
 def run_of(config: HeadConfig, data: PlannedData) -> HeadRun:
     torch.manual_seed(0)
-    head = config.build(spec=NANO, classes=[str(index) for index in range(data.num_classes)]).train()
+    head = build_head(config, spec=NANO, classes=[str(index) for index in range(data.num_classes)]).train()
     return HeadRun(head, NANO, torch.float32, "float32", data, offload="off", device_type="cpu")
 
 

@@ -11,7 +11,7 @@ import pytest
 from permafrost.configs import coco, quickstart, vitdet
 from permafrost.data.detection.config import ShapesDataConfig, ShapesWorld
 from permafrost.data.errors import DataError
-from permafrost.heads.config import FPNConfig, SimplePyramidConfig
+from permafrost.heads.necks.config import FPNConfig, SimplePyramidConfig
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import Experiment
 from permafrost.launcher.pretraining.config import PretrainExperiment

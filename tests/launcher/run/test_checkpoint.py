@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from permafrost.heads.build import build_head
 from permafrost.launcher.engines.base import HeadState
 from permafrost.launcher.errors import CheckpointError
 from permafrost.launcher.experiment import Experiment
@@ -113,7 +114,7 @@ def test_only_the_head_is_in_it_and_little_else(tiny: Callable[..., Experiment])
         "detection/optimizer.safetensors",
         "state.json",
     ]
-    head = experiment.heads["detection"].model.build(spec=experiment.backbone.build().spec, classes=["x"] * 8)
+    head = build_head(experiment.heads["detection"].model, spec=experiment.backbone.build().spec, classes=["x"] * 8)
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     weights = safetensors.torch.load_file(folder / "detection/head.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == expected

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from permafrost.data.detection.config import CocoDataConfig, JitterConfig
-from permafrost.heads.config import BiFPNConfig
+from permafrost.heads.necks.config import BiFPNConfig
 from permafrost.launcher.cli import main, parse_experiment
 from permafrost.launcher.errors import CheckpointError, WeightsError
 from permafrost.launcher.run.checkpoint import load_head

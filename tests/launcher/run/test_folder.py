@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from permafrost.configs.coco import swinv2_base_fpn
-from permafrost.heads.config import MaskRCNNConfig
+from permafrost.heads.detection.config import MaskRCNNConfig
 from permafrost.launcher.errors import RecipeError, RunFolderError
 from permafrost.launcher.experiment import EngineConfig, Experiment
 from permafrost.launcher.recipes.serialise import differing_fields, experiment_from_json, to_json

@@ -1,37 +1,24 @@
-"""Configurations of heads: defaults of the public recipe, errors that name field and remedy, no torch."""
+"""Configurations of detection's heads: defaults of the public recipe, errors that name field and remedy."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
 
-from permafrost.heads.config import (
-    BiFPNConfig,
+from permafrost.heads.detection.config import (
     BoxHeadConfig,
-    FPNConfig,
+    CascadeConfig,
+    HTCConfig,
     MaskHeadConfig,
     MaskRCNNConfig,
     PoolingConfig,
-    ResidualFPNConfig,
     RPNConfig,
-    SimplePyramidConfig,
+    SemanticBranchConfig,
 )
-from permafrost.heads.detection.config import CascadeConfig, HTCConfig, SemanticBranchConfig
 from permafrost.heads.errors import HeadError
-from permafrost.model.spec import FeatureSpec
 
 BAD = [
-    (FPNConfig, {"channels": 0}, "neck.channels is 0"),
-    (FPNConfig, {"num_extra_levels": -1}, "neck.num_extra_levels is -1"),
-    (ResidualFPNConfig, {"num_blocks": 0}, "neck.num_blocks is 0"),
-    (BiFPNConfig, {"num_layers": 0}, "neck.num_layers is 0"),
-    (BiFPNConfig, {"channels": 0}, "neck.channels is 0"),
-    (BiFPNConfig, {"finest_stride": 0}, "neck.finest_stride is 0"),
-    (SimplePyramidConfig, {"channels": 0}, "neck.channels is 0"),
-    (SimplePyramidConfig, {"num_extra_levels": -1}, "neck.num_extra_levels is -1"),
     (RPNConfig, {"anchor_scale": 0.0}, "rpn.anchor_scale is 0.0"),
     (RPNConfig, {"aspect_ratios": ()}, "rpn.aspect_ratios is .*at least one ratio"),
     (RPNConfig, {"aspect_ratios": (1.0, -1.0)}, "rpn.aspect_ratios"),
@@ -95,49 +82,3 @@ def test_defaults_are_the_public_recipe():
     assert (box["class_agnostic"], box["regression_loss"], box["suppression"]) == (False, "smooth_l1", "hard")
     assert config["mask"] == {"resolution": 14, "num_convs": 4, "channels": 256, "norm": "none"}
     assert config["pooling"]["sampling_ratio"] == 0
-
-
-def test_configurations_need_no_torch():
-    code = (
-        "import sys, permafrost.heads as heads, permafrost.heads.config\n"
-        "heads.MaskRCNNConfig(), heads.HeadError\n"
-        "assert 'MaskRCNN' in dir(heads)\n"
-        "assert 'torch' not in sys.modules, 'torch was imported'"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_lazy_exports_all_resolve():
-    import permafrost.heads as heads
-
-    assert {getattr(heads, name).__name__ for name in heads.__all__ if name != "LossCounts"} == {
-        name for name in heads.__all__ if name != "LossCounts"
-    }
-    with pytest.raises(AttributeError, match="no attribute 'Mask'"):
-        _ = heads.Mask
-
-
-@pytest.mark.parametrize("classes", [(), "circle"])
-def test_build_refuses_missing_classes(spec, classes, small_config):
-    with pytest.raises(HeadError, match=r"classes is .*at least one"):
-        small_config().build(spec=spec, classes=classes)
-
-
-@pytest.mark.parametrize(
-    ("strides", "message"),
-    [((4, 8, 32, 64), "each to be twice the one before"), ((6, 12, 24, 48), "powers of two")],
-)
-def test_build_refuses_strides_it_cannot_pool_from(strides, message, classes, small_config):
-    with pytest.raises(HeadError, match=message):
-        small_config().build(spec=FeatureSpec(channels=(8, 8, 8, 8), strides=strides), classes=classes)
-
-
-def test_a_neck_for_other_maps_is_refused_and_the_remedy_named(spec, classes, small_config):
-    single = FeatureSpec(channels=(8,), strides=(14,))
-    with pytest.raises(HeadError, match=r"one map \(stride 14\), .*use SimplePyramidConfig as neck"):
-        small_config().build(spec=single, classes=classes)
-    with pytest.raises(HeadError, match=r"4 maps \(strides \(4, 8, 16, 32\)\), .*use FPNConfig as neck.*backbone.taps"):
-        small_config(neck=SimplePyramidConfig()).build(spec=spec, classes=classes)
-    head = small_config(neck=SimplePyramidConfig(channels=16)).build(spec=single, classes=classes)
-    assert head.neck.strides == (4, 8, 16, 32, 64)
