@@ -66,9 +66,9 @@ def measure(recipe: str, way: str) -> dict[str, object]:
     from permafrost.launcher.plan.head import make_batch
     from permafrost.launcher.plan.planner import Machines, Planner
     from permafrost.launcher.ranks.process_group import join_process_group
+    from permafrost.launcher.run.offload import ActivationOffload
     from permafrost.launcher.run.parts import build_backbone, join_heads
     from permafrost.launcher.train import head_losses
-    from permafrost.model.offload import ActivationOffload
 
     experiment = parse_experiment(recipe, fields_of(recipe, way))
     images, side = experiment.loop.global_batch, experiment.data.image_size

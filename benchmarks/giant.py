@@ -34,8 +34,8 @@ def write(name: str, folder: Path) -> None:
     """Draws the weights and writes them, about two shards in memory at a time."""
     from permafrost.model.swin.load import resident_dtype
     from permafrost.model.swin.v2 import SwinV2
+    from permafrost.model.swin.weights import draw_weights
     from permafrost.model.weights.header import encode_header
-    from permafrost.model.weights.read import draw_weights
     from permafrost.model.weights.shards import save_sharded
     from permafrost.model.weights.tensor_map import Entry, Tensors
 

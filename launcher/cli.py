@@ -72,7 +72,7 @@ def _run(argv: list[str]) -> int:
         return 0
     command = argv[0]
     if command not in COMMANDS:
-        from permafrost.launcher.recipes.find import did_you_mean
+        from permafrost._nearest import did_you_mean
 
         known = ", ".join(COMMANDS)
         guess = did_you_mean(command, list(COMMANDS))

@@ -13,9 +13,11 @@ from permafrost.heads.config import HeadConfig
 from permafrost.heads.detection.config import MaskRCNNConfig
 from permafrost.heads.errors import HeadError
 from permafrost.launcher.errors import RecipeError
-from permafrost.model.config import BackboneConfig, OffloadMode
+from permafrost.model.config import BackboneConfig
 from permafrost.model.errors import BackboneError
 from permafrost.model.split.degree import SPLIT_AND_CAPTURED, SPLIT_AND_COMPILED, SPLIT_AND_FP8, check_tensor_degree
+
+OffloadMode = Literal["off", "features", "all"]
 
 
 @dataclass

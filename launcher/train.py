@@ -34,6 +34,7 @@ from permafrost.launcher.run.first_weights import announce_starts, start_heads
 from permafrost.launcher.run.folder import RunFolder
 from permafrost.launcher.run.meters import memory_peaks
 from permafrost.launcher.run.monitor import Monitor
+from permafrost.launcher.run.offload import ActivationOffload, KeptFeatures
 from permafrost.launcher.run.parts import build_parts
 from permafrost.launcher.run.pictures import Pictures
 from permafrost.launcher.run.session import (
@@ -48,7 +49,6 @@ from permafrost.launcher.run.session import (
     stop_head,
 )
 from permafrost.launcher.run.startup import announce, count_parameters
-from permafrost.model.offload import ActivationOffload, KeptFeatures
 
 if TYPE_CHECKING:
     from permafrost.data.types import Batch

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from permafrost.model.spec import FeatureSpec as FeatureSpec
     from permafrost.model.swin.v1 import SwinV1 as SwinV1
     from permafrost.model.swin.v2 import SwinV2 as SwinV2, SwinV2Classifier as SwinV2Classifier
+    from permafrost.model.swin.weights import save_weights as save_weights
     from permafrost.model.trainable import TrainableBackbone as TrainableBackbone
-    from permafrost.model.weights.read import save_weights as save_weights
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from permafrost.model.split.fairscale_groups import TensorGroup
     from permafrost.model.trainable import TrainableBackbone
 
-OffloadMode = Literal["off", "features", "all"]
-
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 ATTENTION = ("auto", "triton", "cuda", "sdpa", "reference")
 RESIDUAL_NORM = ("auto", "triton", "torch", "reference")

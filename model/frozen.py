@@ -170,7 +170,7 @@ def load_backbone(
             model, "pretrained".
         window_size: Window, for all stages or one per stage. None takes the file's configured window; another one
             than the file's also needs `pretrained_window_size`, and resamples the position tables of a Swin V1. See
-            permafrost.model.swin.windows.
+            permafrost.model.weights.windows.
         pretrained_window_size: The window each stage had in training. None reads it from the file; if given it must
             be what the file says.
         dtype: The dtype to compute in; None: bfloat16 on CUDA, float32 elsewhere.

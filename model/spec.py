@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
+from permafrost._nearest import nearest
 from permafrost.model.errors import BackboneError
 
 NUM_STAGES = 4
@@ -165,8 +165,8 @@ def check_name(name: str) -> None:
             f"{name!r} is no name of a timm model: give one as timm lists them, with or without the tag of its weights, "
             f"like '{TIMM_PREFIX}vit_small_patch14_dinov2.lvd142m'."
         )
-    nearest = get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    close = nearest(name, names, cutoff=0.4)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
     raise BackboneError(f"There is no backbone called {name!r}; the names are {known}.{hint}")
 
 

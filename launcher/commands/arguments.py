@@ -6,8 +6,8 @@ import argparse
 import re
 from collections.abc import Sequence
 
+from permafrost._nearest import nearest
 from permafrost.launcher.errors import RecipeError
-from permafrost.launcher.recipes.find import nearest
 
 
 def device_name(text: str) -> str:

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from permafrost.model.architecture import Architecture, infer_architecture
 from permafrost.model.errors import WeightsError
 from permafrost.model.spec import per_stage
 from permafrost.model.swin.load import resident_dtype
-from permafrost.model.swin.windows import Windows
+from permafrost.model.weights.architecture import Architecture, infer_architecture
 from permafrost.model.weights.formats import grouped
 from permafrost.model.weights.header import encode_header
-from permafrost.model.weights.read import Checkpoint, is_backbone, read_weights, save_sharded
+from permafrost.model.weights.read import WeightFile, is_backbone, read_weights
+from permafrost.model.weights.shards import save_sharded
+from permafrost.model.weights.windows import Windows
 
 
 def convert(
@@ -44,23 +45,23 @@ def convert(
     Raises:
         WeightsError: If the weights cannot be read, are no Swin, are not finite, or the folder cannot be written.
     """
-    checkpoint = read_weights(weights, prefix=prefix, weights_key=weights_key)
-    checkpoint.check_shards()
-    architecture = infer_architecture(checkpoint.tensors.shapes, source=checkpoint.source)
-    windows = _complete(checkpoint, window_size, pretrained_window_size)
-    for line in _report(checkpoint, architecture, windows):
+    file = read_weights(weights, prefix=prefix, weights_key=weights_key)
+    file.check_shards()
+    architecture = infer_architecture(file.tensors.shapes, source=file.source)
+    windows = _complete(file, window_size, pretrained_window_size)
+    for line in _report(file, architecture, windows):
         print(line, flush=True)
 
-    header: dict[str, Any] = {key: value for key, value in checkpoint.metadata.items() if key != "format"}
+    header: dict[str, Any] = {key: value for key, value in file.metadata.items() if key != "format"}
     header |= {"name": header.get("name", architecture.name), "extra_norm_interval": architecture.extra_norm_interval}
-    header |= {"num_classes": architecture.num_classes, "converted_from": Path(checkpoint.source).name}
+    header |= {"num_classes": architecture.num_classes, "converted_from": Path(file.source).name}
     header |= {"window_size": windows.window_size, "pretrained_window_size": windows.pretrained_window_size}
     kind = None if dtype is None else getattr(torch, dtype)
     index = save_sharded(
-        checkpoint.tensors,
+        file.tensors,
         folder,
         header=encode_header({key: value for key, value in header.items() if value is not None}),
-        architecture=architecture.describe() | {"window_size": windows.window_size, "rule": checkpoint.rule},
+        architecture=architecture.describe() | {"window_size": windows.window_size, "rule": file.rule},
         in_fingerprint=is_backbone,
         dtype=lambda name: None if kind is None else resident_dtype(name, kind),
         max_shard_bytes=max_shard_bytes,
@@ -73,7 +74,7 @@ def convert(
 
 
 def _complete(
-    checkpoint: Checkpoint, window_size: tuple[int, ...] | None, pretrained_window_size: tuple[int, ...] | None
+    file: WeightFile, window_size: tuple[int, ...] | None, pretrained_window_size: tuple[int, ...] | None
 ) -> Windows:
     """The windows that the file states, and those that were given where it does not.
 
@@ -86,25 +87,25 @@ def _complete(
             return stated
         given = per_stage(given[0] if len(given) == 1 else given, field=field)
         if stated is not None and given != stated:
-            raise WeightsError(f"{checkpoint.source} says {field}={stated}, not {given}: leave it out.")
+            raise WeightsError(f"{file.source} says {field}={stated}, not {given}: leave it out.")
         return given
 
-    stated = checkpoint.windows
+    stated = file.windows
     return Windows(
         one(window_size, stated.window_size, "window_size"),
         one(pretrained_window_size, stated.pretrained_window_size, "pretrained_window_size"),
     )
 
 
-def _report(checkpoint: Checkpoint, architecture: Architecture, windows: Windows) -> list[str]:
-    entries = checkpoint.tensors.entries.values()
+def _report(file: WeightFile, architecture: Architecture, windows: Windows) -> list[str]:
+    entries = file.tensors.entries.values()
     size = sum(torch.Size(entry.shape).numel() * entry.dtype.itemsize for entry in entries)
     dtypes = ", ".join(sorted({str(entry.dtype).removeprefix("torch.") for entry in entries}))
     interval = architecture.extra_norm_interval
     unknown = "not stated; whoever loads the result has to say it"
     lines = [
-        f"source        {checkpoint.source}: {len(entries)} tensors, {size:,} bytes, {dtypes}",
-        f"names         {checkpoint.rule}",
+        f"source        {file.source}: {len(entries)} tensors, {size:,} bytes, {dtypes}",
+        f"names         {file.rule}",
         f"architecture  Swin V{architecture.version}, {architecture.name or 'of no known size'}: "
         f"width {architecture.embed_dim}, depths {architecture.depths}, heads {architecture.num_heads}",
         f"extra norms   {f'every {interval} blocks' if interval else 'none'}",
@@ -114,6 +115,6 @@ def _report(checkpoint: Checkpoint, architecture: Architecture, windows: Windows
         lines.append(f"pretrained    {windows.pretrained_window_size or unknown}")
     if architecture.num_classes is not None:
         lines.append(f"classifier    {architecture.num_classes} classes")
-    if checkpoint.dropped:
-        lines.append(f"dropped       {', '.join(grouped(checkpoint.dropped))}")
+    if file.dropped:
+        lines.append(f"dropped       {', '.join(grouped(file.dropped))}")
     return lines

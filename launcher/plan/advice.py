@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from permafrost.launcher.experiment import OffloadMode
 from permafrost.launcher.plan.planner import STAGES, Layout, Planner, Row
-from permafrost.model.config import OffloadMode
 
 HOST_OPTIMIZER = "a DeepSpeed JSON with offload_optimizer to the cpu (--engine.deepspeed-config)"
 

@@ -21,9 +21,9 @@ from permafrost.model.split.fairscale_groups import TensorGroup
 from permafrost.model.split.tensor_parallel import SplitBackbone, SplitSwinV2
 from permafrost.model.swin import parts as swin_parts, v1 as swin_v1, v2 as swin
 from permafrost.model.swin.load import IMAGENET_MEAN, IMAGENET_STD, resident_dtype
-from permafrost.model.swin.windows import choose_windows
 from permafrost.model.weights.known import find_public
 from permafrost.model.weights.read import locate, read_weights
+from permafrost.model.weights.windows import choose_windows
 
 META = torch.device("meta")
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from permafrost.heads.base import Head
 from permafrost.heads.detection import roi_align
+from permafrost.launcher.experiment import OffloadMode
 from permafrost.launcher.plan.batches import PlannedData
 from permafrost.launcher.plan.trace import Trace
-from permafrost.model.config import OffloadMode
-from permafrost.model.offload import ActivationOffload, HostBuffers
+from permafrost.launcher.run.offload import ActivationOffload, HostBuffers
 from permafrost.model.spec import FeatureSpec
 
 MAX_PIXELS = 1 << 20

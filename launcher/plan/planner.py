@@ -20,7 +20,7 @@ from permafrost.launcher.engines.base import parameter_groups, resolve_precision
 from permafrost.launcher.engines.choose import choose_engine
 from permafrost.launcher.engines.deepspeed_json import merge_settings, read_settings
 from permafrost.launcher.errors import RecipeError
-from permafrost.launcher.experiment import EngineConfig, Experiment
+from permafrost.launcher.experiment import EngineConfig, Experiment, OffloadMode
 from permafrost.launcher.plan.backbone import BackbonePlan, degrees_of, plan_backbone, spec_of, windows_of
 from permafrost.launcher.plan.batches import PlannedData
 from permafrost.launcher.plan.engines import EngineMemory, EnginePlan, Stage
@@ -30,7 +30,6 @@ from permafrost.launcher.ranks.division import micro_batch_size
 from permafrost.launcher.ranks.process_group import ProcessGroup
 from permafrost.launcher.run.fine_tune import FineTuned
 from permafrost.launcher.run.parts import build_heads
-from permafrost.model.config import OffloadMode
 
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 MANY_OBJECTS: dict[Task, int] = {"detection": 100, "segmentation": 30, "video": 1}

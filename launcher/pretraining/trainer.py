@@ -40,7 +40,7 @@ from permafrost.launcher.pretraining.model import (
     normalise,
 )
 from permafrost.model.swin.v2 import SwinV2Classifier
-from permafrost.model.weights.read import save_weights
+from permafrost.model.swin.weights import save_weights
 
 # Fields that may differ between a run and its resumption: they do not change what is computed.
 _FREE_FIELDS = {"num_threads", "log_every", "evaluate_every", "checkpoint_every", "output", "compile"}

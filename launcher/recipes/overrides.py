@@ -10,8 +10,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from permafrost._nearest import nearest
 from permafrost.launcher.errors import USER_ERRORS, RecipeError
-from permafrost.launcher.recipes.find import Recipe, build_recipe, find_recipe, nearest
+from permafrost.launcher.recipes.find import Recipe, build_recipe, find_recipe
 
 
 def apply_overrides(experiment: Any, args: Sequence[str], *, prog: str, description: str = "") -> Any:

@@ -17,9 +17,9 @@ import types
 from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from permafrost._nearest import did_you_mean
 from permafrost.launcher.errors import RunFolderError
 from permafrost.launcher.experiment import Experiment
-from permafrost.launcher.recipes.find import did_you_mean
 from permafrost.launcher.recipes.old_runs import old_values
 
 CLASS_KEY = "class"

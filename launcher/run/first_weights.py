@@ -24,7 +24,7 @@ from permafrost.launcher.run.checkpoint import HEAD_FILE, load_head
 from permafrost.launcher.run.fine_tune import FineTuned
 from permafrost.launcher.run.folder import write_atomically
 from permafrost.model.weights.formats import choose_state_dict
-from permafrost.model.weights.safe_pickle import load_checkpoint
+from permafrost.model.weights.safe_pickle import read_pickle
 
 if TYPE_CHECKING:
     from permafrost.heads.base import Head
@@ -150,7 +150,7 @@ def _heads_in(folder: Path) -> set[str]:
 
 
 def _read_released(path: Path) -> Source:
-    loaded, _ = load_checkpoint(path)
+    loaded, _ = read_pickle(path)
     tensors, _ = choose_state_dict(loaded, path=path, weights_key=None)
     if mask2former.is_released(tensors):
         return _read_mask2former(path, tensors)

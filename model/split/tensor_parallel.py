@@ -34,7 +34,7 @@ from permafrost.model.spec import FeatureSpec
 from permafrost.model.split.degree import SPLIT_AND_CAPTURED, SPLIT_AND_COMPILED, SPLIT_STAGES, check_tensor_degree
 from permafrost.model.split.fairscale_groups import TensorGroup
 from permafrost.model.swin.v2 import SwinV2
-from permafrost.model.weights.read import add_to_fingerprint
+from permafrost.model.weights.tensor_map import add_to_fingerprint
 
 _STAGES = "".join(map(str, SPLIT_STAGES))
 _QKV = re.compile(rf"layers\.[{_STAGES}]\.blocks\.\d+\.attn\.qkv\.weight")

@@ -15,10 +15,11 @@ from permafrost.model.fp8 import quantise_linears
 from permafrost.model.spec import SWIN_V1_SIZES
 from permafrost.model.swin.v1 import SwinV1
 from permafrost.model.swin.v2 import SwinV2
-from permafrost.model.swin.windows import Windows, choose_windows
+from permafrost.model.swin.weights import check_fit, draw_weights
 from permafrost.model.weights.formats import grouped
-from permafrost.model.weights.read import Checkpoint, check_fit, draw_weights, read_weights
+from permafrost.model.weights.read import WeightFile, read_weights
 from permafrost.model.weights.tensor_map import materialise
+from permafrost.model.weights.windows import Windows, choose_windows
 
 if TYPE_CHECKING:
     from permafrost.model.backbone import Network
@@ -56,19 +57,19 @@ def load_swin(
     seed = re.fullmatch(r"random(?::(\d+))?", str(weights))
     # One member of a group reads all of a file; the others only what they hold.
     is_reader = tensor_group is None or tensor_group.rank == 0
-    checkpoint = None
+    file = None
     if not seed:
-        checkpoint = read_weights(weights, prefix=prefix, weights_key=weights_key, check_values=is_reader)
-    if checkpoint is None:
+        file = read_weights(weights, prefix=prefix, weights_key=weights_key, check_values=is_reader)
+    if file is None:
         windows = Windows(window_size, pretrained_window_size)
     else:
         if extra_norm_interval is None:
-            extra_norm_interval = checkpoint.metadata.get("extra_norm_interval")
+            extra_norm_interval = file.metadata.get("extra_norm_interval")
         windows = choose_windows(
-            checkpoint.windows,
+            file.windows,
             window_size=window_size,
             pretrained_window_size=pretrained_window_size,
-            source=checkpoint.source,
+            source=file.source,
             position_tables=name in SWIN_V1_SIZES,
         )
     arguments = {"window_size": windows.window_size, "pretrained_window_size": windows.pretrained_window_size}
@@ -78,14 +79,14 @@ def load_swin(
             if name in SWIN_V1_SIZES
             else SwinV2(name, **arguments, extra_norm_interval=extra_norm_interval)
         )
-    if checkpoint is None:
+    if file is None:
         number = int(seed[1] or 0)
-        checkpoint = Checkpoint(f"random (seed {number})", {}, Windows(None, None), rule="drawn at random")
+        file = WeightFile(f"random (seed {number})", {}, Windows(None, None), rule="drawn at random")
         drawn = draw_weights(network, seed=number)
     else:
-        check_fit(network, name, checkpoint)
+        check_fit(network, name, file)
         drawn = None
-    tensors = checkpoint.backbone_tensors()
+    tensors = file.backbone_tensors()
 
     def keep(key: str, tensor: Tensor) -> Tensor:
         return tensor.to(device, resident_dtype(key, dtype), copy=True)
@@ -100,24 +101,24 @@ def load_swin(
     elif drawn is not None:
         resident, digest = materialise(drawn, keep)
     else:
-        resident, digest = checkpoint.load_backbone(keep)
+        resident, digest = file.load_backbone(keep)
     if dtype == torch.float16:
         overflowing = [key for key, tensor in resident.items() if not torch.isfinite(tensor).all()]
         if overflowing:
-            raise WeightsError(f"{checkpoint.source}: {overflowing[0]} overflows in float16; use bfloat16 or float32.")
+            raise WeightsError(f"{file.source}: {overflowing[0]} overflows in float16; use bfloat16 or float32.")
     module: Network = network if shards is None else SplitSwinV2(network, tensor_group)
     network.load_state_dict(resident, assign=True)
     quantised = quantise_linears(network) if fp8 else {}
     network.choose_kernels(attention=attention, residual_norm=residual_norm, gelu=gelu, dtype=dtype, learns=learns)
     return module, {
-        "weights": checkpoint.source,
-        "mean": checkpoint.metadata.get("mean", IMAGENET_MEAN),
-        "std": checkpoint.metadata.get("std", IMAGENET_STD),
+        "weights": file.source,
+        "mean": file.metadata.get("mean", IMAGENET_MEAN),
+        "std": file.metadata.get("std", IMAGENET_STD),
         **({"fingerprint": digest} if shards is None else {"shards": shards}),
         "choices": {
-            "trained_window_size": checkpoint.windows.window_size,
-            "names": checkpoint.rule,
-            "left_out": grouped([*(checkpoint.tensors.keys() - tensors.keys()), *checkpoint.dropped]),
+            "trained_window_size": file.windows.window_size,
+            "names": file.rule,
+            "left_out": grouped([*(file.tensors.keys() - tensors.keys()), *file.dropped]),
             **quantised,
         },
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import timm
@@ -15,12 +14,13 @@ from timm.models.hiera import Hiera, Reroll, Unroll
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from permafrost._nearest import nearest
 from permafrost.model.errors import BackboneError, WeightsError
 from permafrost.model.spec import TIMM_PREFIX, FeatureSpec
 from permafrost.model.swin.drop_path import DropPath, Generators, draw_kept
 from permafrost.model.swin.parts import NO_DECAY
 from permafrost.model.timm.weights import fill, find_weights, tables_can_be_rebuilt
-from permafrost.model.weights.read import fingerprint
+from permafrost.model.weights.tensor_map import fingerprint
 
 # Finer maps than this (the stem of a ResNet) are tapped only when a recipe asks for them.
 FINEST_DEFAULT_STRIDE = 4
@@ -222,13 +222,13 @@ def check_known(name: str) -> str:
     own_name = name.removeprefix(TIMM_PREFIX)
     architecture, _, tag = own_name.partition(".")
     if not timm.is_model(architecture):
-        nearest = get_close_matches(architecture, timm.list_models(), n=1)
-        hint = f" Did you mean {TIMM_PREFIX + nearest[0]!r}?" if nearest else " `timm.list_models()` lists them."
+        close = nearest(architecture, timm.list_models(), cutoff=0.6)
+        hint = f" Did you mean {TIMM_PREFIX + close[0]!r}?" if close else " `timm.list_models()` lists them."
         raise BackboneError(f"timm {timm.__version__} has no model {architecture!r} ({name!r}).{hint}")
     tags = [other.partition(".")[2] for other in timm.list_models(f"{architecture}.*", pretrained=True)]
     if tag and tag not in tags:
-        nearest = get_close_matches(tag, tags, n=1, cutoff=0.0)
-        hint = f" Did you mean {TIMM_PREFIX}{architecture}.{nearest[0]}?" if nearest else " It has none: leave it out."
+        close = nearest(tag, tags, cutoff=0.0)
+        hint = f" Did you mean {TIMM_PREFIX}{architecture}.{close[0]}?" if close else " It has none: leave it out."
         raise BackboneError(f"timm {timm.__version__} knows no tag {tag!r} of {architecture!r} ({name!r}).{hint}")
     return own_name
 
@@ -280,7 +280,7 @@ def load_timm(
         The network, and where it comes from: `weights`, `mean`, `std`, `fingerprint`, and `choices` for `describe`.
     """
     network = TimmNetwork(name, taps=taps)
-    checkpoint = find_weights(
+    file = find_weights(
         network.name,
         weights,
         model=network.model,
@@ -288,22 +288,22 @@ def load_timm(
         prefix=prefix,
         weights_key=weights_key,
     )
-    used = sorted(network.model.state_dict().keys() & checkpoint.tensors.keys())
-    fill(network.model, checkpoint.tensors, dtype=dtype)
+    used = sorted(network.model.state_dict().keys() & file.tensors.keys())
+    fill(network.model, file.tensors, dtype=dtype)
     if dtype == torch.float16:
         overflowing = [key for key, tensor in network.model.state_dict().items() if not torch.isfinite(tensor).all()]
         if overflowing:
-            raise WeightsError(f"{checkpoint.source}: {overflowing[0]} overflows in float16; use bfloat16 or float32.")
+            raise WeightsError(f"{file.source}: {overflowing[0]} overflows in float16; use bfloat16 or float32.")
     network.to(device)
     network.check()
     return network, {
-        "weights": checkpoint.source,
+        "weights": file.source,
         "mean": network.mean,
         "std": network.std,
-        "fingerprint": fingerprint(checkpoint.source_tensors(used)),
+        "fingerprint": fingerprint(file.source_tensors(used)),
         "choices": {
-            "resampled": sorted(checkpoint.originals.keys() & set(used)),
-            "left_out": sorted(checkpoint.tensors.keys() - set(used)),
+            "resampled": sorted(file.originals.keys() & set(used)),
+            "left_out": sorted(file.tensors.keys() - set(used)),
         },
     }
 

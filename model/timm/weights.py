@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from permafrost.model.errors import WeightsError
-from permafrost.model.weights.formats import listed
+from permafrost.model.weights.formats import listed, misfits
 from permafrost.model.weights.read import locate, read_file
 
 PRETRAINED = "pretrained"
@@ -23,7 +23,7 @@ _INITIAL_LOGIT_SCALE = math.log(10.0)
 
 
 @dataclass(frozen=True)
-class TimmCheckpoint:
+class TimmWeights:
     """Weights that belong to a timm model.
 
     Attributes:
@@ -50,7 +50,7 @@ def find_weights(
     build: Callable[[], nn.Module],
     prefix: str | None,
     weights_key: str | None = None,
-) -> TimmCheckpoint:
+) -> TimmWeights:
     """The weights that a recipe names, converted to timm's names and the model's shapes.
 
     Args:
@@ -67,7 +67,7 @@ def find_weights(
     seed = re.fullmatch(r"random(?::(\d+))?", str(weights))
     if seed:
         number = int(seed[1] or 0)
-        return TimmCheckpoint(f"random (seed {number})", random_tensors(model, seed=number))
+        return TimmWeights(f"random (seed {number})", random_tensors(model, seed=number))
     if str(weights) == PRETRAINED:
         source, tensors = _download(name)
     else:
@@ -81,9 +81,9 @@ def find_weights(
                 )
             tensors = chosen
     whole = build()
-    checkpoint = _converted(source, tensors, whole)
-    check_fit(checkpoint, name, model=model, whole=whole)
-    return checkpoint
+    file = _converted(source, tensors, whole)
+    check_fit(file, name, model=model, whole=whole)
+    return file
 
 
 def random_tensors(model: nn.Module, *, seed: int) -> dict[str, Tensor]:
@@ -127,11 +127,11 @@ def _drawn(name: str, tensor: Tensor, module: nn.Module, seed: int) -> Tensor:
     return noise / math.sqrt(tensor[0].numel())
 
 
-def check_fit(checkpoint: TimmCheckpoint, name: str, *, model: nn.Module, whole: nn.Module) -> None:
-    """Checks that a checkpoint holds every tensor that is used, and none that the whole model does not know.
+def check_fit(file: TimmWeights, name: str, *, model: nn.Module, whole: nn.Module) -> None:
+    """Checks that weights hold every tensor that is used, and none that the whole model does not know.
 
     Args:
-        checkpoint: After timm's conversion.
+        file: After timm's conversion.
         name: The model's name, for the error.
         model: The model as far as it is used.
         whole: The model with what lies behind the last tapped layer; such tensors, and a classifier of any size, may be
@@ -141,37 +141,28 @@ def check_fit(checkpoint: TimmCheckpoint, name: str, *, model: nn.Module, whole:
         WeightsError: If a tensor is missing, unexpected, of another shape or not finite, listing which.
     """
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    found = {key: tuple(tensor.shape) for key, tensor in checkpoint.tensors.items()}
+    found = {key: tuple(tensor.shape) for key, tensor in file.tensors.items()}
     classifiers = whole.pretrained_cfg.get("classifier") or ()
     classifiers = tuple(f"{prefix}." for prefix in ([classifiers] if isinstance(classifiers, str) else classifiers))
     known = whole.state_dict().keys()
     missing = sorted(key for key in expected.keys() - found.keys() if not key.endswith("num_batches_tracked"))
     unexpected = sorted(key for key in found.keys() - known if not classifiers or not key.startswith(classifiers))
-    shapes = [
-        f"{key} is {found[key]}, expected {expected[key]}"
-        for key in sorted(expected.keys() & found.keys())
-        if expected[key] != found[key]
-    ]
-    lines = [f"{checkpoint.source} does not fit {name}:"]
-    for what, entries in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
-        if entries:
-            lines.append(f"  {len(entries)} {what}: {listed(entries)}")
+    lines = [f"{file.source} does not fit {name}:", *misfits(missing, unexpected, expected, found)]
     if len(lines) > 1:
         if len(missing) == len(expected):
             lines.append("  It is a file of another model, or its names have a prefix: give prefix=... then.")
         raise WeightsError("\n".join(lines))
-    used = {key: checkpoint.tensors[key] for key in sorted(expected.keys() & found.keys())}
+    used = {key: file.tensors[key] for key in sorted(expected.keys() & found.keys())}
     is_float = {key: tensor.is_floating_point() for key, tensor in model.state_dict().items()}
     wrong = [key for key, tensor in used.items() if tensor.is_floating_point() != is_float[key]]
     if wrong:
         raise WeightsError(
-            f"{checkpoint.source}: expected floating-point weights, found {checkpoint.tensors[wrong[0]].dtype} in "
-            f"{listed(wrong)}."
+            f"{file.source}: expected floating-point weights, found {file.tensors[wrong[0]].dtype} in {listed(wrong)}."
         )
     broken = [key for key, tensor in used.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise WeightsError(
-            f"{checkpoint.source}: weights that are not finite (NaN or infinite) in {listed(broken)}; it is of no use."
+            f"{file.source}: weights that are not finite (NaN or infinite) in {listed(broken)}; it is of no use."
         )
 
 
@@ -217,11 +208,11 @@ def tables_can_be_rebuilt(model: nn.Module) -> bool:
     )
 
 
-def _converted(source: str, tensors: dict[str, Tensor], whole: nn.Module) -> TimmCheckpoint:
-    """A checkpoint in any format that timm's own conversion of this model knows, in timm's names and this model's shapes."""
+def _converted(source: str, tensors: dict[str, Tensor], whole: nn.Module) -> TimmWeights:
+    """Weights in any format that timm's own conversion of this model knows, in timm's names and this model's shapes."""
     convert = getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", None)
     if convert is None:
-        return TimmCheckpoint(source, tensors)
+        return TimmWeights(source, tensors)
     try:
         takes_model = len(inspect.signature(convert).parameters) > 1
         converted = convert(dict(tensors), whole) if takes_model else convert(dict(tensors))
@@ -238,7 +229,7 @@ def _converted(source: str, tensors: dict[str, Tensor], whole: nn.Module) -> Tim
         for key, tensor in converted.items()
         if key in tensors and tensor.untyped_storage().data_ptr() not in memory
     }
-    return TimmCheckpoint(source, converted, originals)
+    return TimmWeights(source, converted, originals)
 
 
 def _download(name: str) -> tuple[str, dict[str, Tensor]]:

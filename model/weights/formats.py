@@ -166,6 +166,29 @@ def listed(entries: Iterable[str]) -> str:
     return ", ".join(entries[:_MAX_LISTED]) + more
 
 
+def misfits(
+    missing: list[str],
+    unexpected: list[str],
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+) -> list[str]:
+    """Return a line for each way in which a file does not fit a network: what is missing, unexpected, of another shape.
+
+    Args:
+        missing: Names of the network that the file lacks.
+        unexpected: Names of the file that the network does not know.
+        expected: Shape of each of the network's tensors.
+        found: Shape of each of the file's.
+    """
+    shapes = [
+        f"{key} is {found[key]}, expected {expected[key]}"
+        for key in sorted(expected.keys() & found.keys())
+        if expected[key] != found[key]
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    return [f"  {len(entries)} {what}: {listed(entries)}" for what, entries in kinds if entries]
+
+
 def grouped(names: Iterable[str]) -> list[str]:
     """Sorted names; where there are many, only what they begin with, and how many begin so."""
     names = sorted(names)

@@ -1,64 +1,33 @@
-"""Weights of a base network: every file format in, one state dict of official names out, and the writer of our own.
+"""Weights of a base network: every file format in, one state dict of official names out.
 
 Nothing in a file is executed. Read are safetensors files, single or sharded, and PyTorch checkpoints; with the names of
 the official code, of SimMIM, EsViT and the detection code, of timm and of Hugging Face (permafrost.model.weights.formats).
-Tensors are read when they are used, from memory-mapped files. Files written by `save_weights` say in their header what
-they are; see there.
+Tensors are read when they are used, from memory-mapped files. Files of our own say in their header what they are.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from permafrost._nearest import nearest
 from permafrost.model.errors import WeightsError
-from permafrost.model.spec import NUM_STAGES, SWIN_V1_SIZES, SWINV2_SIZES
-from permafrost.model.swin.parts import Swin
-from permafrost.model.swin.v2 import INITIAL_LOGIT_SCALE, SwinV2, SwinV2Classifier
-from permafrost.model.swin.windows import Windows, is_buffer, windows_of_buffers
+from permafrost.model.spec import NUM_STAGES
 from permafrost.model.weights.download import fetch
-from permafrost.model.weights.fit import check_fit
 from permafrost.model.weights.formats import Reading, choose_state_dict, listed, to_official_names
-from permafrost.model.weights.header import decode_header, encode_header
+from permafrost.model.weights.header import decode_header
 from permafrost.model.weights.known import PUBLIC_WEIGHTS, find_public, windows_on
-from permafrost.model.weights.safe_pickle import load_checkpoint
-from permafrost.model.weights.shards import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    Manifest,
-    read_sharded,
-    read_single,
-    save_sharded,
-    write_safetensors,
-)
-from permafrost.model.weights.tensor_map import Entry, Tensors, add_to_fingerprint, fingerprint, is_finite, materialise
-
-__all__ = [
-    "CLASSIFIER_PREFIXES",
-    "FLOATING_DTYPES",
-    "KNOWN_WEIGHTS",
-    "PRETRAINED_FOLDER",
-    "Checkpoint",
-    "KnownWeights",
-    "add_to_fingerprint",
-    "check_fit",
-    "draw_weights",
-    "fingerprint",
-    "locate",
-    "read_file",
-    "read_weights",
-    "save_sharded",
-    "save_weights",
-]
+from permafrost.model.weights.safe_pickle import read_pickle
+from permafrost.model.weights.shards import INDEX_NAME, SINGLE_NAME, Manifest, read_sharded, read_single
+from permafrost.model.weights.tensor_map import Entry, Tensors, is_finite, materialise
+from permafrost.model.weights.windows import Windows, is_buffer, windows_of_buffers
 
 PRETRAINED_FOLDER = Path(__file__).parents[1] / "pretrained"
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -87,7 +56,7 @@ KNOWN_WEIGHTS: dict[str, KnownWeights] = {
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class WeightFile:
     """What a weights file holds.
 
     Attributes:
@@ -161,7 +130,7 @@ def read_weights(
     prefix: str | None = None,
     weights_key: str | None = None,
     check_values: bool = True,
-) -> Checkpoint:
+) -> WeightFile:
     """Reads a weights file, as far as names, shapes and windows go: tensors are read when they are used.
 
     Args:
@@ -196,7 +165,7 @@ def read_weights(
         raise WeightsError(f"{path}: expected floating-point weights, found {listed(wrong)}.")
     if check_values:
         parameters = {name: _checked(name, entry, path) for name, entry in parameters.items()}
-    return Checkpoint(str(path), Tensors(parameters), windows, metadata, reading.rule, reading.dropped, manifest)
+    return WeightFile(str(path), Tensors(parameters), windows, metadata, reading.rule, reading.dropped, manifest)
 
 
 def locate(weights: str | os.PathLike[str]) -> Path:
@@ -229,88 +198,12 @@ def locate(weights: str | os.PathLike[str]) -> Path:
     neighbours = list(PUBLIC_WEIGHTS)
     if path.parent.is_dir():
         neighbours += [str(path.parent / entry.name) for entry in path.parent.iterdir() if entry.is_file()]
-    nearest = get_close_matches(str(weights), known + neighbours, n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    close = nearest(str(weights), known + neighbours, cutoff=0.6)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
     raise WeightsError(
         f"There are no weights {str(weights)!r}: no such file, and no such name (known: {', '.join(known)}, "
         f"and {len(PUBLIC_WEIGHTS)} public files, listed in permafrost.model.weights.known).{hint}"
     )
-
-
-def draw_weights(network: Swin, *, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Draws parameters for an untrained network in which nothing is an identity by accident, one at a time.
-
-    Weights are normal with variance 1 / fan-in, norms are spread around 1 and 0, so that features keep their scale
-    through the depth; position tables weigh as much as the logits they are added to. Drawn on the CPU in float32: a
-    seed means the same network everywhere.
-
-    Args:
-        network: Gives names and shapes; may live on the meta device.
-        seed: Seed of the draw.
-
-    Yields:
-        Name and value of each parameter, by name.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(network.state_dict().items()):
-        noise = torch.randn(parameter.shape, generator=generator)
-        if name.endswith("logit_scale"):
-            yield name, INITIAL_LOGIT_SCALE + 0.2 * noise
-        elif name.endswith("relative_position_bias_table"):
-            yield name, noise
-        elif "norm" in name.split(".")[-2] and name.endswith("weight"):
-            yield name, 1.0 + 0.2 * noise.clamp(-3.0, 3.0)
-        elif parameter.ndim == 1:
-            yield name, 0.1 * noise
-        else:
-            yield name, noise / math.sqrt(parameter[0].numel())
-
-
-def save_weights(
-    model: Swin, path: str | os.PathLike[str], metadata: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
-) -> None:
-    """Writes a network as safetensors under the official names, atomically.
-
-    The header states name, window_size, pretrained_window_size, for a SwinV2 extra_norm_interval and, for a classifier,
-    num_classes; `read_weights` takes them from there.
-
-    Args:
-        model: The network or the classifier.
-        path: The file.
-        metadata: What else the header says. `image_size`, `mean`, `std` are read back; the rest (`provenance`,
-            `command`, `accuracy`, ...) is kept as text. Text is stored as it is, anything else as JSON.
-        dtype: The tensors' dtype in the file.
-
-    Raises:
-        WeightsError: If metadata contradicts the model, or a weight is not finite.
-    """
-    names = [name for name, size in (SWINV2_SIZES | SWIN_V1_SIZES).items() if size == model.size]
-    own: dict[str, Any] = {
-        "window_size": model.window_size,
-        "pretrained_window_size": model.pretrained_window_size,
-    }
-    if isinstance(model, SwinV2):
-        own["extra_norm_interval"] = model.extra_norm_interval
-    if names:
-        own["name"] = names[0]
-    if isinstance(model, SwinV2Classifier):
-        own["num_classes"] = model.head.out_features
-
-    header = encode_header(own)
-    for key, value in encode_header(metadata).items():
-        if header.setdefault(key, value) != value:
-            raise WeightsError(f"{path}: metadata says {key}={value}, but the model has {header[key]}; leave it out.")
-    tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in model.state_dict().items()}
-    path = Path(path)
-    decode_header(header, path)
-    broken = [key for key, value in tensors.items() if not is_finite(value)]
-    if broken:
-        raise WeightsError(
-            f"{path}: weights that are not finite (NaN or infinite) in {listed(broken)}; nothing is written."
-        )
-    partial = path.with_name(path.name + ".partial")
-    write_safetensors(tensors, partial, header)
-    partial.replace(path)
 
 
 def read_file(path: Path, weights_key: str | None) -> tuple[Tensors, dict[str, str], Manifest | None, str | None]:
@@ -332,7 +225,7 @@ def read_file(path: Path, weights_key: str | None) -> tuple[Tensors, dict[str, s
     # A safetensors file starts with the length of its header, whose first byte may be a pickle's too: ask it first.
     is_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8
     if not is_safetensors and (start[:2] == b"PK" or start[:1] == b"\x80"):
-        loaded, inert = load_checkpoint(path)
+        loaded, inert = read_pickle(path)
         state, key = choose_state_dict(loaded, path=path, weights_key=weights_key)
         notes = [f"entry {key!r} of the checkpoint"] if key else []
         notes += [f"not loaded: objects of {listed(inert)}"] if inert else []

@@ -128,7 +128,7 @@ class _Refused(Exception):
     """A pickle names something that no weights file needs."""
 
 
-def load_checkpoint(path: Path) -> tuple[Any, tuple[str, ...]]:
+def read_pickle(path: Path) -> tuple[Any, tuple[str, ...]]:
     """Reads a PyTorch checkpoint, of the zip or the older format, or a plain pickle with numpy arrays.
 
     Args:
@@ -175,7 +175,7 @@ def _is_plain_pickle(path: Path) -> bool:
 
 
 def _load_plain(path: Path) -> tuple[Any, tuple[str, ...]]:
-    """See load_checkpoint."""
+    """See read_pickle."""
     inert: set[str] = set()
     try:
         with path.open("rb") as file:

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,28 @@ def read_sharded(index: Path) -> tuple[Tensors, dict[str, str], Manifest | None]
     return Tensors(entries), header, manifest
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give the path beside a new file or folder under which it is written; it takes its name when the block ends.
+
+    Until then the name ends in `.partial`; after an error nothing is left of it.
+    """
+    partial = path.with_name(path.name + ".partial")
+    _remove(partial)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_safetensors(tensors: dict[str, Tensor], path: Path, header: Mapping[str, str]) -> None:
     """Writes one file with the permissions that this process gives its files; safetensors leaves it to the owner alone."""
     path.touch()
@@ -185,36 +208,32 @@ def save_sharded(
     source = Tensors.of(tensors)
     sizes = {name: _bytes(entry, dtype(name)) for name, entry in sorted(source.entries.items())}
     plan = _plan(sizes, max_shard_bytes)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        weight_map, shards, digest = {}, {}, hashlib.sha256()
-        for number, names in enumerate(plan, start=1):
-            file = f"model-{number:05}-of-{len(plan):05}.safetensors"
-            content = {name: _cast(name, source[name], dtype(name)) for name in names}
-            for name, tensor in content.items():
-                if in_fingerprint(name):
-                    add_to_fingerprint(digest, name, tensor)
-            write_safetensors(content, partial / file, {"format": "pt", **header})
-            weight_map |= dict.fromkeys(names, file)
-            shards[file] = {"num_bytes": (partial / file).stat().st_size, "sha256": _sha256(partial / file)}
-            del content
-        manifest = {
-            "format": MANIFEST_FORMAT,
-            "architecture": dict(architecture),
-            "fingerprint": digest.hexdigest(),
-            "shards": shards,
-            "tensors": weight_map,
-        }
-        _write_json(partial / MANIFEST_NAME, manifest)
-        total = sum(sizes.values())
-        _write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        partial.replace(folder)
+        with written_whole(folder) as partial:
+            partial.mkdir(parents=True)
+            weight_map, shards, digest = {}, {}, hashlib.sha256()
+            for number, names in enumerate(plan, start=1):
+                file = f"model-{number:05}-of-{len(plan):05}.safetensors"
+                content = {name: _cast(name, source[name], dtype(name)) for name in names}
+                for name, tensor in content.items():
+                    if in_fingerprint(name):
+                        add_to_fingerprint(digest, name, tensor)
+                write_safetensors(content, partial / file, {"format": "pt", **header})
+                weight_map |= dict.fromkeys(names, file)
+                shards[file] = {"num_bytes": (partial / file).stat().st_size, "sha256": _sha256(partial / file)}
+                del content
+            manifest = {
+                "format": MANIFEST_FORMAT,
+                "architecture": dict(architecture),
+                "fingerprint": digest.hexdigest(),
+                "shards": shards,
+                "tensors": weight_map,
+            }
+            _write_json(partial / MANIFEST_NAME, manifest)
+            total = sum(sizes.values())
+            _write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{folder} cannot be written ({error}); give a folder with room.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder / INDEX_NAME
 
 

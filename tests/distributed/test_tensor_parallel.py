@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from permafrost.model import SwinV2Classifier, load_backbone, save_weights
-from permafrost.model.weights.read import draw_weights
+from permafrost.model.swin.weights import draw_weights
 
 pytestmark = pytest.mark.slow  # groups of processes, started for minutes in all
 

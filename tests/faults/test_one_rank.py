@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import permafrost.launcher
 from permafrost.data.detection.config import ShapesDataConfig, ShapesWorld
 from permafrost.model.swin.v2 import SwinV2
-from permafrost.model.weights.read import draw_weights
+from permafrost.model.swin.weights import draw_weights
 
 
 @pytest.mark.slow

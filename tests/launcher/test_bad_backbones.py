@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from permafrost.launcher.cli import main
 from permafrost.model.swin.v2 import SwinV2
-from permafrost.model.weights.read import draw_weights, save_weights
+from permafrost.model.swin.weights import draw_weights, save_weights
 
 RECIPE = f"{Path(__file__).with_name('tiny_recipe.py')}:tiny"
 WINDOWS = ["--backbone.window-size", "8", "--backbone.pretrained-window-size", "8"]

@@ -9,11 +9,11 @@ import torch
 
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import MeshConfig
+from permafrost.launcher.run.offload import ActivationOffload
 from permafrost.model import BackboneConfig, BackboneError, FrozenBackbone, compiled
-from permafrost.model.offload import ActivationOffload
 from permafrost.model.spec import SwinV2Size
 from permafrost.model.swin.v2 import SwinV2
-from permafrost.model.weights.read import draw_weights
+from permafrost.model.swin.weights import draw_weights
 
 # The maps of the first are no larger than a window; of the second they have shifted windows, and padding.
 SIZES = ((1, 8, 8), pytest.param((1, 36, 40), marks=pytest.mark.slow))

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from permafrost.launcher.cli import main
 from permafrost.model import load_backbone
-from permafrost.model.architecture import infer_architecture
 from permafrost.model.swin.v2 import SwinV2Classifier
-from permafrost.model.weights.read import draw_weights, read_weights, save_weights
+from permafrost.model.swin.weights import draw_weights, save_weights
+from permafrost.model.weights.architecture import infer_architecture
+from permafrost.model.weights.read import read_weights
 from permafrost.model.weights.shards import MANIFEST_NAME
 
 

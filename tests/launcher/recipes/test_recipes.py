@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from permafrost._nearest import nearest
 from permafrost.configs import coco, quickstart, vitdet
 from permafrost.data.detection.config import ShapesDataConfig, ShapesWorld
 from permafrost.data.errors import DataError
@@ -15,7 +16,7 @@ from permafrost.heads.necks.config import FPNConfig, SimplePyramidConfig
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import Experiment
 from permafrost.launcher.pretraining.config import PretrainExperiment
-from permafrost.launcher.recipes.find import build_recipe, find_recipe, list_recipes, nearest, summary_of
+from permafrost.launcher.recipes.find import build_recipe, find_recipe, list_recipes, summary_of
 from permafrost.launcher.recipes.overrides import apply_overrides, flags_of
 from permafrost.launcher.recipes.serialise import experiment_from_json, to_json
 

@@ -28,7 +28,7 @@ from permafrost.model.kernels.window_attention.triton import window_attention_tr
 from permafrost.model.spec import SwinV1Size, SwinV2Size
 from permafrost.model.swin.v1 import SwinV1
 from permafrost.model.swin.v2 import SwinV2
-from permafrost.model.weights.read import draw_weights
+from permafrost.model.swin.weights import draw_weights
 
 
 def window_attention_case(**fields) -> dict[str, float]:

@@ -12,7 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from permafrost.model import WeightsError, load_backbone
-from permafrost.model.weights.read import fingerprint
+from permafrost.model.weights.tensor_map import fingerprint
 
 NET = "convnextv2_atto"
 VIT = "eva02_tiny_patch14_224"

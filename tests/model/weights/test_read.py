@@ -13,14 +13,10 @@ from safetensors.torch import load_file, save_file
 from permafrost.model import BackboneError, WeightsError, load_backbone, save_weights
 from permafrost.model.spec import SwinV2Size
 from permafrost.model.swin.v2 import SwinV2, SwinV2Classifier
+from permafrost.model.swin.weights import check_fit
 from permafrost.model.weights import read as weights_module
-from permafrost.model.weights.read import (
-    KNOWN_WEIGHTS,
-    PRETRAINED_FOLDER,
-    check_fit,
-    fingerprint,
-    read_weights,
-)
+from permafrost.model.weights.read import KNOWN_WEIGHTS, PRETRAINED_FOLDER, read_weights
+from permafrost.model.weights.tensor_map import fingerprint
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from permafrost.model import WeightsError, load_backbone
 from permafrost.model.weights.read import read_weights
-from permafrost.model.weights.safe_pickle import load_checkpoint
+from permafrost.model.weights.safe_pickle import read_pickle
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_training_checkpoints_are_read_without_their_classes(tmp_path, foreign_c
     }
     path = save(content, tmp_path / "training.pth", container)
     foreign_class.forget()
-    loaded, inert = load_checkpoint(path)
+    loaded, inert = read_pickle(path)
     check_state(loaded["model"])
     assert (
         loaded["model"]["a.view"].untyped_storage().data_ptr()
@@ -186,7 +186,7 @@ def test_functions_of_packages_are_never_called(tmp_path) -> None:
         "numpy": Payload(np.save, str(marker), np.zeros(1)),
     }
     torch.save(content, tmp_path / "bad.pth")
-    loaded, inert = load_checkpoint(tmp_path / "bad.pth")
+    loaded, inert = read_pickle(tmp_path / "bad.pth")
     check_state(loaded["model"])
     assert {"torch.storage._load_from_bytes", "torch.hub.load", "numpy.save"} <= set(inert)
     assert not list(tmp_path.glob("executed*"))
@@ -211,7 +211,7 @@ def test_a_pickle_cannot_alter_what_it_calls(tmp_path) -> None:
         for entry in old.infolist():
             new.writestr(entry, pickled if entry.filename.endswith("data.pkl") else old.read(entry))
     with pytest.raises(WeightsError, match="damaged"):
-        load_checkpoint(tmp_path / "worse.pth")
+        read_pickle(tmp_path / "worse.pth")
     assert (rebuild.__defaults__, rebuild.__dict__) == before
 
 
@@ -238,11 +238,11 @@ def test_state_dict_of_inert_objects_is_no_state_dict(tmp_path, foreign_class) -
 def test_reading_changes_no_global_state(tmp_path) -> None:
     torch.save({"model": state(), "args": argparse.Namespace(a=1)}, tmp_path / "training.pth")
     before = torch.serialization.get_safe_globals()
-    load_checkpoint(tmp_path / "training.pth")
+    read_pickle(tmp_path / "training.pth")
     assert torch.serialization.get_safe_globals() == before
     with pytest.raises(pickle.UnpicklingError, match=r"argparse\.Namespace"):
         torch.load(tmp_path / "training.pth", weights_only=True)
-    json.dumps(load_checkpoint(tmp_path / "training.pth")[1])
+    json.dumps(read_pickle(tmp_path / "training.pth")[1])
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -258,7 +258,7 @@ def test_a_plain_pickle_of_arrays_is_read(tmp_path, protocol) -> None:
     content = {"model": arrays, "__author__": "x", "matching_heuristics": True, "score": np.float32(0.5)}
     path = tmp_path / "model.pkl"
     path.write_bytes(pickle.dumps(content, protocol=protocol))
-    loaded, inert = load_checkpoint(path)
+    loaded, inert = read_pickle(path)
     assert inert in [("numpy._core.multiarray.scalar",), ("numpy.core.multiarray.scalar",)]
     assert loaded["__author__"] == "x"
     for name, array in arrays.items():
@@ -276,7 +276,7 @@ def test_arrays_of_anything_but_numbers_and_calls_are_refused(tmp_path) -> None:
     for content in ({"a": np.array([Attack()], dtype=object)}, {"a": Attack()}, {"a": np.array(["text"])}):
         path.write_bytes(pickle.dumps(content))
         with pytest.raises(WeightsError, match="refused"):
-            load_checkpoint(path)
+            read_pickle(path)
     assert not (tmp_path / "done").exists()
     # Bytes that do not fit the shape, and half a file.
     whole = pickle.dumps({"a": np.arange(6, dtype=np.float32)}, protocol=2)
@@ -284,4 +284,4 @@ def test_arrays_of_anything_but_numbers_and_calls_are_refused(tmp_path) -> None:
         assert bad != whole
         path.write_bytes(bad)
         with pytest.raises(WeightsError, match="damaged"):
-            load_checkpoint(path)
+            read_pickle(path)

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from permafrost.model import WeightsError, load_backbone
 from permafrost.model.swin import load as load_swin
 from permafrost.model.swin.v2 import SwinV2, SwinV2Classifier
-from permafrost.model.weights.read import is_backbone, read_weights, save_sharded, save_weights
-from permafrost.model.weights.shards import INDEX_NAME, MANIFEST_NAME
+from permafrost.model.swin.weights import save_weights
+from permafrost.model.weights.read import is_backbone, read_weights
+from permafrost.model.weights.shards import INDEX_NAME, MANIFEST_NAME, save_sharded
 
 HEADER = {
     "name": "swinv2_nano",

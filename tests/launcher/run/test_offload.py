@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from permafrost.launcher.run.offload import ActivationOffload, HostBuffers, HostCopy, KeptFeatures
 from permafrost.model import load_backbone
-from permafrost.model.offload import ActivationOffload, HostBuffers, HostCopy, KeptFeatures
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 if TYPE_CHECKING:
-    from permafrost.model.config import OffloadMode
+    from permafrost.launcher.experiment import OffloadMode
     from permafrost.model.frozen import FrozenBackbone
 
 # Below this a copy costs more than the memory is worth; masks and scales of norms stay.
