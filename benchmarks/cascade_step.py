@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from records import append, processor
 
-from permafrost.data.types import Batch, DetectionTarget, SampleKey
+from permafrost.data.detection.types import DetectionTarget
+from permafrost.data.types import Batch, SampleKey
 from permafrost.heads.build import build_head
 from permafrost.heads.detection import mask_rcnn, roi, rpn
 from permafrost.heads.detection.config import CascadeConfig

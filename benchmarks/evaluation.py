@@ -26,7 +26,7 @@ from records import append
 import permafrost.data.detection.annotations as data_annotations
 from permafrost.data.detection import confusion, evaluator as coco
 from permafrost.data.detection.scorers import Scorer
-from permafrost.data.types import DetectionResult
+from permafrost.data.detection.types import DetectionResult
 
 RESULTS = Path(__file__).parent / "results" / "evaluation.csv"
 HEIGHT, WIDTH, GRID = 480, 640, 28

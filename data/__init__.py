@@ -16,13 +16,10 @@ if TYPE_CHECKING:
         ShapesDataConfig as ShapesDataConfig,
         ShapesWorld as ShapesWorld,
     )
-    from permafrost.data.detection.dataset import (
-        CocoDetection as CocoDetection,
-        ReplacementTracker as ReplacementTracker,
-        inference_sample as inference_sample,
-    )
+    from permafrost.data.detection.dataset import CocoDetection as CocoDetection, inference_sample as inference_sample
     from permafrost.data.detection.evaluator import CocoEvaluator as CocoEvaluator
     from permafrost.data.detection.inputs import Detections as Detections
+    from permafrost.data.detection.types import DetectionResult as DetectionResult, DetectionTarget as DetectionTarget
     from permafrost.data.errors import DataError as DataError
     from permafrost.data.segmentation.check import check_ade20k as check_ade20k
     from permafrost.data.segmentation.config import (
@@ -35,25 +32,20 @@ if TYPE_CHECKING:
     from permafrost.data.segmentation.dataset import SceneParsing as SceneParsing
     from permafrost.data.segmentation.evaluator import SegmentationEvaluator as SegmentationEvaluator
     from permafrost.data.segmentation.inputs import ClassMap as ClassMap
+    from permafrost.data.segmentation.types import (
+        SegmentationResult as SegmentationResult,
+        SegmentationTarget as SegmentationTarget,
+        SegmentationView as SegmentationView,
+    )
     from permafrost.data.stream.loader import (
         WorkerError as WorkerError,
         train_loader as train_loader,
         val_loader as val_loader,
     )
+    from permafrost.data.stream.records import ReplacementTracker as ReplacementTracker
     from permafrost.data.stream.sampler import GlobalStream as GlobalStream
     from permafrost.data.task import SampleExtent as SampleExtent, TaskDataConfig as TaskDataConfig
-    from permafrost.data.types import (
-        Batch as Batch,
-        ClipResult as ClipResult,
-        ClipTarget as ClipTarget,
-        DetectionResult as DetectionResult,
-        DetectionTarget as DetectionTarget,
-        Sample as Sample,
-        SampleKey as SampleKey,
-        SegmentationResult as SegmentationResult,
-        SegmentationTarget as SegmentationTarget,
-        SegmentationView as SegmentationView,
-    )
+    from permafrost.data.types import Batch as Batch, Sample as Sample, SampleKey as SampleKey
     from permafrost.data.video.config import (
         ClipConfig as ClipConfig,
         KineticsDataConfig as KineticsDataConfig,
@@ -63,5 +55,6 @@ if TYPE_CHECKING:
     from permafrost.data.video.dataset import KineticsClips as KineticsClips
     from permafrost.data.video.evaluator import VideoEvaluator as VideoEvaluator
     from permafrost.data.video.inputs import VideoClass as VideoClass
+    from permafrost.data.video.types import ClipResult as ClipResult, ClipTarget as ClipTarget
 
 __getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from permafrost.data.detection.annotations import Finding
-    from permafrost.data.detection.dataset import ReplacementTracker
+    from permafrost.data.findings import Finding
+    from permafrost.data.stream.records import ReplacementTracker
     from permafrost.data.types import Sample, SampleKey
 
 Task = Literal["detection", "segmentation", "video"]

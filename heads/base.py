@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from permafrost.data.types import Batch, DetectionResult
+from permafrost.data.detection.types import DetectionResult
+from permafrost.data.types import Batch
 
 LossCounts = Callable[[str, Tensor], Tensor]
 """counts(name, n): turns this rank's count `n` (0-dim) into the denominator this rank must divide its *sum* by, so that

@@ -10,43 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pycocotools import mask as mask_api
-
+from permafrost.data.detection.masks import decompress_counts
 from permafrost.data.errors import DataError
+from permafrost.data.findings import Finding
 from permafrost.data.pictures.read import size_problem
 
 BOX_OVERHANG = 2.0
 """Pixels by which a box may stick out of its image (rounding of drawing tools) before it counts as out of the image."""
-LISTED = 8
-"""Findings that an error message shows; the rest is counted."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong with a data set.
-
-    Attributes:
-        path: The file, and the place inside of it for a JSON.
-        what: What was found and what was expected.
-        fatal: Whether training and evaluation refuse to start.
-        annotation: Position in `annotations` when leaving out that one entry would cure it, else None.
-        kind: What findings of its kind have in common, for counts; empty is the place in the JSON, or the folder.
-    """
-
-    path: str
-    what: str
-    fatal: bool = True
-    annotation: int | None = None
-    kind: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.what}"
 
 
 @dataclass
@@ -118,20 +92,6 @@ def load_coco_file(path: Path, *, labelled: bool = True) -> CocoFile:
     if all(_is_int(category.get("id")) for category in coco_file.categories):
         coco_file.categories = sorted(coco_file.categories, key=lambda category: category["id"])
     return coco_file
-
-
-def raise_fatal(findings: Sequence[Finding], remedy: str = "") -> None:
-    """Raise one DataError that counts the fatal findings and shows the first of them; without any, do nothing."""
-    fatal = [finding for finding in findings if finding.fatal]
-    if not fatal:
-        return
-    if len(fatal) == 1:
-        lines = [str(fatal[0])]
-    else:
-        lines = [f"{len(fatal)} problems in the data:", *(f"  {finding}" for finding in fatal[:LISTED])]
-        if len(fatal) > LISTED:
-            lines.append(f"  ... and {len(fatal) - LISTED} more; `permafrost check-data` lists all")
-    raise DataError("\n".join(lines + ([remedy] if remedy else [])))
 
 
 def _is_int(value: Any) -> bool:
@@ -298,50 +258,3 @@ def _segmentation_problem(segmentation: Any, size: tuple[int, int] | None) -> st
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def decompress_counts(text: str) -> list[int]:
-    """Run lengths of COCO's compressed string: base-32 digits, low first, signed, each but the first three as a
-    difference.
-
-    Raises:
-        ValueError: a character outside the code, or a last number without an end.
-    """
-    try:
-        codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
-    except UnicodeEncodeError as error:
-        raise ValueError("a character is outside the code") from error
-    if codes.size == 0:
-        raise ValueError("the string is empty")
-    if codes.min() < 0 or codes.max() > 63:
-        raise ValueError("a character is outside the code")
-    ends = np.flatnonzero((codes & 32) == 0)
-    if ends.size == 0 or ends[-1] != codes.size - 1:
-        raise ValueError("the last number has no end")
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    if (ends - starts).max() > 8:
-        raise ValueError("a number has too many digits")
-    places = np.arange(codes.size) - np.repeat(starts, ends - starts + 1)
-    values = np.add.reduceat((codes & 31) << (5 * places), starts)
-    # Bit 4 of the last digit is the sign: extend it upwards.
-    values -= np.where(codes[ends] & 16, np.int64(1) << (5 * (ends - starts + 1)), 0)
-    values[1::2] = np.cumsum(values[1::2])
-    values[2::2] = np.cumsum(values[2::2])
-    return values.tolist()
-
-
-def encode_segmentation(segmentation: list | dict, height: int, width: int) -> dict[str, Any]:
-    """pycocotools' compressed run lengths ({"counts": bytes, "size"}) of any checked segmentation."""
-    if isinstance(segmentation, list):
-        return mask_api.merge(mask_api.frPyObjects(segmentation, height, width))
-    if isinstance(segmentation["counts"], list):
-        return mask_api.frPyObjects(segmentation, height, width)
-    return {"counts": segmentation["counts"].encode("ascii"), "size": [height, width]}
-
-
-def decode_masks(segmentations: Sequence[list | dict], height: int, width: int) -> np.ndarray:
-    """Masks of one image's segmentations, uint8 0 or 1, (N, height, width)."""
-    if not segmentations:
-        return np.zeros((0, height, width), dtype=np.uint8)
-    encoded = [encode_segmentation(segmentation, height, width) for segmentation in segmentations]
-    return np.ascontiguousarray(mask_api.decode(encoded).transpose(2, 0, 1))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from permafrost.data.detection.annotations import CocoFile, Finding, load_coco_file
+from permafrost.data.detection.annotations import CocoFile, load_coco_file
 from permafrost.data.detection.config import CocoDataConfig
 from permafrost.data.detection.dataset import locate, semantic_maps
 from permafrost.data.detection.semantic import SemanticMaps, read_map
 from permafrost.data.errors import DataError
+from permafrost.data.findings import Finding, inspect_all
 from permafrost.data.pictures.read import ImageError, read_image
 
 
@@ -60,23 +57,6 @@ def check_coco(
     return findings
 
 
-def count_kinds(findings: Sequence[Finding]) -> list[str]:
-    """How many findings there are of each kind, the most frequent first: "3 errors at FILE: annotations[].bbox"."""
-    kinds = Counter(
-        (
-            ("error" if finding.fatal else "warning") + "{}",
-            f": {finding.kind}" if finding.kind else " at " + re.sub(r"\[\d+\]", "[]", _kind(finding.path)),
-        )
-        for finding in findings
-    )
-    return [f"{n} {severity.format('s' if n > 1 else '')}{where}" for (severity, where), n in kinds.most_common()]
-
-
-def _kind(path: str) -> str:
-    """The place in a JSON, or the folder of an image."""
-    return path if ": " in path else f"images in {Path(path).parent}"
-
-
 def _check_maps(coco_file: CocoFile, maps: SemanticMaps, decode_images: bool) -> list[Finding]:
     """Findings about the semantic maps of the training images; a damaged one costs its image, a missing one the run."""
     found = []
@@ -109,25 +89,17 @@ def _check_images(
     if limit is not None and all(isinstance(image.get("id"), int) for image in images):
         images = sorted(images, key=lambda image: image["id"])[:limit]
 
-    def problem(image: dict) -> Finding | None:
+    def problems(image: dict) -> list[Finding]:
         path = folder / image["file_name"]
         if not path.is_file():
-            return Finding(str(path), "there is no such image file")
+            return [Finding(str(path), "there is no such image file")]
         if not decode_images:
-            return None
+            return []
         size = (image.get("height"), image.get("width"))
         try:
             read_image(path, size if all(isinstance(side, int) for side in size) else None)
         except ImageError as error:
-            return Finding(str(path), str(error), fatal=needs_all)
-        return None
+            return [Finding(str(path), str(error), fatal=needs_all)]
+        return []
 
-    found = []
-    # Decoding releases the interpreter's lock, so threads are enough.
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for done, finding in enumerate(pool.map(problem, images), start=1):
-            if finding is not None:
-                found.append(finding)
-            if on_progress is not None and (done % 100 == 0 or done == len(images)):
-                on_progress(done, len(images))
-    return found
+    return inspect_all(images, problems, on_progress)

@@ -11,9 +11,9 @@ from permafrost.data.errors import DataError
 from permafrost.data.task import Progress, SampleExtent, Task, TaskDataConfig
 
 if TYPE_CHECKING:
-    from permafrost.data.detection.annotations import Finding
     from permafrost.data.detection.dataset import CocoDetection
     from permafrost.data.detection.inputs import DetectionInputs
+    from permafrost.data.findings import Finding
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from permafrost.data.pictures.transforms import NetworkInput, boxes_of_masks, kept_boxes
+from permafrost.data.detection.transforms import NetworkInput, boxes_of_masks, kept_boxes
 
 
 def paste(

@@ -10,27 +10,29 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from permafrost.data.detection.annotations import CocoFile, Finding, decode_masks, load_coco_file, raise_fatal
+from permafrost.data.detection.annotations import CocoFile, load_coco_file
 from permafrost.data.detection.config import CocoDataConfig, EvaluationConfig, JitterConfig, MultiScaleConfig
 from permafrost.data.detection.copy_paste import paste
+from permafrost.data.detection.drawing import draw_detections
+from permafrost.data.detection.evaluator import STATISTICS, CocoEvaluator
+from permafrost.data.detection.masks import decode_masks
 from permafrost.data.detection.semantic import INSTANCES, SemanticMaps
+from permafrost.data.detection.transforms import FitTransform, JitterTransform, MultiScaleTransform, NetworkInput, Scene
+from permafrost.data.detection.types import DetectionResult, DetectionTarget, DetectionView
 from permafrost.data.errors import DataError
+from permafrost.data.findings import Finding, raise_fatal
 from permafrost.data.pictures.read import ImageError, image_of, read_image
-from permafrost.data.pictures.transforms import FitTransform, JitterTransform, MultiScaleTransform, NetworkInput, Scene
+from permafrost.data.stream.records import PackedRecords, ReplacementTracker
 from permafrost.data.stream.split import choose_share
-from permafrost.data.types import DetectionResult, DetectionTarget, DetectionView, Sample, SampleKey
-
-if TYPE_CHECKING:
-    from permafrost.data.detection.evaluator import CocoEvaluator
+from permafrost.data.types import Sample, SampleKey
 
 LAYOUT = """expected COCO's layout (every name is a field of `data`):
   ROOT/{train_annotations}   ROOT/{train_images}/*.jpg
@@ -38,33 +40,6 @@ LAYOUT = """expected COCO's layout (every name is a field of `data`):
   ROOT/{test_annotations}   ROOT/{test_images}/*.jpg   (for submission files only)"""
 MIN_SCORE = 0.5
 """Least score of an object that is drawn."""
-MIN_TOLERATED = 10
-"""Unreadable training images that are tolerated in a data set of any size."""
-
-
-class PackedRecords(Sequence):
-    """A list of plain records kept as one array of bytes.
-
-    Data workers are forked: a list of Python objects would be copied page by page into each of them as reference counts
-    change (gigabytes for COCO), an array is shared.
-
-    Args:
-        records: What to keep; every access unpacks a fresh copy.
-    """
-
-    def __init__(self, records: Sequence[Any]) -> None:
-        packed = [pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL) for record in records]
-        self._ends = np.cumsum([len(part) for part in packed], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(packed), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        start = self._ends[index - 1] if index else 0
-        return pickle.loads(memoryview(self._bytes[start : self._ends[index]]))
 
 
 class CocoDetection(Dataset):
@@ -299,8 +274,6 @@ class CocoDetection(Dataset):
 
     def evaluator(self) -> CocoEvaluator:
         """A fresh evaluator against the annotations of exactly these images."""
-        from permafrost.data.detection.evaluator import CocoEvaluator
-
         submission = None if self.submission is None else (self.annotation_file, self.submission)
         return CocoEvaluator(list(self.records), self.classes, self.category_ids, self.evaluation, submission)
 
@@ -310,8 +283,6 @@ class CocoDetection(Dataset):
 
     def metric_names(self) -> list[str]:
         """Of COCOeval's numbers and of each class, for boxes and masks."""
-        from permafrost.data.detection.evaluator import STATISTICS
-
         labels = [f"AP-{name}" for name in self.classes]
         return [f"{kind}/{name}" for kind in ("bbox", "segm") for name in (*STATISTICS, *labels)]
 
@@ -325,53 +296,8 @@ class CocoDetection(Dataset):
 
     def draw(self, image: torch.Tensor, shown: DetectionTarget | DetectionResult) -> np.ndarray:
         """See TaskDataset; of a result the objects with a score from MIN_SCORE up."""
-        from permafrost.data.pictures.draw import draw_detections
-
         scores = shown.scores if isinstance(shown, DetectionResult) else None
         return draw_detections(image, shown.boxes, shown.labels, shown.masks, scores, self.classes, min_score=MIN_SCORE)
-
-
-class ReplacementTracker:
-    """Counts distinct unreadable training images (or videos) in the main process, and stops the run when there are too many.
-
-    Args:
-        num_images: Images of the data set.
-        share: Largest share that is tolerated; MIN_TOLERATED images always are.
-        what: What the files are called in the message.
-    """
-
-    def __init__(self, num_images: int, share: float, what: str = "images") -> None:
-        self.num_images = num_images
-        self.what = what
-        self.limit = max(MIN_TOLERATED, int(share * num_images))
-        self.reasons: dict[str, str] = {}
-
-    @property
-    def count(self) -> int:
-        """Distinct files seen so far."""
-        return len(self.reasons)
-
-    def update(self, replaced: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Take in `Batch.replaced`.
-
-        Returns:
-            The (path, reason) pairs that are new: to be said once.
-
-        Raises:
-            DataError: more files than the limit cannot be read.
-        """
-        new = []
-        for path, reason in replaced:
-            if path not in self.reasons:
-                self.reasons[path] = reason
-                new.append((path, reason))
-        if self.count > self.limit:
-            shown = "\n".join(f"  {path}: {reason}" for path, reason in list(self.reasons.items())[:5])
-            raise DataError(
-                f"{self.count} of {self.num_images} training {self.what} cannot be read, {self.limit} are tolerated "
-                f"(data.corrupt_share); the first:\n{shown}"
-            )
-        return new
 
 
 def locate(config: CocoDataConfig, split: str) -> tuple[Path, Path]:

@@ -17,65 +17,19 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_api
 
-from permafrost.data.detection.annotations import encode_segmentation
 from permafrost.data.detection.config import EvaluationConfig
+from permafrost.data.detection.confusion import confusion_matrix
+from permafrost.data.detection.masks import encode_segmentation, paste_mask
+from permafrost.data.detection.plots import precision_curves
 from permafrost.data.detection.scorers import find_scorer
 from permafrost.data.detection.server import server_files
+from permafrost.data.detection.types import DetectionResult
 from permafrost.data.detection.views import merge_views
 from permafrost.data.errors import DataError
-from permafrost.data.types import DetectionResult
+from permafrost.data.pictures.plots import confusion_picture
 
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """Names of COCOeval's twelve numbers, in its order."""
-
-
-def paste_mask(probabilities: np.ndarray, box: Sequence[float], height: int, width: int) -> dict[str, Any]:
-    """Put a mask from its box's own grid into an image, as run lengths, touching only the box's pixels.
-
-    The grid's cells fill the box; a pixel takes the bilinear interpolation of the cell centres at its own centre,
-    zero beyond the grid, and belongs to the object from 0.5 up. Pasting into whole images instead costs ten times as
-    much on COCO.
-
-    Args:
-        probabilities: (M, M).
-        box: xyxy in pixels of the image; fractions count.
-        height: of the image.
-        width: of the image.
-
-    Returns:
-        pycocotools' compressed run lengths, {"counts": bytes, "size": [height, width]}.
-    """
-    x0, y0, x1, y1 = (float(value) for value in box)
-    left, right = _pixel_range(x0, x1, width)
-    top, bottom = _pixel_range(y0, y1, height)
-    if left >= right or top >= bottom:
-        return mask_api.frPyObjects({"counts": [height * width], "size": [height, width]}, height, width)
-    rows = _interpolation(probabilities.shape[0], y0, y1, top, bottom)
-    columns = _interpolation(probabilities.shape[1], x0, x1, left, right)
-    patch = rows @ probabilities.astype(np.float32) @ columns.T >= 0.5
-    return _encode_patch(patch, top, left, height, width)
-
-
-def _pixel_range(start: float, stop: float, length: int) -> tuple[int, int]:
-    """First and behind-the-last pixel that an interval touches, within 0..length."""
-    return max(0, int(np.floor(start))), min(length, int(np.ceil(stop)))
-
-
-def _interpolation(cells: int, start: float, stop: float, first: int, last: int) -> np.ndarray:
-    """Weights (last - first, cells) of linear interpolation at those pixels' centres; the cells fill start..stop."""
-    centres = (np.arange(first, last) + 0.5 - start) * (cells / max(stop - start, 1e-6)) - 0.5
-    distance = np.abs(centres[:, None] - np.arange(cells)[None])
-    return np.maximum(0.0, 1.0 - distance).astype(np.float32)
-
-
-def _encode_patch(patch: np.ndarray, top: int, left: int, height: int, width: int) -> dict[str, Any]:
-    """Run lengths of an image that is zero outside a boolean patch: only the patch's columns are looked at."""
-    columns = np.zeros((patch.shape[1], height), dtype=bool)
-    columns[:, top : top + patch.shape[0]] = patch.T
-    flat = np.concatenate([[False], columns.ravel(), [False]])
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + left * height
-    counts = np.diff(np.concatenate([[0], changes, [height * width]]))
-    return mask_api.frPyObjects({"counts": counts.tolist(), "size": [height, width]}, height, width)
 
 
 class CocoEvaluator:
@@ -301,9 +255,6 @@ class CocoEvaluator:
         """After `compute`: precision over recall and the confusion matrix of boxes, (H, W, 3) uint8 by name."""
         if not self._precisions:
             return {}
-        from permafrost.data.detection.confusion import confusion_matrix
-        from permafrost.data.pictures.plots import confusion_picture, precision_curves
-
         labels = {number: label for label, number in enumerate(self.category_ids)}
         matrix = confusion_matrix(self.records, self._found, labels)
         return {

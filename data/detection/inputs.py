@@ -14,11 +14,12 @@ from torch import Tensor
 
 from permafrost.data.detection.config import CocoDataConfig
 from permafrost.data.detection.dataset import inference_sample
+from permafrost.data.detection.drawing import draw_detections, paste_masks
 from permafrost.data.detection.evaluator import CocoEvaluator
-from permafrost.data.pictures.draw import draw_detections, paste_masks
+from permafrost.data.detection.transforms import FitTransform
+from permafrost.data.detection.types import DetectionResult
 from permafrost.data.pictures.read import image_of
-from permafrost.data.pictures.transforms import FitTransform
-from permafrost.data.types import DetectionResult, Sample
+from permafrost.data.types import Sample
 
 
 @dataclass

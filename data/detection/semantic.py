@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from permafrost.data.pictures.geometry import NO_CLASS
 from permafrost.data.pictures.read import ImageError
-from permafrost.data.pictures.transforms import NO_CLASS
 
 INSTANCES = "instances"
 

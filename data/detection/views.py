@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms, box_iou
 
 from permafrost.data.detection.config import EvaluationConfig
-from permafrost.data.types import DetectionResult
+from permafrost.data.detection.types import DetectionResult
 
 
 def on_disk(result: DetectionResult) -> DetectionResult:

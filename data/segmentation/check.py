@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from permafrost.data.detection.annotations import Finding
 from permafrost.data.errors import DataError
+from permafrost.data.findings import Finding, inspect_all
 from permafrost.data.pictures.read import ImageError, read_image
 from permafrost.data.segmentation.classes import read_classes
 from permafrost.data.segmentation.config import ADE20KDataConfig
@@ -65,11 +63,4 @@ def _check_pairs(
             return [Finding(str(labels), str(error), fatal=needs_all, kind=error.kind)]
         return [Finding(str(labels), text, fatal=False, kind=kind) for kind, text in notes]
 
-    found: list[Finding] = []
-    # Decoding releases the interpreter's lock, so threads are enough.
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for done, findings in enumerate(pool.map(problems, pairs), start=1):
-            found.extend(findings)
-            if on_progress is not None and (done % 100 == 0 or done == len(pairs)):
-                on_progress(done, len(pairs))
-    return found
+    return inspect_all(pairs, problems, on_progress)

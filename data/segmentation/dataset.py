@@ -13,7 +13,6 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,20 +20,21 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from permafrost.data.detection.annotations import Finding, raise_fatal
-from permafrost.data.detection.dataset import PackedRecords, ReplacementTracker
 from permafrost.data.errors import DataError
+from permafrost.data.findings import Finding, raise_fatal
+from permafrost.data.pictures.geometry import NO_CLASS
 from permafrost.data.pictures.read import ImageError, read_image
-from permafrost.data.pictures.transforms import NO_CLASS
 from permafrost.data.segmentation.classes import read_classes
 from permafrost.data.segmentation.config import ADE20KDataConfig
+from permafrost.data.segmentation.drawing import draw_classes
+from permafrost.data.segmentation.evaluator import NAMES, SegmentationEvaluator
 from permafrost.data.segmentation.labels import read_labels
+from permafrost.data.segmentation.merging import best_class, class_scores
 from permafrost.data.segmentation.transforms import SegmentationJitter
+from permafrost.data.segmentation.types import SegmentationResult, SegmentationTarget, SegmentationView
 from permafrost.data.segmentation.views import num_whole_views, plan_views, see
-from permafrost.data.types import Sample, SampleKey, SegmentationResult, SegmentationTarget, SegmentationView
-
-if TYPE_CHECKING:
-    from permafrost.data.segmentation.evaluator import SegmentationEvaluator
+from permafrost.data.stream.records import PackedRecords, ReplacementTracker
+from permafrost.data.types import Sample, SampleKey
 
 LAYOUT = """expected the layout of ADE20K's SceneParsing release (every name is a field of `data`):
   ROOT/{train_images}/*.jpg   ROOT/{train_annotations}/*.png
@@ -217,8 +217,6 @@ class SceneParsing(Dataset):
 
     def evaluator(self) -> SegmentationEvaluator:
         """A fresh evaluator against the labels of exactly these images."""
-        from permafrost.data.segmentation.evaluator import SegmentationEvaluator
-
         records = [self.records[index] for index in range(self.num_images)]
         truth: Callable[[int, tuple[int, int]], np.ndarray] | None = None
         if records[0][1] is not None:
@@ -242,8 +240,6 @@ class SceneParsing(Dataset):
 
     def metric_names(self) -> list[str]:
         """Means, and the IoU of each class."""
-        from permafrost.data.segmentation.evaluator import NAMES
-
         return [f"semantic/{name}" for name in (*NAMES, *(f"IoU-{name}" for name in self.classes))]
 
     def summary(self, metrics: dict[str, float]) -> str:
@@ -258,9 +254,6 @@ class SceneParsing(Dataset):
 
     def draw(self, image: Tensor, shown: SegmentationTarget | SegmentationResult) -> np.ndarray:
         """A sample with the classes of its pixels in colours, and a legend; a result's at the size of the sample."""
-        from permafrost.data.segmentation.drawing import draw_classes
-        from permafrost.data.segmentation.merging import best_class, class_scores
-
         height, width = shown.size
         is_target = isinstance(shown, SegmentationTarget)
         classes = shown.semantic[:height, :width] if is_target else best_class(class_scores(shown), shown.size)

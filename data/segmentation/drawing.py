@@ -9,11 +9,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from permafrost.data.pictures.draw import class_color
-from permafrost.data.pictures.transforms import NO_CLASS
+from permafrost.data.pictures.draw import MIN_SIDE, class_color, enlarged
+from permafrost.data.pictures.geometry import NO_CLASS
 
 _ALPHA = 0.6
-_MIN_SIDE = 320
 _LISTED = 24
 """Classes in a legend; the smaller ones are summed up."""
 
@@ -25,7 +24,7 @@ def class_shares(classes: Tensor | np.ndarray) -> list[tuple[int, float]]:
     return sorted(shares, key=lambda pair: (-pair[1], pair[0]))
 
 
-def draw_classes(image: Tensor, classes: Tensor, names: Sequence[str], *, min_side: int = _MIN_SIDE) -> np.ndarray:
+def draw_classes(image: Tensor, classes: Tensor, names: Sequence[str], *, min_side: int = MIN_SIDE) -> np.ndarray:
     """Lay the colours of classes over a photo, with a legend at its right.
 
     Args:
@@ -43,10 +42,7 @@ def draw_classes(image: Tensor, classes: Tensor, names: Sequence[str], *, min_si
     mixed = torch.where(
         known[..., None], (1 - _ALPHA) * photo + _ALPHA * colors[values.clamp(max=len(names) - 1)], photo
     )
-    height, width = values.shape
-    factor = max(1, -(-min_side // max(height, width)))
-    picture = Image.fromarray(mixed.round().to(torch.uint8).numpy())
-    picture = picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+    picture = enlarged(mixed.round().to(torch.uint8).numpy(), min_side)
     return np.concatenate([np.asarray(picture), _legend(values, names, picture.height)], axis=1)
 
 

@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 
 from permafrost.data.errors import DataError
+from permafrost.data.pictures.geometry import NO_CLASS
+from permafrost.data.pictures.plots import confusion_picture
 from permafrost.data.pictures.read import ImageError
-from permafrost.data.pictures.transforms import NO_CLASS
 from permafrost.data.segmentation.merging import ViewMerger
-from permafrost.data.types import SegmentationResult
+from permafrost.data.segmentation.types import SegmentationResult
 
 NAMES = ("mIoU", "pixel_accuracy", "mean_accuracy")
 
@@ -184,6 +185,4 @@ class SegmentationEvaluator:
         """The confusion matrix; nothing without labels."""
         if self.truth is None:
             return {}
-        from permafrost.data.pictures.plots import confusion_picture
-
         return {"confusion": confusion_picture(self._confusion, self.classes)}

@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from permafrost.data.pictures.geometry import NO_CLASS
 from permafrost.data.pictures.read import image_of
-from permafrost.data.pictures.transforms import NO_CLASS
 from permafrost.data.segmentation.config import ADE20KDataConfig
 from permafrost.data.segmentation.drawing import class_shares, draw_classes
 from permafrost.data.segmentation.merging import ViewMerger
+from permafrost.data.segmentation.types import SegmentationResult, SegmentationTarget
 from permafrost.data.segmentation.views import plan_views, see
-from permafrost.data.types import Sample, SampleKey, SegmentationResult, SegmentationTarget
+from permafrost.data.types import Sample, SampleKey
 
 _NAMED = 4
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from permafrost.data.pictures.geometry import NO_CLASS
 from permafrost.data.pictures.read import ImageError, size_problem
-from permafrost.data.pictures.transforms import NO_CLASS
 
 PALETTE = "label PNGs with a palette"
 SIXTEEN_BIT = "label PNGs of 16 bits"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from permafrost.data.errors import DataError
-from permafrost.data.types import SegmentationResult
+from permafrost.data.segmentation.types import SegmentationResult
 
 _MAX_ELEMENTS = 1 << 26
 """Of scores resized at once: 256 MB."""

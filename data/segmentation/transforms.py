@@ -1,28 +1,30 @@
 """From a photo with labels to what the network sees, in training; see `views` for evaluation.
 
 All randomness is drawn from the generator that is passed in, always the same number of draws, so a sample is a pure function of
-its key. Resizing, cropping and padding are those of `data.transforms`.
+its key. Resizing, cropping and padding are those of `pictures.geometry`.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from permafrost.data.pictures.transforms import NO_CLASS, PAD_COLOR, Scene, crop, flip, pad_to, resize, short_side_size
+from permafrost.data.pictures.geometry import (
+    NO_CLASS,
+    PAD_COLOR,
+    crop,
+    flip,
+    pad_to,
+    resize,
+    resize_map,
+    short_side_size,
+)
 from permafrost.data.segmentation.config import SegmentationJitterConfig
 
 MAX_CROPS = 10
 """Crops that are tried before the last one is taken, whatever it holds."""
 _NUM_COLOR_DRAWS = 9
-
-
-def make_scene(image: Tensor, labels: Tensor) -> Scene:
-    """A scene without objects: (3, H, W) uint8 and (H, W) uint8."""
-    return Scene(image, image.new_zeros((0, *image.shape[-2:])), torch.zeros((0, 4)), labels)
 
 
 class SegmentationJitter:
@@ -57,28 +59,28 @@ class SegmentationJitter:
         if jitter.num_scales > 1:
             scale_draw = int(scale_draw * jitter.num_scales) / (jitter.num_scales - 1)
         side = square * (low + (high - low) * scale_draw)
-        scene = resize(make_scene(image, labels), short_side_size(*image.shape[-2:], side, jitter.max_side))
-        scene = self._crop(scene, places)
+        scaled = short_side_size(*image.shape[-2:], side, jitter.max_side)
+        image, labels = self._crop(resize(image, scaled), resize_map(labels, scaled), places)
         if jitter.color_probability:
-            scene = replace(scene, image=self._change_colors(scene.image, color_draws))
+            image = self._change_colors(image, color_draws)
         if flip_draw < jitter.flip:
-            scene = flip(scene)
-        height, width = scene.image.shape[-2:]
+            image, labels = flip(image), flip(labels)
+        height, width = image.shape[-2:]
         canvas = (square, square)
-        return pad_to(scene.image, canvas, PAD_COLOR), pad_to(scene.semantic, canvas, NO_CLASS), (height, width)
+        return pad_to(image, canvas, PAD_COLOR), pad_to(labels, canvas, NO_CLASS), (height, width)
 
-    def _crop(self, scene: Scene, places: list[float]) -> Scene:
-        """The first of the windows in which no class takes more than its share; the last one if none is."""
-        height, width = scene.image.shape[-2:]
+    def _crop(self, image: Tensor, labels: Tensor, places: list[float]) -> tuple[Tensor, Tensor]:
+        """Cut out the first of the windows in which no class takes more than its share; the last one if none is."""
+        height, width = image.shape[-2:]
         size = (min(height, self.image_size), min(width, self.image_size))
         if size == (height, width):
-            return scene
+            return image, labels
         for top_draw, left_draw in zip(places[0::2], places[1::2]):
             top, left = int(top_draw * (height - size[0] + 1)), int(left_draw * (width - size[1] + 1))
-            window = scene.semantic[top : top + size[0], left : left + size[1]]
+            window = crop(labels, top, left, size)
             if self.jitter.single_category_limit >= 1 or self._is_mixed(window):
                 break
-        return crop(scene, top, left, size)
+        return crop(image, top, left, size), window
 
     def _is_mixed(self, labels: Tensor) -> bool:
         counts = torch.bincount(labels.flatten(), minlength=NO_CLASS + 1)[:NO_CLASS]

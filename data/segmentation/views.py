@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from permafrost.data.pictures.transforms import (
+from permafrost.data.pictures.geometry import (
     NO_CLASS,
     PAD_COLOR,
     crop,
@@ -12,11 +12,11 @@ from permafrost.data.pictures.transforms import (
     pad_to,
     padded_size,
     resize,
+    resize_map,
     short_side_size,
 )
 from permafrost.data.segmentation.config import SegmentationEvaluationConfig
-from permafrost.data.segmentation.transforms import make_scene
-from permafrost.data.types import SegmentationView
+from permafrost.data.segmentation.types import SegmentationView
 
 
 def plan_views(
@@ -71,12 +71,12 @@ def see(
         (3, S, T) uint8 and (S, T) uint8, padded to whole multiples of 32 at the bottom and right; (height, width) of what is not
         padding.
     """
-    scene = resize(make_scene(image, labels), view.scaled)
+    shown = [resize(image, view.scaled), resize_map(labels, view.scaled)]
     if window is not None:
         (height, width), (top, left) = view.scaled, view.place
-        scene = crop(scene, top, left, (min(window, height - top), min(window, width - left)))
-    if view.is_flipped:
-        scene = flip(scene)
-    height, width = scene.image.shape[-2:]
+        size = (min(window, height - top), min(window, width - left))
+        shown = [crop(x, top, left, size) for x in shown]
+    image, labels = [flip(x) for x in shown] if view.is_flipped else shown
+    height, width = image.shape[-2:]
     canvas = padded_size((height, width))
-    return pad_to(scene.image, canvas, PAD_COLOR), pad_to(scene.semantic, canvas, NO_CLASS), (height, width)
+    return pad_to(image, canvas, PAD_COLOR), pad_to(labels, canvas, NO_CLASS), (height, width)

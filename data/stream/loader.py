@@ -18,9 +18,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from permafrost.data.errors import DataError
-from permafrost.data.pictures.transforms import NO_CLASS, PAD_COLOR, pad_to
+from permafrost.data.pictures.geometry import PAD_COLOR, pad_to
 from permafrost.data.stream.sampler import GlobalStream, check_division
-from permafrost.data.types import Batch, DetectionTarget, Sample, SampleKey, SegmentationTarget
+from permafrost.data.types import Batch, Sample, SampleKey
 
 _PADDING_EPOCH = -1
 
@@ -93,13 +93,7 @@ def collate(samples: Sequence[Sample | _Failure]) -> Batch | _Failure:
 
 def _padded(sample: Sample, canvas: tuple[int, int]) -> Sample:
     """The sample at the upper left of a larger canvas."""
-    target = sample.target
-    if isinstance(target, DetectionTarget):
-        semantic = None if target.semantic is None else pad_to(target.semantic, canvas, NO_CLASS)
-        target = replace(target, masks=pad_to(target.masks, canvas, False), semantic=semantic)
-    elif isinstance(target, SegmentationTarget):
-        target = replace(target, semantic=pad_to(target.semantic, canvas, NO_CLASS))
-    return replace(sample, image=pad_to(sample.image, canvas, PAD_COLOR), target=target)
+    return replace(sample, image=pad_to(sample.image, canvas, PAD_COLOR), target=sample.target.padded(canvas))
 
 
 def _init_worker(worker: int) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from permafrost.data.detection.annotations import Finding
-from permafrost.data.detection.dataset import MIN_TOLERATED
 from permafrost.data.errors import DataError
+from permafrost.data.findings import Finding, inspect_all
+from permafrost.data.stream.records import tolerated
 from permafrost.data.task import Progress
 from permafrost.data.video.config import KineticsDataConfig
 from permafrost.data.video.decoder import Decoder
@@ -57,7 +55,7 @@ def check_kinetics(
         found = _check_videos(config, listed.paths, on_progress)
         findings += found
         num_unreadable = sum(finding.kind == UNREADABLE for finding in found)
-        limit = max(MIN_TOLERATED, int(config.corrupt_share * len(listed.paths)))
+        limit = tolerated(len(listed.paths), config.corrupt_share)
         if num_unreadable > limit or num_unreadable == len(listed.paths):
             findings.append(
                 Finding(
@@ -89,15 +87,9 @@ def _check_videos(config: KineticsDataConfig, paths: list[str], on_progress: Pro
             return [Finding(path, what, fatal=False, kind=SHORT)]
         return []
 
-    findings: list[Finding] = []
     try:
         # Decoding is in processes; a thread waits for each.
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            for done, found in enumerate(pool.map(problems, paths), start=1):
-                findings += found
-                if on_progress is not None and (done % 100 == 0 or done == len(paths)):
-                    on_progress(done, len(paths))
+        return inspect_all(paths, problems, on_progress)
     finally:
         for decoder in decoders:
             decoder.close()
-    return findings

@@ -11,7 +11,7 @@ from permafrost.data.errors import DataError
 from permafrost.data.task import Progress, SampleExtent, Task, TaskDataConfig
 
 if TYPE_CHECKING:
-    from permafrost.data.detection.annotations import Finding
+    from permafrost.data.findings import Finding
     from permafrost.data.video.dataset import KineticsClips
     from permafrost.data.video.inputs import VideoInputs
 

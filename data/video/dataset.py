@@ -5,24 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from permafrost.data.detection.dataset import PackedRecords, ReplacementTracker
 from permafrost.data.errors import DataError
-from permafrost.data.types import ClipResult, ClipTarget, Sample, SampleKey
+from permafrost.data.pictures.draw import captioned, contact_sheet
+from permafrost.data.stream.records import PackedRecords, ReplacementTracker
+from permafrost.data.types import Sample, SampleKey
 from permafrost.data.video.config import ClipConfig, KineticsDataConfig
 from permafrost.data.video.decoder import Decoder
 from permafrost.data.video.errors import VideoError
+from permafrost.data.video.evaluator import VideoEvaluator
 from permafrost.data.video.inputs import view_sampling
 from permafrost.data.video.lists import read_split
 from permafrost.data.video.transforms import random_crop, to_clip, view_crop
-
-if TYPE_CHECKING:
-    from permafrost.data.video.evaluator import VideoEvaluator
+from permafrost.data.video.types import ClipResult, ClipTarget
 
 SHOWN_FRAMES = 4
 """Frames of a clip that are drawn."""
@@ -175,8 +175,6 @@ class KineticsClips(Dataset):
 
     def evaluator(self) -> VideoEvaluator:
         """A fresh evaluator against the labels of exactly these videos."""
-        from permafrost.data.video.evaluator import VideoEvaluator
-
         labels = [self.records[index][1] for index in range(len(self.records))]
         paths = [os.path.basename(self.records[index][0]) for index in range(len(self.records))]
         return VideoEvaluator(
@@ -210,8 +208,6 @@ class KineticsClips(Dataset):
 
     def draw(self, image: torch.Tensor, shown: ClipTarget | ClipResult) -> np.ndarray:
         """Some frames of a clip (T, 3, H, W) uint8 beside one another, under its class or the most probable ones."""
-        from permafrost.data.pictures.draw import captioned, contact_sheet
-
         if isinstance(shown, ClipTarget):
             text = self.caption(shown)
         else:

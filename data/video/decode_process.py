@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from permafrost.data.video.errors import VideoError
+from permafrost.data.video.resize import resize_video
 from permafrost.data.video.sampling import choose_frames
 
 MEMORY_LIMIT = 16 << 30
@@ -64,8 +65,6 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]
     path = Path(request.pop("path"))
     try:
         if request.pop("job") == "resize":
-            from permafrost.data.video.resize import resize_video
-
             return resize_video(path, Path(request["target"]), request["short_side"]), None
         module, _, function = request.pop("reader").partition(":")
         open_reader = getattr(importlib.import_module(module), function)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from permafrost.data.detection.dataset import MIN_TOLERATED
 from permafrost.data.errors import DataError
 from permafrost.data.pictures.plots import confusion_picture
-from permafrost.data.types import ClipResult
+from permafrost.data.stream.records import tolerated
+from permafrost.data.video.types import ClipResult
 
 TOP = 5
 
@@ -29,7 +29,7 @@ class VideoEvaluator:
         num_views: views that every readable video must have.
         names: of every video, for results_json; numbers without.
         num_missing: listed videos that are not there, to be reported.
-        corrupt_share: largest share of unreadable videos (MIN_TOLERATED always are) that an accuracy is given for.
+        corrupt_share: largest share of unreadable videos (a few always are) that an accuracy is given for.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class VideoEvaluator:
         self.num_views = num_views
         self.names = list(names) or [str(index) for index in range(len(labels))]
         self.num_missing = num_missing
-        self.limit = max(MIN_TOLERATED, int(corrupt_share * len(labels)))
+        self.limit = tolerated(len(labels), corrupt_share)
         self._found: dict[tuple[int, int], np.ndarray | None] = {}
 
     def update(self, results: Sequence[ClipResult]) -> None:

@@ -15,12 +15,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from permafrost.data.errors import DataError
 from permafrost.data.pictures.draw import class_color
-from permafrost.data.types import ClipResult, ClipTarget, Sample, SampleKey
+from permafrost.data.types import Sample, SampleKey
 from permafrost.data.video.config import ClipConfig, KineticsDataConfig
 from permafrost.data.video.decoder import Decoder
 from permafrost.data.video.errors import VideoError
 from permafrost.data.video.sampling import choose_frames
 from permafrost.data.video.transforms import to_clip, view_crop
+from permafrost.data.video.types import ClipResult, ClipTarget
 
 TOP = 5
 _NAMED = 2

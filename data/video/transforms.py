@@ -10,7 +10,8 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode, functional
+
+from permafrost.data.pictures.geometry import resize
 
 CROP_SCALE = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -44,7 +45,7 @@ def random_crop(clip: Tensor, side: int, generator: torch.Generator, scale: tupl
     else:
         crop_height = crop_width = min(height, width)
     top, left = int(top_draw * (height - crop_height + 1)), int(left_draw * (width - crop_width + 1))
-    return _resized(clip[..., top : top + crop_height, left : left + crop_width], (side, side))
+    return resize(clip[..., top : top + crop_height, left : left + crop_width].contiguous(), (side, side))
 
 
 def view_crop(clip: Tensor, short_side: int, side: int, crop: int, num_crops: int) -> Tensor:
@@ -59,16 +60,10 @@ def view_crop(clip: Tensor, short_side: int, side: int, crop: int, num_crops: in
     """
     height, width = clip.shape[-2:]
     ratio = short_side / min(height, width)
-    clip = _resized(clip, (max(side, round(height * ratio)), max(side, round(width * ratio))))
+    clip = resize(clip.contiguous(), (max(side, round(height * ratio)), max(side, round(width * ratio))))
     height, width = clip.shape[-2:]
     share = 0.5 if num_crops == 1 else crop / (num_crops - 1)
     top, left = (round((height - side) * share), (width - side) // 2)
     if width >= height:
         top, left = (height - side) // 2, round((width - side) * share)
     return clip[..., top : top + side, left : left + side].contiguous()
-
-
-def _resized(clip: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(clip.shape[-2:]) == size:
-        return clip.contiguous()
-    return functional.resize(clip.contiguous(), list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)

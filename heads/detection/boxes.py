@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
-from permafrost.data.types import DetectionTarget
+from permafrost.data.detection.types import DetectionTarget
 
 
 def box_dtype(module: nn.Module) -> torch.dtype:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from permafrost.data.types import Batch, DetectionResult
+from permafrost.data.detection.types import DetectionResult
+from permafrost.data.types import Batch
 from permafrost.heads.base import LossCounts
 from permafrost.heads.detection.boxes import image_sizes
 from permafrost.heads.detection.mask_rcnn import TwoStageHead, typed_results

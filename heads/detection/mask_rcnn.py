@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permafrost.data.types import Batch, DetectionResult
+from permafrost.data.detection.types import DetectionResult
+from permafrost.data.types import Batch
 from permafrost.heads.base import Head, LossCounts, world_mean_counts
 from permafrost.heads.detection.roi import BoxBranch, Detections, MaskBranch, RegionSamples, join, sample_regions
 from permafrost.heads.detection.rpn import RPN

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from permafrost.data.types import Batch, SegmentationResult
+from permafrost.data.segmentation.types import SegmentationResult
+from permafrost.data.types import Batch
 from permafrost.heads.base import Head, LossCounts, world_mean_counts
 from permafrost.heads.errors import HeadError
 from permafrost.heads.necks.level_norm import LevelNorm

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from permafrost.data.types import Batch, ClipResult, SampleKey
+from permafrost.data.types import Batch, SampleKey
+from permafrost.data.video.types import ClipResult
 from permafrost.heads.base import Head, LossCounts, world_mean_counts
 from permafrost.heads.errors import HeadError
 from permafrost.heads.video.config import LinearVideoConfig

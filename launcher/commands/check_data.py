@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
     )
     experiment = parse_experiment(recipe, fields, description=description, command="check-data")
 
-    from permafrost.data.detection.check import count_kinds
+    from permafrost.data.findings import count_kinds
 
     findings = experiment.data.check(decode=not options.quick, on_progress=progress_printer())
     fatal = [finding for finding in findings if finding.fatal]

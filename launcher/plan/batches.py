@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from permafrost.data.detection.types import DetectionTarget
+from permafrost.data.segmentation.types import SegmentationTarget
 from permafrost.data.task import Task
-from permafrost.data.types import Batch, ClipTarget, DetectionTarget, SampleKey, SegmentationTarget
+from permafrost.data.types import Batch, SampleKey
+from permafrost.data.video.types import ClipTarget
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from permafrost.launcher.run.meters import CommunicationMeter, Stopwatch, Window
 from permafrost.launcher.run.parts import TrainingParts
 
 if TYPE_CHECKING:
-    from permafrost.data.detection.dataset import ReplacementTracker
+    from permafrost.data.stream.records import ReplacementTracker
     from permafrost.launcher.experiment import Experiment, HeadExperiment
     from permafrost.launcher.ranks.heartbeat import Heartbeat
     from permafrost.launcher.ranks.process_group import ProcessGroup

@@ -8,7 +8,8 @@ import torch
 from common import arguments, save_result
 from engines_worker import KINDS
 
-from permafrost.data.types import Batch, DetectionTarget, SampleKey
+from permafrost.data.detection.types import DetectionTarget
+from permafrost.data.types import Batch, SampleKey
 from permafrost.heads.base import world_mean_counts
 from permafrost.heads.build import build_head
 from permafrost.heads.detection.config import (

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from permafrost.data.detection.config import CocoDataConfig, JitterConfig, ShapesDataConfig, ShapesWorld
-from permafrost.data.types import DetectionResult
+from permafrost.data.detection.types import DetectionResult
 from permafrost.heads.base import Head, world_mean_counts
 from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
 from permafrost.heads.necks.config import FPNConfig

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from permafrost.data.types import Batch, DetectionTarget, SampleKey
+from permafrost.data.detection.types import DetectionTarget
+from permafrost.data.types import Batch, SampleKey
 from permafrost.heads.build import build_head
 from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
 from permafrost.heads.necks.config import FPNConfig

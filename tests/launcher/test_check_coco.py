@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from permafrost.data.detection.check import check_coco, count_kinds
+from permafrost.data.detection.check import check_coco
 from permafrost.data.detection.config import CocoDataConfig
+from permafrost.data.findings import count_kinds
 from permafrost.launcher.cli import main
 
 SQUARE = [4, 4, 20, 4, 20, 20, 4, 20]

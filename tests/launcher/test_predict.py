@@ -15,9 +15,9 @@ from pycocotools import mask as mask_api
 
 from permafrost.data.detection.config import CocoDataConfig
 from permafrost.data.detection.inputs import DetectionInputs
+from permafrost.data.detection.types import DetectionResult
 from permafrost.data.pictures.draw import class_color
 from permafrost.data.task import IMAGE_SUFFIXES
-from permafrost.data.types import DetectionResult
 from permafrost.launcher.cli import main, parse_experiment
 from permafrost.launcher.errors import CheckpointError, RunFolderError
 from permafrost.launcher.predict import find_inputs, picture_names, predict_run

@@ -27,9 +27,9 @@ import permafrost.launcher.run.checkpoint
 import permafrost.launcher.run.session
 import permafrost.launcher.train as loop
 from permafrost.data.detection.config import CocoDataConfig
+from permafrost.data.detection.types import DetectionResult
 from permafrost.data.errors import DataError
 from permafrost.data.stream.sampler import GlobalStream
-from permafrost.data.types import DetectionResult
 from permafrost.heads.base import Head, world_mean_counts
 from permafrost.heads.detection.config import MaskRCNNConfig
 from permafrost.launcher.errors import CheckpointError, RecipeError, RunFolderError, TrainingStopped

@@ -8,8 +8,9 @@ import torch
 
 from permafrost.data.detection.confusion import confusion_matrix
 from permafrost.data.detection.evaluator import CocoEvaluator
-from permafrost.data.pictures.plots import MAX_NAMED, confusion_picture, precision_curves
-from permafrost.data.types import DetectionResult
+from permafrost.data.detection.plots import precision_curves
+from permafrost.data.detection.types import DetectionResult
+from permafrost.data.pictures.plots import MAX_NAMED, confusion_picture
 
 LABELS = {5: 0, 9: 1}
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from permafrost.data.detection.check import check_coco
-from permafrost.data.detection.dataset import PackedRecords, ReplacementTracker, inference_sample
+from permafrost.data.detection.dataset import inference_sample
 from permafrost.data.errors import DataError
 from permafrost.data.types import SampleKey
 
@@ -93,17 +93,6 @@ def test_fingerprint_follows_the_annotations(hand_made):
     assert hand_made.write().build_train().fingerprint != first
     whole, part = hand_made.config().build_val(), hand_made.config(max_val_images=2).build_val()
     assert whole.fingerprint != part.fingerprint
-
-
-def test_packed_records_are_a_list():
-    records = [{"a": index, "b": "x" * index} for index in range(20)]
-    packed = PackedRecords(records)
-    assert list(packed) == records
-    assert len(packed) == 20
-    packed[3]["a"] = "changed"
-    assert packed[3] == records[3]
-    with pytest.raises(IndexError):
-        packed[20]
 
 
 def test_inference_sample_fits_the_image(hand_made):
@@ -404,18 +393,6 @@ def test_image_of_another_size_is_no_use(hand_made):
     reason = dataset[SampleKey(0, 0, 0)].replaced[0][1]
     assert "48 x 24, the annotations say 24 x 48" in reason
     assert "EXIF" in reason
-
-
-def test_tracker_stops_past_the_budget():
-    tracker = ReplacementTracker(num_images=20_000, share=0.001)
-    assert tracker.limit == 20
-    for number in range(20):
-        assert tracker.update([(f"{number}.jpg", "empty")] * 3) == [(f"{number}.jpg", "empty")]
-        assert tracker.update([(f"{number}.jpg", "empty")]) == []
-    assert tracker.count == 20
-    with pytest.raises(DataError, match=r"21 of 20000 training images cannot be read, 20 are tolerated") as error:
-        tracker.update([("last.jpg", "empty")])
-    assert "0.jpg: empty" in str(error.value)
 
 
 def test_ten_images_are_always_tolerated(hand_made):

@@ -17,12 +17,13 @@ from pycocotools.cocoeval import COCOeval
 from torch.nn import functional
 from torchvision.ops import roi_align
 
-from permafrost.data.detection.annotations import decode_masks
 from permafrost.data.detection.config import EvaluationConfig
 from permafrost.data.detection.dataset import CocoDetection
-from permafrost.data.detection.evaluator import STATISTICS, CocoEvaluator, paste_mask
+from permafrost.data.detection.evaluator import STATISTICS, CocoEvaluator
+from permafrost.data.detection.masks import decode_masks, paste_mask
+from permafrost.data.detection.types import DetectionResult, DetectionTarget
 from permafrost.data.errors import DataError
-from permafrost.data.types import DetectionResult, DetectionTarget, SampleKey
+from permafrost.data.types import SampleKey
 
 
 def targets_of(dataset: CocoDetection) -> list[DetectionTarget]:

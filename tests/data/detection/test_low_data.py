@@ -9,15 +9,9 @@ from PIL import Image
 
 from permafrost.data.detection.config import CocoDataConfig, EvaluationConfig, JitterConfig, MultiScaleConfig
 from permafrost.data.detection.copy_paste import paste
+from permafrost.data.detection.transforms import FitTransform, MultiScaleTransform, Scene, boxes_of_masks
 from permafrost.data.errors import DataError
-from permafrost.data.pictures.transforms import (
-    NO_CLASS,
-    PAD_COLOR,
-    FitTransform,
-    MultiScaleTransform,
-    Scene,
-    boxes_of_masks,
-)
+from permafrost.data.pictures.geometry import NO_CLASS, PAD_COLOR
 from permafrost.data.stream.loader import collate
 from permafrost.data.stream.split import choose_share
 from permafrost.data.types import SampleKey

@@ -9,11 +9,13 @@ import torch
 from pycocotools import mask as mask_api
 
 from permafrost.data.detection.config import EvaluationConfig, JitterConfig, ShapesDataConfig, ShapesWorld
-from permafrost.data.detection.evaluator import CocoEvaluator, paste_mask
+from permafrost.data.detection.evaluator import CocoEvaluator
+from permafrost.data.detection.masks import paste_mask
+from permafrost.data.detection.types import DetectionResult, DetectionView
 from permafrost.data.detection.views import merge_views, on_disk, resample
 from permafrost.data.errors import DataError
 from permafrost.data.stream.loader import val_loader
-from permafrost.data.types import DetectionResult, DetectionView, SampleKey
+from permafrost.data.types import SampleKey
 
 SIDE = 64
 

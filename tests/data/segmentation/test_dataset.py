@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from permafrost.data.detection.check import count_kinds
 from permafrost.data.errors import DataError
-from permafrost.data.pictures.transforms import NO_CLASS, PAD_COLOR
+from permafrost.data.findings import count_kinds
+from permafrost.data.pictures.geometry import NO_CLASS, PAD_COLOR
 from permafrost.data.segmentation import labels as kinds
 from permafrost.data.segmentation.check import check_ade20k
 from permafrost.data.segmentation.classes import ADE20K_CLASSES, read_classes

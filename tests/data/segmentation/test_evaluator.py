@@ -13,13 +13,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 from permafrost.data.errors import DataError
-from permafrost.data.pictures.transforms import NO_CLASS
+from permafrost.data.pictures.geometry import NO_CLASS
 from permafrost.data.segmentation import merging
 from permafrost.data.segmentation.config import ADE20KDataConfig, SegmentationEvaluationConfig
 from permafrost.data.segmentation.evaluator import SegmentationEvaluator
 from permafrost.data.segmentation.merging import ViewMerger, best_class, class_scores
+from permafrost.data.segmentation.types import SegmentationResult
 from permafrost.data.segmentation.views import plan_views
-from permafrost.data.types import SampleKey, SegmentationResult
+from permafrost.data.types import SampleKey
 
 sys.path.insert(0, str(Path(__file__).parent))
 from scene_files import write_scenes

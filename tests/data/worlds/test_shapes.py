@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from permafrost.data.detection.annotations import encode_segmentation, load_coco_file
+from permafrost.data.detection.annotations import load_coco_file
 from permafrost.data.detection.config import ShapesDataConfig, ShapesWorld
+from permafrost.data.detection.masks import encode_segmentation
 from permafrost.data.errors import DataError
 from permafrost.data.worlds import world_files
 from permafrost.data.worlds.shapes import CLASSES, TEXTURES, outline, render_scene, texture_field

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from permafrost.data.types import Batch, SampleKey, SegmentationTarget
+from permafrost.data.segmentation.types import SegmentationTarget
+from permafrost.data.types import Batch, SampleKey
 from permafrost.heads.base import world_mean_counts
 from permafrost.heads.build import build_head
 from permafrost.heads.errors import HeadError

@@ -9,7 +9,8 @@ import torch
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import nn
 
-from permafrost.data.types import Batch, ClipTarget, SampleKey
+from permafrost.data.types import Batch, SampleKey
+from permafrost.data.video.types import ClipTarget
 from permafrost.heads import GlobalVideoConfig, HeadError, LinearVideoConfig, TemporalVideoConfig
 from permafrost.heads.build import build_head
 from permafrost.heads.video.positions import make_positions

@@ -1,13 +1,10 @@
-"""Geometry and colour: from an image on disk with its masks to what the network sees.
+"""From an image on disk with its objects to what the network sees.
 
 Training is large-scale jitter with a fixed-size crop (Ghiasi et al., Simple Copy-Paste, CVPR 2021): the image is
 resized by a random factor of what fits the square, then a square is cropped where it is larger and padded at the
 bottom and right where it is smaller. Or it is classical multi-scale training: a random shorter side, the aspect ratio kept,
 nothing cut off. Evaluation fits the whole image into the square, or resizes by the shorter side. All randomness is drawn from
 the generator that is passed in, always the same number of draws, so a sample is a pure function of its key.
-
-Padding takes PAD_COLOR, the mean colour of photographs, not black: after the backbone's normalisation it is close to
-0, which is what detection code pads with after normalising, and it draws no edge along the image.
 """
 
 from __future__ import annotations
@@ -17,16 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms.v2 import InterpolationMode, functional
+from torchvision.transforms.v2 import functional
 
 from permafrost.data.detection.config import EvaluationConfig, JitterConfig, MultiScaleConfig
-
-PAD_COLOR = (124, 116, 104)
-"""RGB of the padding: the mean of ImageNet, 255 * (0.485, 0.456, 0.406)."""
-NO_CLASS = 255
-"""Of a pixel in a semantic map: padding, and what nobody labelled."""
-DIVISOR = 32
-"""Images that keep their aspect ratio are padded to whole multiples of this, the coarsest stride of most backbones."""
+from permafrost.data.pictures import geometry
+from permafrost.data.pictures.geometry import NO_CLASS, PAD_COLOR, fitted_size, pad_to, padded_size, short_side_size
 
 
 @dataclass
@@ -100,7 +92,7 @@ class JitterTransform:
         scale_draw, top_draw, left_draw, flip_draw, *color_draws = torch.rand(7, generator=generator).tolist()
         low, high = jitter.scale_range
         height, width = scene.image.shape[-2:]
-        scaled = _fitted_size(height, width, square * (low + (high - low) * scale_draw))
+        scaled = fitted_size(height, width, square * (low + (high - low) * scale_draw))
         size = (min(scaled[0], square), min(scaled[1], square))
         # The draws are below 1, so every offset from 0 to the overhang is equally likely.
         top, left = int(top_draw * (scaled[0] - size[0] + 1)), int(left_draw * (scaled[1] - size[1] + 1))
@@ -162,7 +154,7 @@ class FitTransform:
         """Transform a scene; nothing is random."""
         height, width = scene.image.shape[-2:]
         if self.evaluation.resize == "square":
-            size = _fitted_size(height, width, self.side)
+            size = fitted_size(height, width, self.side)
             canvas = (self.side, self.side)
         else:
             longest = self.evaluation.max_side * self.side / self.evaluation.short_side
@@ -174,53 +166,30 @@ class FitTransform:
         return _pad(scene, canvas, min_box_side=0.0)
 
 
-def short_side_size(height: int, width: int, short: float, longest: float) -> tuple[int, int]:
-    """Size whose shorter side is `short` pixels, or whose longer one is `longest` where that is smaller."""
-    ratio = min(short / min(height, width), longest / max(height, width))
-    return max(1, round(height * ratio)), max(1, round(width * ratio))
-
-
-def padded_size(size: tuple[int, int]) -> tuple[int, int]:
-    """The next whole multiples of DIVISOR."""
-    height, width = (-(-side // DIVISOR) * DIVISOR for side in size)
-    return height, width
-
-
-def _fitted_size(height: int, width: int, side: float) -> tuple[int, int]:
-    """Size whose longer side is `side` pixels, aspect ratio kept, no side below 1."""
-    ratio = side / max(height, width)
-    return max(1, round(height * ratio)), max(1, round(width * ratio))
-
-
 def resize(scene: Scene, size: tuple[int, int]) -> Scene:
-    """The scene at another (height, width); masks and maps take the nearest pixel."""
+    """Return the scene at another (height, width); masks and maps take the nearest pixel."""
     if tuple(scene.image.shape[-2:]) == size:
         return scene
-    image = functional.resize(scene.image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
-    # As an image, not as a tv_tensors.Mask: those are resized with `nearest`, which moves them by up to half a source
-    # pixel.
-    masks = functional.resize(scene.masks, list(size), interpolation=InterpolationMode.NEAREST_EXACT)
-    semantic = scene.semantic
-    if semantic is not None:
-        semantic = functional.resize(semantic[None], list(size), interpolation=InterpolationMode.NEAREST_EXACT)[0]
-    return Scene(image, masks, functional.resize(_as_boxes(scene), list(size)).as_subclass(Tensor), semantic)
+    boxes = functional.resize(_as_boxes(scene), list(size)).as_subclass(Tensor)
+    semantic = None if scene.semantic is None else geometry.resize_map(scene.semantic, size)
+    return Scene(geometry.resize(scene.image, size), geometry.resize_map(scene.masks, size), boxes, semantic)
 
 
 def crop(scene: Scene, top: int, left: int, size: tuple[int, int]) -> Scene:
-    """The window of (height, width) `size` whose corner is at (top, left)."""
+    """Return the window of (height, width) `size` whose corner is at (top, left)."""
     if tuple(scene.image.shape[-2:]) == size:
         return scene
-    image = functional.crop(scene.image, top, left, *size)
-    masks = functional.crop(scene.masks, top, left, *size)
-    semantic = None if scene.semantic is None else functional.crop(scene.semantic, top, left, *size)
-    return Scene(image, masks, functional.crop(_as_boxes(scene), top, left, *size).as_subclass(Tensor), semantic)
+    boxes = functional.crop(_as_boxes(scene), top, left, *size).as_subclass(Tensor)
+    image, masks = (geometry.crop(x, top, left, size) for x in (scene.image, scene.masks))
+    semantic = None if scene.semantic is None else geometry.crop(scene.semantic, top, left, size)
+    return Scene(image, masks, boxes, semantic)
 
 
 def flip(scene: Scene) -> Scene:
-    """The scene mirrored, left to right."""
+    """Return the scene mirrored, left to right."""
     boxes = functional.horizontal_flip(_as_boxes(scene)).as_subclass(Tensor)
-    semantic = None if scene.semantic is None else functional.horizontal_flip(scene.semantic)
-    return Scene(functional.horizontal_flip(scene.image), functional.horizontal_flip(scene.masks), boxes, semantic)
+    semantic = None if scene.semantic is None else geometry.flip(scene.semantic)
+    return Scene(geometry.flip(scene.image), geometry.flip(scene.masks), boxes, semantic)
 
 
 def _as_boxes(scene: Scene) -> tv_tensors.BoundingBoxes:
@@ -253,14 +222,3 @@ def kept_boxes(boxes: Tensor, min_box_side: float) -> Tensor:
     """(N',) int64 which of (N, 4) boxes have an area, and no side below `min_box_side` pixels."""
     sides = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1)
     return torch.nonzero((sides > 0) & (sides >= min_box_side))[:, 0]
-
-
-def pad_to(x: Tensor, canvas: tuple[int, int], value: float | tuple[int, ...]) -> Tensor:
-    """(..., H, W) in the upper left of a canvas (height, width) filled with a value, or one per channel."""
-    if tuple(x.shape[-2:]) == tuple(canvas):
-        return x
-    filling = torch.tensor(value, dtype=x.dtype)
-    filling = filling.reshape(*filling.shape, 1, 1) if filling.ndim else filling
-    padded = filling.expand(*x.shape[:-2], *canvas).clone()
-    padded[..., : x.shape[-2], : x.shape[-1]] = x
-    return padded

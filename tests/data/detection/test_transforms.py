@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from permafrost.data.detection.config import JitterConfig
+from permafrost.data.detection.transforms import FitTransform, JitterTransform, Scene, boxes_of_masks
 from permafrost.data.errors import DataError
-from permafrost.data.pictures.transforms import PAD_COLOR, FitTransform, JitterTransform, Scene, boxes_of_masks
+from permafrost.data.pictures.geometry import PAD_COLOR
 from permafrost.data.types import SampleKey
 
 

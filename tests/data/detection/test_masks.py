@@ -7,8 +7,7 @@ import pytest
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
-from permafrost.data.detection.annotations import Finding, decode_masks, decompress_counts, raise_fatal
-from permafrost.data.errors import DataError
+from permafrost.data.detection.masks import decode_masks, decompress_counts
 
 
 def runs(mask: np.ndarray) -> list[int]:
@@ -62,9 +61,3 @@ def test_all_forms_give_the_masks_of_pycocotools():
         assert np.array_equal(found, coco.annToMask({"image_id": 1, "segmentation": form}))
     assert np.array_equal(decoded[1], mask)
     assert decode_masks([], 4, 5).shape == (0, 4, 5)
-
-
-def test_findings_that_are_not_fatal_raise_nothing():
-    raise_fatal([Finding("a.json", "odd", fatal=False)])
-    with pytest.raises(DataError, match=r"^b\.json: bad\nDo this$"):
-        raise_fatal([Finding("a.json", "odd", fatal=False), Finding("b.json", "bad")], "Do this")

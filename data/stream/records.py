@@ -1,0 +1,87 @@
+"""What data sets of many files share: their records in memory, and the count of files that cannot be read."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from permafrost.data.errors import DataError
+
+MIN_TOLERATED = 10
+"""Unreadable files that are tolerated in a data set of any size."""
+
+
+def tolerated(num_files: int, share: float) -> int:
+    """Return how many files of a data set may be unreadable: this share of them, and MIN_TOLERATED always."""
+    return max(MIN_TOLERATED, int(share * num_files))
+
+
+class PackedRecords(Sequence):
+    """A list of plain records kept as one array of bytes.
+
+    Data workers are forked: a list of Python objects would be copied page by page into each of them as reference counts
+    change (gigabytes for COCO), an array is shared.
+
+    Args:
+        records: What to keep; every access unpacks a fresh copy.
+    """
+
+    def __init__(self, records: Sequence[Any]) -> None:
+        packed = [pickle.dumps(record, protocol=pickle.HIGHEST_PROTOCOL) for record in records]
+        self._ends = np.cumsum([len(part) for part in packed], dtype=np.int64)
+        self._bytes = np.frombuffer(b"".join(packed), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        start = self._ends[index - 1] if index else 0
+        return pickle.loads(memoryview(self._bytes[start : self._ends[index]]))
+
+
+class ReplacementTracker:
+    """Counts distinct unreadable training images (or videos) in the main process, and stops the run when there are too many.
+
+    Args:
+        num_images: Images of the data set.
+        share: Largest share that is tolerated; MIN_TOLERATED images always are.
+        what: What the files are called in the message.
+    """
+
+    def __init__(self, num_images: int, share: float, what: str = "images") -> None:
+        self.num_images = num_images
+        self.what = what
+        self.limit = tolerated(num_images, share)
+        self.reasons: dict[str, str] = {}
+
+    @property
+    def count(self) -> int:
+        """Distinct files seen so far."""
+        return len(self.reasons)
+
+    def update(self, replaced: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Take in `Batch.replaced`.
+
+        Returns:
+            The (path, reason) pairs that are new: to be said once.
+
+        Raises:
+            DataError: more files than the limit cannot be read.
+        """
+        new = []
+        for path, reason in replaced:
+            if path not in self.reasons:
+                self.reasons[path] = reason
+                new.append((path, reason))
+        if self.count > self.limit:
+            shown = "\n".join(f"  {path}: {reason}" for path, reason in list(self.reasons.items())[:5])
+            raise DataError(
+                f"{self.count} of {self.num_images} training {self.what} cannot be read, {self.limit} are tolerated "
+                f"(data.corrupt_share); the first:\n{shown}"
+            )
+        return new

@@ -1,0 +1,43 @@
+"""What video data sets hand to heads, and heads to metrics. Shapes: K classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from permafrost.data.types import Target, Tensors
+
+
+@dataclass
+class ClipTarget(Target):
+    """What is known about one clip of a video.
+
+    Attributes:
+        video_id: position of the video in its data set's list.
+        view: which of the video's test views this clip is; 0 in training.
+        label: () int64 in 0..K-1.
+        is_readable: False for a clip that stands for a video which could not be decoded: it is not scored.
+    """
+
+    video_id: int
+    view: int
+    label: Tensor
+    is_readable: bool = True
+
+
+@dataclass
+class ClipResult(Tensors):
+    """What a video head says about one clip.
+
+    Attributes:
+        video_id: as of the target.
+        view: as of the target.
+        scores: (K,) float32 probabilities.
+        is_readable: as of the target.
+    """
+
+    video_id: int
+    view: int
+    scores: Tensor
+    is_readable: bool = True
