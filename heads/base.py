@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -51,3 +52,26 @@ class Head(nn.Module):
             training: named float32 scalars whose sum is the loss; evaluation: one result per image.
         """
         raise NotImplementedError
+
+
+@dataclass
+class ReleasedHead:
+    """A head from a file that others released.
+
+    Attributes:
+        tensors: under our names.
+        classes: in the order of the labels.
+        notes: what was done to the tensors, and where the classes come from.
+    """
+
+    tensors: Mapping[str, Tensor]
+    classes: list[str]
+    notes: list[str]
+
+    @classmethod
+    def of_unknown_classes(
+        cls, tensors: Mapping[str, Tensor], num_classes: int, file: str, notes: list[str]
+    ) -> ReleasedHead:
+        """Return one whose classes have names that nobody else's have: of what the file does not name, nothing is known."""
+        classes = [f"class {number} of {file}" for number in range(num_classes)]
+        return cls(tensors, classes, [*notes, "the file names no classes"])

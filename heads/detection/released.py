@@ -18,10 +18,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from permafrost.heads.base import ReleasedHead
 from permafrost.heads.errors import HeadError
 
 BATCH_NORM_EPS = 1e-5
@@ -60,11 +62,11 @@ _MARKS = ("rpn_head.rpn_cls.weight", "roi_head.")
 
 
 @dataclass
-class ReleasedHead:
-    """A released detector's head.
+class RenamedHead:
+    """A released detector's head under our names.
 
     Attributes:
-        tensors: under our names, in the file's dtype; float32 where batch norms were folded in.
+        tensors: in the file's dtype; float32 where batch norms were folded in.
         num_classes: K.
         folded: convolutions, by our names, that a batch norm was folded into.
     """
@@ -75,12 +77,34 @@ class ReleasedHead:
 
 
 def is_released(names: Mapping[str, object]) -> bool:
-    """Whether a checkpoint's names are those of such a detector."""
+    """Return whether a checkpoint's names are those of such a detector."""
     return _MARKS[0] in names and any(name.startswith(_MARKS[1]) for name in names)
 
 
-def from_released(tensors: Mapping[str, Tensor]) -> ReleasedHead:
-    """Gives a released detector's head our names. Strict: every tensor that is not the backbone's has a place.
+def read(tensors: Mapping[str, Tensor], *, checkpoint: Any, file: str) -> ReleasedHead:
+    """Return a released detector's head; its classes are those of the file, or COCO's if there are 80; see heads.released."""
+    found = from_released(tensors)
+    stated = _stated_classes(checkpoint)
+    notes = [f"batch norms folded into {len(found.folded)} convolutions"] if found.folded else []
+    if stated is not None and len(stated) == found.num_classes:
+        return ReleasedHead(found.tensors, stated, notes)
+    if found.num_classes != len(COCO_CLASSES):
+        return ReleasedHead.of_unknown_classes(found.tensors, found.num_classes, file, notes)
+    notes.append("the file names no classes; they are taken for COCO's 80, in the order of their ids")
+    return ReleasedHead(found.tensors, list(COCO_CLASSES), notes)
+
+
+def _stated_classes(checkpoint: Any) -> list[str] | None:
+    """Return `meta.CLASSES` of mmdetection 2."""
+    meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
+    classes = meta.get("CLASSES") if isinstance(meta, dict) else None
+    if isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes):
+        return list(classes)
+    return None
+
+
+def from_released(tensors: Mapping[str, Tensor]) -> RenamedHead:
+    """Return a released detector's head under our names. Strict: every tensor that is not the backbone's has a place.
 
     Args:
         tensors: all of the file.
@@ -121,7 +145,7 @@ def from_released(tensors: Mapping[str, Tensor]) -> ReleasedHead:
             f"a released detector with tensors that have no place in our heads: {', '.join(sorted(unknown)[:MAX_LISTED])}{more}; "
             "Mask R-CNN, Cascade Mask R-CNN and their HTC without a semantic branch, with an FPN, can be read"
         )
-    return ReleasedHead(found, _count_classes(found), folded)
+    return RenamedHead(found, _count_classes(found), folded)
 
 
 def _renamed(name: str) -> str | None:

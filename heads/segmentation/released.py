@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
+from permafrost.data.segmentation.classes import ADE20K_CLASSES
+from permafrost.heads.base import ReleasedHead
 from permafrost.heads.errors import HeadError
 
 PREFIX = "sem_seg_head."
@@ -20,12 +23,20 @@ _NORM = re.compile(r"backbone\.norm(\d)\.(weight|bias)")
 
 
 def is_released(names: Iterable[str]) -> bool:
-    """Whether a checkpoint's names are those of a Mask2Former."""
+    """Return whether a checkpoint's names are those of a Mask2Former."""
     return set(_MARKS) <= set(names)
 
 
+def read(tensors: Mapping[str, Tensor], *, checkpoint: Any, file: str) -> ReleasedHead:
+    """Return a released Mask2Former's head; its classes are ADE20K's if there are 150, since no file says; see heads.released."""
+    found, num_classes = from_released(tensors)
+    if num_classes != len(ADE20K_CLASSES):
+        return ReleasedHead.of_unknown_classes(found, num_classes, file, [])
+    return ReleasedHead(found, list(ADE20K_CLASSES), ["its classes are taken for ADE20K's 150, in their order"])
+
+
 def from_released(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """A released head's tensors under our names, in the file's dtype, and its number of classes K.
+    """Return a released head's tensors under our names, in the file's dtype, and its number of classes K.
 
     Raises:
         HeadError: two names become one, or the classifier is no matrix of a row for each class and one for none.

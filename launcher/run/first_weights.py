@@ -1,4 +1,4 @@
-"""Heads that start from another run's head, or from a released detector's: what is taken over, and what begins anew.
+"""Heads that start from another run's head, or from a released one: what is taken over, and what begins anew.
 
 A tensor is taken where one of its name and shape is there and means the same: what belongs to classes (found by building the
 head for one class more and looking which shapes change) only if the classes are the same ones in the same order.
@@ -10,15 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from permafrost.data.segmentation.classes import ADE20K_CLASSES
 from permafrost.heads.build import build_head
-from permafrost.heads.detection.released import COCO_CLASSES, from_released, is_released
-from permafrost.heads.segmentation import released as mask2former
+from permafrost.heads.released import FILES, KNOWN, read_released
 from permafrost.launcher.errors import CheckpointError
 from permafrost.launcher.run.checkpoint import HEAD_FILE, load_head
 from permafrost.launcher.run.fine_tune import FineTuned
@@ -77,7 +75,7 @@ class Start:
     notes: list[str]
 
     def lines(self, name: str) -> list[str]:
-        """What a person reads of it: every tensor that was initialised anew."""
+        """Return what a person reads of it: every tensor that was initialised anew."""
         found = [
             f"head {name}: {len(self.taken)} of {len(self.taken) + len(self.fresh)} tensors start from {self.path}"
         ]
@@ -96,7 +94,7 @@ def start_heads(experiment: Experiment, parts: TrainingParts, group: ProcessGrou
 
     Raises:
         CheckpointError: there is no such head, or nothing of it fits.
-        WeightsError, HeadError: a file that cannot be read, or is no released detector.
+        WeightsError, HeadError: a file that cannot be read, or is not one that is known.
     """
     return {
         name: group.on_all(lambda: _start(experiment, name, config, parts))  # noqa: B023 - called at once
@@ -117,7 +115,7 @@ def _start(experiment: Experiment, name: str, config: HeadExperiment, parts: Tra
 
 
 def read_source(path: str, head: str) -> Source:
-    """Another run's head, or that of a released detector.
+    """Return another run's head, or that of a released network.
 
     Args:
         path: a run folder, one of its checkpoint folders, or a PyTorch file.
@@ -125,7 +123,7 @@ def read_source(path: str, head: str) -> Source:
 
     Raises:
         CheckpointError: nothing there.
-        WeightsError, HeadError: a file that cannot be read, or is no released detector.
+        WeightsError, HeadError: a file that cannot be read, or holds no head that is known.
     """
     place = Path(path).expanduser()
     if place.is_file():
@@ -145,57 +143,23 @@ def read_source(path: str, head: str) -> Source:
 
 
 def _heads_in(folder: Path) -> set[str]:
-    """Names of the heads in a checkpoint folder, or in any of a run folder's."""
+    """Return the names of the heads in a checkpoint folder, or in any of a run folder's."""
     return {file.parent.name for pattern in ("*", "checkpoints/*/*") for file in folder.glob(f"{pattern}/{HEAD_FILE}")}
 
 
 def _read_released(path: Path) -> Source:
     loaded, _ = read_pickle(path)
     tensors, _ = choose_state_dict(loaded, path=path, weights_key=None)
-    if mask2former.is_released(tensors):
-        return _read_mask2former(path, tensors)
-    if not is_released(tensors):
+    released = read_released(tensors, checkpoint=loaded, file=path.name)
+    if released is None:
         raise CheckpointError(
-            f"heads.*.init is {path}, which holds neither a run's head nor a released detector (neck.*, rpn_head.*, "
-            "roi_head.*) or Mask2Former (sem_seg_head.*): give a run folder, the .pth of Mask R-CNN or Cascade Mask R-CNN of the "
-            "Swin papers' detection code, or the .pkl of Mask2Former's model zoo"
+            f"heads.*.init is {path}, which holds neither a run's head nor {KNOWN}: give a run folder, {FILES}"
         )
-    released = from_released(tensors)
-    stated = _stated_classes(loaded)
-    notes = [f"batch norms folded into {len(released.folded)} convolutions"] if released.folded else []
-    if stated is not None and len(stated) == released.num_classes:
-        classes = stated
-    elif released.num_classes == len(COCO_CLASSES):
-        classes = list(COCO_CLASSES)
-        notes.append("the file names no classes; they are taken for COCO's 80, in the order of their ids")
-    else:
-        # Nothing is known of them, so none is anyone's.
-        classes = [f"class {number} of {path.name}" for number in range(released.num_classes)]
-        notes.append("the file names no classes")
-    return Source(path, released.tensors, classes, None, notes)
-
-
-def _read_mask2former(path: Path, tensors: Mapping[str, Tensor]) -> Source:
-    found, num_classes = mask2former.from_released(tensors)
-    if num_classes == len(ADE20K_CLASSES):
-        return Source(
-            path, found, list(ADE20K_CLASSES), None, ["its classes are taken for ADE20K's 150, in their order"]
-        )
-    classes = [f"class {number} of {path.name}" for number in range(num_classes)]
-    return Source(path, found, classes, None, ["the file names no classes"])
-
-
-def _stated_classes(loaded: Any) -> list[str] | None:
-    """`meta.CLASSES` of mmdetection 2."""
-    meta = loaded.get("meta") if isinstance(loaded, dict) else None
-    classes = meta.get("CLASSES") if isinstance(meta, dict) else None
-    if isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes):
-        return list(classes)
-    return None
+    return Source(path, released.tensors, released.classes, None, released.notes)
 
 
 def class_tensors(config: HeadExperiment, spec: FeatureSpec, classes: Sequence[str]) -> set[str]:
-    """Names of the tensors whose rows belong to classes: those with another shape when there is one class more."""
+    """Return the names of the tensors whose rows belong to classes: those with another shape when there is one class more."""
     shapes = []
     for names in (list(classes), [*classes, "one more"]):
         with torch.device("meta"):
