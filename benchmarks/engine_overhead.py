@@ -34,12 +34,12 @@ SAME_LOSS = 1e-3
 def contestants(recipe: str) -> tuple[dict[str, Callable[[], float]], int]:
     """What takes a step and returns its loss, by name; and the number of images of a step."""
     from permafrost.heads.base import world_mean_counts
-    from permafrost.launcher.cli import parse_experiment
     from permafrost.launcher.engines.base import parameter_groups
     from permafrost.launcher.engines.choose import build_engine
     from permafrost.launcher.experiment import EngineConfig
     from permafrost.launcher.plan.head import make_batch
     from permafrost.launcher.ranks.process_group import join_process_group
+    from permafrost.launcher.recipes.overrides import parse_experiment
     from permafrost.launcher.run.parts import build_heads
 
     experiment = parse_experiment(recipe, [])

@@ -61,11 +61,11 @@ def measure(recipe: str, way: str) -> dict[str, object]:
     """Two steps in this process."""
     import torch
 
-    from permafrost.launcher.cli import parse_experiment
     from permafrost.launcher.engines.choose import build_engine
     from permafrost.launcher.plan.head import make_batch
     from permafrost.launcher.plan.planner import Machines, Planner
     from permafrost.launcher.ranks.process_group import join_process_group
+    from permafrost.launcher.recipes.overrides import parse_experiment
     from permafrost.launcher.run.offload import ActivationOffload
     from permafrost.launcher.run.parts import build_backbone, join_heads
     from permafrost.launcher.train import head_losses

@@ -39,9 +39,9 @@ def train_one_step(name: str, folder: Path, output: Path) -> None:
     """One rank: trains, and rank 0 writes the table of all."""
     base = anonymous_bytes()
     start = time.monotonic()
-    from permafrost.launcher.cli import parse_experiment
     from permafrost.launcher.plan.planner import Machines, Planner
     from permafrost.launcher.ranks.process_group import join_process_group
+    from permafrost.launcher.recipes.overrides import parse_experiment
     from permafrost.launcher.run.folder import RunFolder
     from permafrost.launcher.run.monitor import Monitor
     from permafrost.launcher.run.parts import build_parts

@@ -1,9 +1,6 @@
-"""The `permafrost` command. Imports what a command needs when it runs, so that --help answers at once.
+"""The `permafrost` command. It imports a command when that is called, so that --help answers at once.
 
-Exit codes: 0 done; 1 the work itself failed (a head stopped by non-finite losses, a machine that `doctor` finds
-    wanting, another rank that was lost); 2 a mistake in the command, recipe or input files, printed as `error: ...`; 75 a
-    training that SIGTERM or SIGUSR1 ended, saved, to be continued by the same command; 130 interrupted.
-`launch` has some of its own, see the cluster module.
+Errors become exit codes here, those of launcher/exit_codes.py.
 """
 
 from __future__ import annotations
@@ -12,11 +9,13 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-if TYPE_CHECKING:
-    from permafrost.launcher.experiment import Experiment
-    from permafrost.launcher.recipes.find import Recipe
+from permafrost._nearest import did_you_mean
+from permafrost.launcher.errors import USER_ERRORS, Interrupted, RankLost, TrainingStopped
+from permafrost.launcher.exit_codes import DONE, FAILED, INTERRUPTED, SAVED, USAGE_ERROR
+from permafrost.launcher.machine import version_of
+from permafrost.launcher.ranks.exit import run_and_leave
 
 COMMANDS = {
     "train": ("RECIPE [--field value ...]", "train a recipe's heads on its frozen backbone"),
@@ -32,14 +31,9 @@ COMMANDS = {
     "doctor": ("", "show versions and devices, and what is missing here"),
 }
 
-FAILED = 1
-USAGE_ERROR = 2
-SAVED = 75
-INTERRUPTED = 130
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code.
+    """Run one command and return its exit code.
 
     Args:
         argv: the arguments without the program's name; None takes this process's.
@@ -55,31 +49,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (`permafrost recipes | head`) has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return DONE
     except SystemExit as stop:
         # argparse and tyro have printed their message and leave this way; in-process callers get the code.
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        return stop.code if isinstance(stop.code, int) else DONE if stop.code is None else FAILED
 
 
 def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(help_text(), file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else USAGE_ERROR
+        return DONE if argv else USAGE_ERROR
     if argv[0] in ("-V", "--version"):
-        from importlib.metadata import version
-
-        print(f"permafrost {version('permafrost')}")
-        return 0
+        print(f"permafrost {version_of('permafrost') or '(not installed)'}")
+        return DONE
     command = argv[0]
     if command not in COMMANDS:
-        from permafrost._nearest import did_you_mean
-
         known = ", ".join(COMMANDS)
         guess = did_you_mean(command, list(COMMANDS))
         print(f"error: there is no command {command!r}: {guess} Commands: {known}", file=sys.stderr)
         return USAGE_ERROR
-
-    from permafrost.launcher.errors import USER_ERRORS, Interrupted, RankLost, TrainingStopped
 
     try:
         module = importlib.import_module(f"permafrost.launcher.commands.{command.replace('-', '_')}")
@@ -101,7 +89,7 @@ def _run(argv: list[str]) -> int:
 
 
 def help_text() -> str:
-    """What `permafrost --help` prints."""
+    """Return what `permafrost --help` prints."""
     calls = {name: f"permafrost {name} {arguments}".rstrip() for name, (arguments, _) in COMMANDS.items()}
     width = max(map(len, calls.values()))
     return "\n".join(
@@ -117,33 +105,8 @@ def help_text() -> str:
     )
 
 
-def parse_experiment(
-    recipe: str | Recipe, args: Sequence[str], *, description: str = "", command: str = "train"
-) -> Experiment:
-    """A recipe's experiment with the command line's overrides.
-
-    Args:
-        recipe: a name that find_recipe knows, or the function itself.
-        args: `--field.sub value` pairs; `--local_rank=N`, which the deepspeed launcher adds to every process's
-            arguments, is ignored.
-        description: printed by --help after the recipe's own text.
-        command: whose arguments these are, for messages.
-
-    Raises:
-        RecipeError: no such recipe or field (with the nearest names), or values that contradict each other.
-        SystemExit: with 2 for a value of the wrong type (the message is on stderr), with 0 after --help.
-    """
-    from permafrost.launcher.commands.arguments import without_local_rank
-    from permafrost.launcher.experiment import Experiment
-    from permafrost.launcher.recipes.overrides import parse_recipe
-
-    return parse_recipe(recipe, without_local_rank(args), kind=Experiment, command=command, description=description)
-
-
 def program() -> NoReturn:
-    """The console script: `main`, and the end of the process."""
-    from permafrost.launcher.ranks.exit import run_and_leave
-
+    """Run `main` and end the process: the console script."""
     run_and_leave(main)
 
 

@@ -16,7 +16,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from permafrost.data.cache import cache_folder
+from permafrost.launcher.machine import memory, room, version_of
 
 Status = Literal["ok", "missing", "absent"]
 
@@ -98,7 +98,7 @@ def can_run_quickstart(report: dict[str, list[Check]]) -> bool:
 def format_report(report: dict[str, list[Check]]) -> str:
     """The report as text."""
     lines = [
-        f"permafrost {_version('permafrost') or '(not installed)'}, "
+        f"permafrost {version_of('permafrost') or '(not installed)'}, "
         f"Python {platform.python_version()}, {platform.platform()}"
     ]
     for section, checks in report.items():
@@ -124,7 +124,7 @@ def check_packages(probed: dict[str, Any]) -> list[Check]:
     checks = [Check("python", "ok" if found_python else "missing", version, remedy)]
     bounds = lower_bounds()
     for package, module, purpose, required in PACKAGES:
-        version, bound = _version(package), bounds.get(package, "")
+        version, bound = version_of(package), bounds.get(package, "")
         error = probed.get(module, "was not examined: the examining process ended early")
         lacking: Status = "missing" if required else "absent"
         install = f"needed for {purpose}; pip install '{package}{'>=' + bound if bound else ''}'"
@@ -206,22 +206,13 @@ def check_room(folder: Path) -> list[Check]:
 
 def check_writable(name: str, folder: Path, purpose: str, remedy: str) -> Check:
     """Whether a file can be made in a folder, or in the nearest one above it that exists, and whether it has room."""
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    try:
-        with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(b"permafrost")
-            file.flush()
-        free = shutil.disk_usage(existing).free
-    except OSError as error:
-        return Check(
-            name, "missing", f"{folder} cannot be written: {error.strerror or error}", f"needed for {purpose}: {remedy}"
-        )
-    found = f"{folder}, {free / GB:.1f} GB free"
-    if free < QUICKSTART_DISK_GB * GB:
-        return Check(name, "missing", found, f"the quickstart wants {QUICKSTART_DISK_GB} GB for {purpose}: {remedy}")
-    return Check(name, "ok", found)
+    found = room(str(folder))
+    if found.error:
+        return Check(name, "missing", f"{folder} cannot be written: {found.error}", f"needed for {purpose}: {remedy}")
+    shown = f"{folder}, {found.free / GB:.1f} GB free"
+    if found.free < QUICKSTART_DISK_GB * GB:
+        return Check(name, "missing", shown, f"the quickstart wants {QUICKSTART_DISK_GB} GB for {purpose}: {remedy}")
+    return Check(name, "ok", shown)
 
 
 def check_compilers() -> list[Check]:
@@ -266,22 +257,6 @@ def check_remote_shells() -> list[Check]:
         else Check("ssh", "absent", "not found", f"{needed}; apt install openssh-client"),
         Check("pdsh", "ok", pdsh) if pdsh else Check("pdsh", "absent", "not found", f"{needed}; apt install pdsh"),
     ]
-
-
-def memory() -> tuple[int | None, int | None]:
-    """(total, available) bytes: the machine's, or the control group's where that allows less; None where unknown."""
-    values = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, _, rest = line.partition(":")
-            values[name] = int(rest.split()[0]) * 1024
-    total, available = values.get("MemTotal"), values.get("MemAvailable")
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        if total is not None and limit < total:
-            total, available = limit, min(available or limit, limit - used)
-    return total, available
 
 
 def lower_bounds() -> dict[str, str]:
@@ -419,11 +394,4 @@ def _attempt(function: Callable[[], str]) -> str | None:
     try:
         return function()
     except Exception:
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
         return None

@@ -16,8 +16,8 @@ import torch
 from permafrost.data.stream.loader import val_loader
 from permafrost.heads.base import LossCounts, world_mean_counts
 from permafrost.launcher.errors import CheckpointError, RecipeError, RunFolderError
+from permafrost.launcher.files import write_atomically
 from permafrost.launcher.ranks.process_group import join_process_group
-from permafrost.launcher.run.folder import write_atomically
 from permafrost.launcher.run.restore import load_trained
 
 if TYPE_CHECKING:

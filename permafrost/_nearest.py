@@ -1,4 +1,4 @@
-"""The nearest name: what an error proposes to a user who mistyped one."""
+"""Suggestions for a name that does not exist. Imports nothing heavy: every package may use it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def nearest(name: str, candidates: Sequence[str], *, cutoff: float = 0.5) -> list[str]:
-    """Up to three candidates that look like `name`, the closest first: wholly, in the last part, or as initials."""
+    """Return up to three candidates that look like `name`, the closest first: wholly, in the last part, or as initials."""
 
     def tail(text: str) -> str:
         return re.split(r"[:.]", text)[-1]
@@ -26,7 +26,7 @@ def nearest(name: str, candidates: Sequence[str], *, cutoff: float = 0.5) -> lis
 
 
 def did_you_mean(name: str, candidates: Sequence[str]) -> str:
-    """A sentence that names the nearest candidates, or lists a few when none is near."""
+    """Return a sentence that names the nearest candidates, or lists a few when none is near."""
     close = nearest(name, candidates)
     if close:
         return f"did you mean {' or '.join(close)}?"

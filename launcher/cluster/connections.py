@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from permafrost.launcher import machine
 from permafrost.launcher.cluster import node_agent
 from permafrost.launcher.cluster.hostfile import Node
 
@@ -22,9 +23,14 @@ THIS_MACHINE = "this machine"
 CONNECT_TIMEOUT = 15
 """Seconds for ssh to reach a node."""
 
-# Reads the agent's source from the connection, then runs it with the rest of the connection as its input.
+_SENT = (machine, node_agent)
+# One line, which any shell passes on. It reads the sources from the connection and runs the agent's with the rest of the connection
+# as its input; the other is found by its name, as a module is that was imported before.
 _BOOTSTRAP = (
-    "import sys; exec(compile(sys.stdin.buffer.read(int(sys.argv[1])), 'node_agent', 'exec'), {'__name__': '__main__'})"
+    f"import sys, types; name = {machine.__name__!r}; sys.modules[name] = types.ModuleType(name); "
+    "machine, agent = [sys.stdin.buffer.read(int(size)) for size in sys.argv[1:]]; "
+    "exec(compile(machine, 'machine', 'exec'), vars(sys.modules[name])); "
+    "exec(compile(agent, 'node_agent', 'exec'), {'__name__': '__main__'})"
 )
 
 
@@ -36,9 +42,15 @@ def ssh_command(name: str, config: Path | None) -> list[str]:
     return [*command, "--", name]
 
 
+def agent_program() -> tuple[list[str], bytes]:
+    """Return a Python's arguments with which it becomes an agent, and the sources that it reads first."""
+    sources = [Path(module.__file__).read_bytes() for module in _SENT]
+    return ["-c", _BOOTSTRAP, *(str(len(source)) for source in sources)], b"".join(sources)
+
+
 @dataclass
-class Agent:
-    """One node's agent.
+class NodeConnection:
+    """The way to one node's agent.
 
     Attributes:
         name: the node's, for messages.
@@ -60,7 +72,7 @@ class Agent:
     _unsent: bytes = b""
 
     @staticmethod
-    def start(name: str, connect: Sequence[str] | None, python: str = sys.executable) -> Agent:
+    def start(name: str, connect: Sequence[str] | None, python: str = sys.executable) -> NodeConnection:
         """Start an agent.
 
         Args:
@@ -68,8 +80,8 @@ class Agent:
             connect: the command that runs what follows in a shell elsewhere (`ssh_command`); None is this machine.
             python: the interpreter there.
         """
-        source = Path(node_agent.__file__).read_bytes()
-        command = [python, "-u", "-c", _BOOTSTRAP, str(len(source))]
+        program, sources = agent_program()
+        command = [python, "-u", *program]
         if connect is not None:
             command = [*connect, f"exec {shlex.join(command)}"]
         # A user who came by ssh has the address of another network in SSH_CONNECTION.
@@ -90,12 +102,12 @@ class Agent:
         assert process.stdout is not None
         for stream in (process.stdin, process.stdout):
             os.set_blocking(stream.fileno(), False)
-        agent = Agent(name, process, errors)
-        agent._send(source)
-        return agent
+        connection = NodeConnection(name, process, errors)
+        connection._send(sources)
+        return connection
 
     def ask(self, request: Mapping[str, Any]) -> None:
-        """Send a request; its answer arrives with a later `Agents.poll`."""
+        """Send a request; its answer arrives with a later `Connections.poll`."""
         self._send((json.dumps(request) + "\n").encode())
 
     def ping(self) -> None:
@@ -181,46 +193,46 @@ class Agent:
             self._unsent = self._unsent[written:]
 
 
-class Agents:
-    """All nodes' agents, in the order of the nodes."""
+class Connections:
+    """The ways to all nodes' agents, in the order of the nodes."""
 
-    def __init__(self, agents: Iterable[Agent]) -> None:
-        self.agents = list(agents)
-
-    @staticmethod
-    def connect(nodes: Sequence[Node], config: Path | None) -> Agents:
-        """An agent on each node, through ssh, and last one on this machine, for the programs that start the ranks."""
-        remote = [Agent.start(node.name, ssh_command(node.name, config)) for node in nodes]
-        return Agents([*remote, Agent.start(THIS_MACHINE, None)])
+    def __init__(self, connections: Iterable[NodeConnection]) -> None:
+        self._all = list(connections)
 
     @staticmethod
-    def local() -> Agents:
-        """The one agent of a launch on this machine alone."""
-        return Agents([Agent.start(THIS_MACHINE, None)])
+    def connect(nodes: Sequence[Node], config: Path | None) -> Connections:
+        """Start an agent on each node, through ssh, and last one on this machine, for the programs that start the ranks."""
+        remote = [NodeConnection.start(node.name, ssh_command(node.name, config)) for node in nodes]
+        return Connections([*remote, NodeConnection.start(THIS_MACHINE, None)])
 
-    def __enter__(self) -> Agents:
+    @staticmethod
+    def local() -> Connections:
+        """Start the one agent of a launch on this machine alone."""
+        return Connections([NodeConnection.start(THIS_MACHINE, None)])
+
+    def __enter__(self) -> Connections:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for agent in self.agents:
-            agent.close()
+        for connection in self._all:
+            connection.close()
 
     def __iter__(self):
-        return iter(self.agents)
+        return iter(self._all)
 
     def __len__(self) -> int:
-        return len(self.agents)
+        return len(self._all)
 
-    def __getitem__(self, index: int) -> Agent:
-        return self.agents[index]
+    def __getitem__(self, index: int) -> NodeConnection:
+        return self._all[index]
 
     def poll(self, timeout: float) -> None:
         """Send what waits, and take in what arrives within `timeout` seconds, returning at the first arrival."""
         with selectors.DefaultSelector() as selector:
-            for agent in self.agents:
-                if not agent.ended:
-                    agent.flush()
-                    selector.register(agent.process.stdout, selectors.EVENT_READ, agent)
+            for connection in self._all:
+                if not connection.ended:
+                    connection.flush()
+                    selector.register(connection.process.stdout, selectors.EVENT_READ, connection)
             if not selector.get_map():
                 time.sleep(timeout)
                 return
@@ -231,24 +243,24 @@ class Agents:
         """Ask several agents the same kind of thing at once.
 
         Args:
-            requests: by the agent's number.
+            requests: by the connection's number.
             timeout: seconds for all answers.
 
         Returns:
-            of each asked agent its answer, or in words why there is none.
+            of each node that was asked its answer, or in words why there is none.
         """
         found: dict[int, dict[str, Any] | str] = {}
         for index, request in requests.items():
-            self.agents[index].ask(request)
+            self._all[index].ask(request)
         until = time.monotonic() + timeout
         while len(found) < len(requests):
             for index in [index for index in requests if index not in found]:
-                agent = self.agents[index]
-                reply = agent.take(requests[index]["do"])
+                connection = self._all[index]
+                reply = connection.take(requests[index]["do"])
                 if reply is not None:
                     found[index] = reply
-                elif agent.ended:
-                    found[index] = agent.complaint()
+                elif connection.ended:
+                    found[index] = connection.complaint()
                 elif time.monotonic() > until:
                     found[index] = f"no answer within {timeout:g} s"
             if len(found) < len(requests):

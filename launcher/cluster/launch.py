@@ -1,10 +1,4 @@
-"""`permafrost launch` on one machine or many: preflight, start, watch, and start again from the last checkpoint.
-
-Exit codes: 0 every rank ended with 0 and the run folder has its final.json; 1 training failed on a rank; 2 a mistake in
-the command, the hostfile or a node, nothing was started, or the ranks said so; 3 a rank, a node or the network was lost;
-75 a rank was sent SIGTERM or SIGUSR1 and the run was saved; 128 + N the launcher was sent signal N and the ranks left no
-code of their own.
-"""
+"""`permafrost launch` on one machine or many: preflight, start, watch, and start again from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from permafrost.launcher.cluster.connections import THIS_MACHINE, Agents
+from permafrost.launcher.cluster.connections import THIS_MACHINE, Connections
 from permafrost.launcher.cluster.hostfile import Node
 from permafrost.launcher.cluster.preflight import ANSWER_TIMEOUT, Needs, Site, inspect, needs_of
 from permafrost.launcher.cluster.rank_main import Assignment, encode
@@ -32,9 +26,13 @@ from permafrost.launcher.cluster.starters import (
     require_programs,
     write_deepspeed_files,
 )
-from permafrost.launcher.cluster.supervisor import DONE, LOST, Ending, Signals, Supervisor
+from permafrost.launcher.cluster.supervisor import Ending, Signals, Supervisor
 from permafrost.launcher.errors import LaunchError
+from permafrost.launcher.exit_codes import DONE, LOST
+from permafrost.launcher.machine import num_gpus
 from permafrost.launcher.ranks.division import micro_batch_size, require_mesh
+from permafrost.launcher.ranks.heartbeat import beat_path
+from permafrost.launcher.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from permafrost.launcher.experiment import Experiment
@@ -81,7 +79,7 @@ class Launch:
 
 
 def run_launch(launch: Launch, experiment: Experiment, *, dry_run: bool) -> int:
-    """Look at the nodes and, unless it is a dry run, train. Returns the exit code, see the module.
+    """Look at the nodes and, unless it is a dry run, train. Returns one of launcher/exit_codes.py.
 
     Raises:
         LaunchError: nothing was started: the nodes, or the numbers of the recipe, do not allow it.
@@ -135,17 +133,17 @@ def _start_once(launch: Launch, needs: Needs, signals: Signals, *, attempt: int,
     resume = launch.resume if attempt == 0 else "auto"
     arguments = [launch.recipe, *launch.fields, "--resume", resume, "--device", launch.device]
     with (
-        Agents.connect(needs.nodes, launch.ssh_config) if needs.is_remote else Agents.local() as agents,
+        Connections.connect(needs.nodes, launch.ssh_config) if needs.is_remote else Connections.local() as connections,
         tempfile.TemporaryDirectory(prefix="permafrost_launch_") as folder,
     ):
-        site = inspect(needs, agents)
+        site = inspect(needs, connections)
         for line in site.lines:
             _say(line)
         if dry_run:
             _say_commands(launch, needs, site, arguments)
             return Ending(DONE)
-        word = _watch_everywhere(launch, needs, agents, number)
-        _assign(launch, needs, site, agents, arguments)
+        word = _watch_everywhere(launch, needs, connections, number)
+        _assign(launch, needs, site, connections, arguments)
         starter: Starter
         if needs.is_remote:
             hostfile, environment = write_deepspeed_files(
@@ -156,7 +154,7 @@ def _start_once(launch: Launch, needs: Needs, signals: Signals, *, attempt: int,
         else:
             count = needs.nodes[0].slots
             starter = LocalRanks(word, num_ranks=count, address=site.address, port=site.port, launch=number)
-        supervisor = Supervisor(agents, needs.nodes, starter, signals, launch.patience)
+        supervisor = Supervisor(connections, needs.nodes, starter, signals, launch.patience)
         try:
             ending = supervisor.watch()
         finally:
@@ -164,22 +162,20 @@ def _start_once(launch: Launch, needs: Needs, signals: Signals, *, attempt: int,
         return Ending(ending.code, [*ending.reasons, *problems], ending.may_restart)
 
 
-def _watch_everywhere(launch: Launch, needs: Needs, agents: Agents, number: str) -> str:
+def _watch_everywhere(launch: Launch, needs: Needs, connections: Connections, number: str) -> str:
     """Have every agent hold its node's end of the leash. Returns the word that tells ranks their node's folder."""
-    beats = {
-        str(rank): os.path.join(needs.output, "heartbeats", f"rank_{rank:05d}.json")
-        for rank in range(sum(node.slots for node in needs.nodes))
-    }
-    shared = {"do": "watch", "launch": number, "patience": launch.patience, "beats": beats}
-    shared["final"] = os.path.join(needs.output, "final.json")
+    run = RunFolder(needs.output)
+    num_ranks = sum(node.slots for node in needs.nodes)
+    beats = {str(rank): str(beat_path(run.heartbeats, rank)) for rank in range(num_ranks)}
+    shared = {"do": "watch", "launch": number, "patience": launch.patience, "beats": beats, "final": str(run.final)}
     requests = {index: {**shared, "node": str(index), "has_ranks": True} for index in range(len(needs.nodes))}
     if needs.is_remote:
         requests[len(needs.nodes)] = {**shared, "node": FRONT, "has_ranks": False}
-    answers = _answers(agents, requests)
+    answers = _answers(connections, requests)
     return encode([answers[index]["folder"] for index in range(len(needs.nodes))])
 
 
-def _assign(launch: Launch, needs: Needs, site: Site, agents: Agents, arguments: Sequence[str]) -> None:
+def _assign(launch: Launch, needs: Needs, site: Site, connections: Connections, arguments: Sequence[str]) -> None:
     """Tell every node's agent what its ranks are to do."""
     requests = {}
     for index, own in enumerate(site.environments):
@@ -187,21 +183,19 @@ def _assign(launch: Launch, needs: Needs, site: Site, agents: Agents, arguments:
         environment = {"PYTHONPATH": "", **launch.environment, **own}
         assignment = Assignment(arguments, launch.command, needs.folder, environment)
         requests[index] = {"do": "assign", "assignment": assignment.to_json()}
-    _answers(agents, requests)
+    _answers(connections, requests)
 
 
-def _answers(agents: Agents, requests: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+def _answers(connections: Connections, requests: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
     """Of agents of which each must have one."""
-    answers = agents.ask_all(requests, ANSWER_TIMEOUT)
-    silent = [f"{agents[index].name}: {answer}" for index, answer in answers.items() if isinstance(answer, str)]
+    answers = connections.ask_all(requests, ANSWER_TIMEOUT)
+    silent = [f"{connections[index].name}: {answer}" for index, answer in answers.items() if isinstance(answer, str)]
     if silent:
         raise LaunchError("nothing was started: " + "; ".join(silent))
     return {index: answer for index, answer in answers.items() if not isinstance(answer, str)}
 
 
 def _this_machine(launch: Launch) -> Node:
-    from permafrost.launcher.cluster.node_agent import num_gpus
-
     if launch.num_procs is not None:
         return Node(THIS_MACHINE, launch.num_procs)
     on_cpu = launch.device == "cpu" or launch.environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")

@@ -1,7 +1,8 @@
 """The launcher's hand on one node: looks at the node, watches the processes of a launch there, and ends them.
 
-`permafrost launch` sends this file's source through ssh and talks to it over that connection, one JSON object a line, so
-nothing need be installed on the node to find out what is, and no port need be open. The standard library alone, Linux.
+`permafrost launch` sends this file's source, and machine.py's, through ssh and talks to it over that connection, one JSON object
+a line, so nothing need be installed on the node to find out what is, and no port need be open. The standard library and
+machine.py alone, Linux.
 
 The connection is also the leash: when it ends (the launcher was killed, its machine failed) or stays silent (the network
 is gone), the processes of the launch on this node are ended. They are found by two variables in their environment, which
@@ -11,11 +12,6 @@ every child inherits, whatever started it and whatever process group it is in.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import fcntl
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -23,11 +19,21 @@ import queue
 import shutil
 import signal
 import socket
-import struct
 import sys
 import tempfile
 import threading
 import time
+
+from permafrost.launcher.machine import (
+    code_hash,
+    existing,
+    interfaces,
+    num_gpus,
+    process,
+    room,
+    sha256_of,
+    versions_of,
+)
 
 MARK = "permafrost-agent:"
 """Begins every line for the launcher: a shell's start-up files may print lines of their own."""
@@ -39,137 +45,10 @@ REPORT_EVERY = 1.0
 """Seconds between two reports while a launch is watched."""
 LAST_WORDS = 20.0
 """Seconds that ranks have between SIGTERM and SIGKILL after the launcher has gone: enough to write a checkpoint."""
-FOLDERS = ("configs", "data", "heads", "launcher", "model")
-SOURCES = (".py", ".json", ".yaml", ".cu", ".cuh", ".cpp", ".h")
 
 
 class LauncherGone(Exception):
     """Nobody is there to report to; says whether the ranks may still reach each other."""
-
-
-def code_hash() -> str:
-    """SHA-256 over the installed permafrost's sources, by their path inside the package; "" where it is not installed."""
-    digest = hashlib.sha256()
-    for folder in FOLDERS:
-        try:
-            spec = importlib.util.find_spec(f"permafrost.{folder}")
-        except ModuleNotFoundError:
-            spec = None
-        if spec is None:
-            return ""
-        for root in spec.submodule_search_locations or []:
-            for path, folders, names in os.walk(root):
-                folders[:] = sorted(name for name in folders if name != "__pycache__")
-                for name in sorted(name for name in names if name.endswith(SOURCES)):
-                    file = os.path.join(path, name)
-                    digest.update(f"{folder}/{os.path.relpath(file, root)}\0".encode())
-                    with open(file, "rb") as source:
-                        digest.update(hashlib.sha256(source.read()).digest())
-    return digest.hexdigest()
-
-
-def versions(packages: list[str]) -> dict[str, str]:
-    """Versions by the packages' metadata; nothing is imported."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def num_gpus() -> int:
-    """GPUs of this machine that a driver serves, without importing torch; CUDA_VISIBLE_DEVICES hides some."""
-    count = _nvidia_gpus() or _amd_gpus()
-    for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
-        visible = os.environ.get(variable)
-        if visible is not None:
-            shown = [entry.strip() for entry in visible.split(",")]
-            # CUDA stops at the first entry that is none.
-            length = next((i for i, entry in enumerate(shown) if entry in ("", "-1")), len(shown))
-            count = min(count, length)
-    return count
-
-
-def _nvidia_gpus() -> int:
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return 0
-    if nvml.nvmlInit_v2() != 0:
-        return 0
-    count = ctypes.c_uint()
-    failed = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-    nvml.nvmlShutdown()
-    return 0 if failed else count.value
-
-
-def _amd_gpus() -> int:
-    nodes = "/sys/class/kfd/kfd/topology/nodes"
-    count = 0
-    for name in os.listdir(nodes) if os.path.isdir(nodes) else []:
-        with contextlib.suppress(OSError, ValueError), open(f"{nodes}/{name}/gpu_id") as file:
-            count += int(file.read()) != 0
-    return count
-
-
-def interfaces() -> dict[str, str]:
-    """Network interfaces that are up: name -> its IPv4 address, "" where it has none."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                flags = struct.unpack("H", fcntl.ioctl(probe, 0x8913, request)[16:18])[0]  # SIOCGIFFLAGS
-            except OSError:
-                continue
-            if not flags & 1:  # IFF_UP
-                continue
-            address = ""
-            with contextlib.suppress(OSError):
-                address = socket.inet_ntoa(fcntl.ioctl(probe, 0x8915, request)[20:24])  # SIOCGIFADDR
-            found[name] = address
-    return found
-
-
-def existing(path: str) -> str:
-    """The path itself, or the nearest folder above it that exists."""
-    path = os.path.abspath(path)
-    while not os.path.exists(path) and path != os.path.dirname(path):
-        path = os.path.dirname(path)
-    return path
-
-
-def room(path: str) -> dict[str, object]:
-    """Whether a file can be made where `path` is or would be, and how many bytes are free there."""
-    place = existing(path)
-    try:
-        with tempfile.TemporaryFile(dir=place) as file:
-            file.write(b"permafrost")
-            file.flush()
-        return {"place": place, "free": shutil.disk_usage(place).free, "error": None}
-    except OSError as error:
-        return {"place": place, "free": 0, "error": error.strerror or str(error)}
-
-
-def sha256_of(path: str) -> str:
-    """Of a file's content; "" where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.sha256(file.read()).hexdigest()
-    except OSError:
-        return ""
-
-
-def process_state(pid: int) -> tuple[str, str]:
-    """(state letter of the kernel, start in its ticks since boot); ("", "") where there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]
 
 
 def launch_processes(launch: str, node: str) -> list[int]:
@@ -265,7 +144,7 @@ class Agent:
         ssh = os.environ.get("SSH_CONNECTION", "").split()
         return {
             "host": platform.node(),
-            "versions": versions(request["packages"]),
+            "versions": versions_of(request["packages"]),
             "code": code_hash(),
             "gpus": num_gpus(),
             "cores": len(os.sched_getaffinity(0)),
@@ -274,7 +153,7 @@ class Agent:
             "folder": os.path.isdir(folder),
             "files": {path: sha256_of(os.path.expanduser(path)) for path in request["files"]},
             "paths": {path: os.access(os.path.expanduser(path), os.R_OK) for path in request["paths"]},
-            "rooms": {path: room(os.path.expanduser(path)) for path in request["rooms"]},
+            "rooms": {path: room(os.path.expanduser(path))._asdict() for path in request["rooms"]},
         }
 
     def do_offer(self, request: dict) -> dict:
@@ -361,13 +240,13 @@ class Agent:
         found = {}
         for record in self._records():
             rank = str(record["rank"])
-            state, started = process_state(record["pid"])
-            alive = started == record["started"] and state not in ("Z", "X")
+            own = process(record["pid"])
+            alive = own.started == record["started"] and not own.has_ended
             beat = self._beat(rank, record)
             if beat is not None and self._counts.get(rank, (None, 0.0))[0] != beat.get("count"):
                 self._counts[rank] = (beat.get("count"), time.monotonic())
             silent = time.monotonic() - self._counts[rank][1] if rank in self._counts else 0.0
-            found[rank] = {**record, "state": state if alive else "", "beat": beat, "silent": silent}
+            found[rank] = {**record, "state": own.state if alive else "", "beat": beat, "silent": silent}
         return found
 
     def _records(self) -> list[dict]:
@@ -398,7 +277,7 @@ class Agent:
 
     def _signal_ranks(self, number: int) -> None:
         for record in self._records():
-            if process_state(record["pid"])[1] == record["started"]:
+            if process(record["pid"]).started == record["started"]:
                 with contextlib.suppress(OSError):
                     os.kill(record["pid"], number)
 
@@ -407,8 +286,8 @@ class Agent:
         assert self._watched is not None
         if not self._watched["has_ranks"]:
             return bool(launch_processes(self._watched["launch"], self._watched["node"]))
-        states = [(process_state(record["pid"]), record["started"]) for record in self._records()]
-        return any(started == noted and state not in ("Z", "X") for (state, started), noted in states)
+        ranks = [(process(record["pid"]), record["started"]) for record in self._records()]
+        return any(own.started == noted and not own.has_ended for own, noted in ranks)
 
     def _put_away(self) -> None:
         if self._listener is not None:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from permafrost.data.cache import cache_folder
-from permafrost.launcher.cluster import node_agent
-from permafrost.launcher.cluster.connections import CONNECT_TIMEOUT, Agents
+from permafrost.launcher.cluster.connections import CONNECT_TIMEOUT, Connections
 from permafrost.launcher.cluster.hostfile import Node
 from permafrost.launcher.errors import LaunchError
-from permafrost.launcher.run.folder import PACKAGES, RunFolder
+from permafrost.launcher.machine import code_hash, sha256_of
+from permafrost.launcher.provenance import PACKAGES, versions
+from permafrost.launcher.run.folder import RunFolder
 from permafrost.model.weights.known import find_public
 
 if TYPE_CHECKING:
@@ -104,12 +105,12 @@ def needs_of(experiment: Experiment, recipe: str) -> dict[str, Any]:
     }
 
 
-def inspect(needs: Needs, agents: Agents) -> Site:
+def inspect(needs: Needs, connections: Connections) -> Site:
     """Look at every node.
 
     Args:
         needs: of the launch.
-        agents: the first len(needs.nodes) are the nodes', in their order.
+        connections: the first len(needs.nodes) are the nodes', in their order.
 
     Raises:
         LaunchError: listing every problem that was found.
@@ -126,7 +127,7 @@ def inspect(needs: Needs, agents: Agents) -> Site:
         "rooms": [needs.output, *([needs.cache] if needs.cache else [])],
     }
     limit = ANSWER_TIMEOUT + CONNECT_TIMEOUT
-    answers = agents.ask_all(dict.fromkeys(range(len(names)), request), limit)
+    answers = connections.ask_all(dict.fromkeys(range(len(names)), request), limit)
     unreachable = [
         f"{names[index]}: not reached: {answer} (`ssh {names[index]} true` must work without a question, and "
         f"{sys.executable} must be there too)"
@@ -137,9 +138,9 @@ def inspect(needs: Needs, agents: Agents) -> Site:
         raise _refusal(unreachable)
     facts = [answers[index] for index in range(len(names))]
     wanted = {
-        "versions": node_agent.versions(list(PACKAGES)),
-        "code": node_agent.code_hash(),
-        "files": {path: node_agent.sha256_of(os.path.expanduser(path)) for path in needs.files},
+        "versions": versions(),
+        "code": code_hash(),
+        "files": {path: sha256_of(os.path.expanduser(path)) for path in needs.files},
     }
     problems = []
     uses_gpus = needs.device.startswith("cuda") or (needs.device == "auto" and any(fact["gpus"] for fact in facts))
@@ -158,7 +159,7 @@ def inspect(needs: Needs, agents: Agents) -> Site:
     if problems:
         raise _refusal(problems)
     address = facts[0]["interfaces"].get(interfaces[0]) or facts[0]["address"]
-    port, notes = _meet(needs, agents, names, address)
+    port, notes = _meet(needs, connections, names, address)
     lines = [_line(*row, needs, uses_gpus=uses_gpus) for row in zip(needs.nodes, facts, interfaces)]
     lines.append(f"ranks meet at {address}, port {port}")
     environments = [
@@ -243,16 +244,16 @@ def _interface(needs: Needs, fact: Mapping[str, Any]) -> tuple[str, str | None]:
     return chosen, None
 
 
-def _meet(needs: Needs, agents: Agents, names: Sequence[str], address: str) -> tuple[int, list[str]]:
+def _meet(needs: Needs, connections: Connections, names: Sequence[str], address: str) -> tuple[int, list[str]]:
     """Try rank 0's port from every other node. Returns the port, and notes."""
-    offer = agents.ask_all({0: {"do": "offer", "port": needs.port, "output": needs.output}}, ANSWER_TIMEOUT)[0]
+    offer = connections.ask_all({0: {"do": "offer", "port": needs.port, "output": needs.output}}, ANSWER_TIMEOUT)[0]
     if isinstance(offer, str):
         raise _refusal([f"{names[0]}: {offer}"])
     if offer["error"]:
         raise _refusal([f"{names[0]}: {offer['error']}: give another --master-port, or leave it out for a free one"])
     ask = {"do": "meet", "address": address, "port": offer["port"], "mark": offer["mark"]}
-    answers = agents.ask_all(dict.fromkeys(range(1, len(names)), ask), ANSWER_TIMEOUT)
-    agents.ask_all({0: {"do": "withdraw"}}, ANSWER_TIMEOUT)
+    answers = connections.ask_all(dict.fromkeys(range(1, len(names)), ask), ANSWER_TIMEOUT)
+    connections.ask_all({0: {"do": "withdraw"}}, ANSWER_TIMEOUT)
     problems, blind = [], []
     for index, answer in answers.items():
         error = answer if isinstance(answer, str) else answer["error"]

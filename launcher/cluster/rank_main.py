@@ -20,7 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from permafrost.launcher.cluster.node_agent import ASSIGNMENT, LAUNCH_VARIABLE, NODE_VARIABLE, process_state
+from permafrost.launcher import cli
+from permafrost.launcher.cluster.node_agent import ASSIGNMENT, LAUNCH_VARIABLE, NODE_VARIABLE
+from permafrost.launcher.exit_codes import FAILED
+from permafrost.launcher.files import write_atomically
+from permafrost.launcher.machine import process
+from permafrost.launcher.ranks.exit import run_and_leave
 
 TAKEN_VARIABLE = "PERMAFROST_LAUNCH_TAKEN"
 
@@ -71,11 +76,9 @@ def main(word: str) -> int:
     note = own / f"rank_{int(os.environ['RANK']):05d}.json"
     write_note(note, None, None)
     try:
-        from permafrost.launcher import cli
-
         code = cli.main(["train", *assignment.arguments])
     except BaseException as raised:
-        write_note(note, 1, f"{type(raised).__name__}: {raised}".partition("\n")[0])
+        write_note(note, FAILED, f"{type(raised).__name__}: {raised}".partition("\n")[0])
         raise
     write_note(note, code, None)
     return code
@@ -87,20 +90,16 @@ def write_note(path: Path, code: int | None, error: str | None) -> None:
     content = {
         "rank": int(os.environ["RANK"]),
         "pid": pid,
-        "started": process_state(pid)[1],
+        "started": process(pid).started,
         "code": code,
         "error": error,
     }
-    partial = path.with_suffix(".partial")
     try:
-        partial.write_text(json.dumps(content))
-        partial.replace(path)
+        write_atomically(path, json.dumps(content), durable=False)
     except OSError as problem:
         # The launch was ended meanwhile and took the folder away, or the disk is full: the rank's work is not at stake.
         print(f"warning: {path} could not be written: {problem}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    from permafrost.launcher.ranks.exit import run_and_leave
-
     run_and_leave(lambda: main(sys.argv[1]))

@@ -8,8 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from permafrost.launcher.cli import SAVED
-from permafrost.launcher.cluster.supervisor import LOST
+from permafrost.launcher.exit_codes import LOST, SAVED, USAGE_ERROR
 
 
 def batch_script(
@@ -47,7 +46,7 @@ def batch_script(
         f"# save and end before the time is up, with code {SAVED}: the same script, submitted again, goes on from there.",
         "",
         "set -u",
-        f"cd {shlex.quote(os.getcwd())} || exit 2",
+        f"cd {shlex.quote(os.getcwd())} || exit {USAGE_ERROR}",
         *(f"export {variable}={shlex.quote(value)}" for variable, value in exports.items()),
         "",
         f"final={shlex.quote(os.path.join(output, 'final.json'))}",
@@ -56,8 +55,8 @@ def batch_script(
         f"    srun --kill-on-bad-exit=1 {shlex.quote(sys.executable)} -u -m permafrost.launcher.train \\",
         f"        {shlex.join(arguments)}",
         "    code=$?",
-        f"    # Code 2 is a mistake, {SAVED} a signal that asked to end, and with its final.json a run has ended.",
-        f'    if [ "$code" -eq 2 ] || [ "$code" -eq {SAVED} ] || [ -e "$final" ]; then break; fi',
+        f"    # Code {USAGE_ERROR} is a mistake, {SAVED} a signal that asked to end, and with its final.json a run has ended.",
+        f'    if [ "$code" -eq {USAGE_ERROR} ] || [ "$code" -eq {SAVED} ] || [ -e "$final" ]; then break; fi',
         "done",
         "# Without its final.json the run has not ended, whatever the ranks said.",
         f'if [ "$code" -eq 0 ] && [ ! -e "$final" ]; then exit {LOST}; fi',

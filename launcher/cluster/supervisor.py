@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from permafrost.launcher.cli import SAVED
-from permafrost.launcher.cluster.connections import Agents
+from permafrost.launcher.cluster.connections import Connections
 from permafrost.launcher.cluster.hostfile import Node
 from permafrost.launcher.cluster.node_agent import LAST_WORDS
 from permafrost.launcher.cluster.starters import Starter
-
-DONE, FAILED, USAGE_ERROR, LOST = 0, 1, 2, 3
+from permafrost.launcher.exit_codes import DONE, FAILED, LOST, SAVED, USAGE_ERROR, of_signal
 
 START_LIMIT = 900.0
 """Seconds until every rank must have begun: imports from a slow shared disk take minutes."""
@@ -67,18 +65,18 @@ class Supervisor:
     """Watches one start of a launch until it has ended, and then ends whatever is left of it everywhere."""
 
     def __init__(
-        self, agents: Agents, nodes: Sequence[Node], starter: Starter, signals: Signals, patience: float
+        self, connections: Connections, nodes: Sequence[Node], starter: Starter, signals: Signals, patience: float
     ) -> None:
         """Take over a launch.
 
         Args:
-            agents: the nodes' in their order, watching; perhaps this machine's last.
+            connections: the nodes' in their order, whose agents watch; perhaps this machine's last.
             nodes: in rank order.
             starter: of the ranks.
             signals: sent to the launcher.
             patience: seconds that a node or rank may be silent, or a rank stopped.
         """
-        self._agents, self._nodes, self._starter, self._signals = agents, nodes, starter, signals
+        self._connections, self._nodes, self._starter, self._signals = connections, nodes, starter, signals
         self._patience = patience
         self._owner = [index for index, node in enumerate(nodes) for _ in range(node.slots)]
         self._begun = time.monotonic()
@@ -117,30 +115,30 @@ class Supervisor:
     def end(self) -> list[str]:
         """End every process of the launch on every node that answers. Returns what could not be ended, in words."""
         self._starter.end()
-        for agent in self._agents:
-            if time.monotonic() - agent.heard > self._patience:
-                agent.abandon()
-        requests = {index: {"do": "kill"} for index, agent in enumerate(self._agents) if not agent.ended}
-        answers = self._agents.ask_all(requests, KILL_LIMIT)
+        for connection in self._connections:
+            if time.monotonic() - connection.heard > self._patience:
+                connection.abandon()
+        requests = {index: {"do": "kill"} for index, connection in enumerate(self._connections) if not connection.ended}
+        answers = self._connections.ask_all(requests, KILL_LIMIT)
         problems = []
-        for index, agent in enumerate(self._agents):
+        for index, connection in enumerate(self._connections):
             answer = answers.get(index, "its connection is gone")
             if isinstance(answer, str):
                 problems.append(
-                    f"{agent.name}: {answer}: its processes are ended there within {self._patience + LAST_WORDS:g} s"
+                    f"{connection.name}: {answer}: its processes are ended there within {self._patience + LAST_WORDS:g} s"
                 )
             elif answer["left"]:
-                problems.append(f"{agent.name}: processes {answer['left']} did not end")
+                problems.append(f"{connection.name}: processes {answer['left']} did not end")
         return problems
 
     def _turn(self) -> None:
-        self._agents.poll(0.25)
+        self._connections.poll(0.25)
         now = time.monotonic()
         if now - self._pinged >= PING_EVERY:
             self._pinged = now
-            for agent in self._agents:
-                if not agent.ended:
-                    agent.ping()
+            for connection in self._connections:
+                if not connection.ended:
+                    connection.ping()
 
     def _settle(self, limit: float = GRACE) -> dict[int, dict[str, Any]]:
         """Give the others, and what started them, time to end and to say why; returns the ranks then."""
@@ -160,13 +158,13 @@ class Supervisor:
 
     def _ranks(self) -> dict[int, dict[str, Any]]:
         found = {}
-        for agent in list(self._agents)[: len(self._nodes)]:
-            for rank, record in (agent.report or {"report": {}})["report"].items():
+        for connection in list(self._connections)[: len(self._nodes)]:
+            for rank, record in (connection.report or {"report": {}})["report"].items():
                 found[int(rank)] = record
         return found
 
     def _has_final(self) -> bool:
-        report = self._agents[0].report
+        report = self._connections[0].report
         return report is not None and report["final"] is not None
 
     def _all_done(self, ranks: Mapping[int, Mapping[str, Any]]) -> bool:
@@ -195,12 +193,14 @@ class Supervisor:
 
     def _lost_nodes(self) -> list[str]:
         lost = []
-        for agent in self._agents:
-            silent = time.monotonic() - agent.heard
-            if agent.ended:
-                lost.append(f"{agent.name}: the connection ended: {agent.complaint()}")
+        for connection in self._connections:
+            silent = time.monotonic() - connection.heard
+            if connection.ended:
+                lost.append(f"{connection.name}: the connection ended: {connection.complaint()}")
             elif silent > self._patience:
-                lost.append(f"{agent.name} has not answered for {silent:.0f} s: the machine or the network is down")
+                lost.append(
+                    f"{connection.name} has not answered for {silent:.0f} s: the machine or the network is down"
+                )
         return lost
 
     def _lost_ranks(self, ranks: Mapping[int, Mapping[str, Any]]) -> list[str]:
@@ -242,8 +242,8 @@ class Supervisor:
         """Pass a signal on, and wait for the ranks, unless another one comes."""
         number = self._signals.received[0]
         passed = signal.SIGTERM if number in (signal.SIGINT, signal.SIGHUP) else number
-        for agent in list(self._agents)[: len(self._nodes)]:
-            agent.ask({"do": "signal", "signal": int(passed)})
+        for connection in list(self._connections)[: len(self._nodes)]:
+            connection.ask({"do": "signal", "signal": int(passed)})
         until = time.monotonic() + LAST_WORDS
         while time.monotonic() < until and len(self._signals.received) == 1:
             self._turn()
@@ -254,7 +254,7 @@ class Supervisor:
         if self._all_done(ranks):
             ending = self._judge(ranks)
             return Ending(ending.code, [f"the launcher received {signal.Signals(number).name}", *ending.reasons])
-        return Ending(128 + number, [f"the launcher received {signal.Signals(number).name}: every rank was ended"])
+        return Ending(of_signal(number), [f"the launcher received {signal.Signals(number).name}: every rank was ended"])
 
     def _node(self, rank: int) -> str:
         return self._nodes[self._owner[rank]].name

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from permafrost._nearest import nearest
 from permafrost.launcher.errors import RecipeError
+from permafrost.launcher.recipes.overrides import without_local_rank
 
 
 def device_name(text: str) -> str:
@@ -67,13 +68,6 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
         close = nearest(rest[0].split("=", 1)[0], known)
         parser.error(f"unknown argument {rest[0]!r}" + (f": did you mean {' or '.join(close)}?" if close else ""))
     return options
-
-
-def without_local_rank(args: Sequence[str]) -> list[str]:
-    """The arguments without the deepspeed launcher's `--local_rank=N`: processes learn their rank from LOCAL_RANK."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--local_rank", "--local-rank")
-    return parser.parse_known_args(list(args))[1]
 
 
 def split_recipe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, str, list[str]]:

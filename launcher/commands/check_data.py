@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from permafrost.data.errors import DataError
-from permafrost.launcher.cli import parse_experiment
 from permafrost.launcher.commands.arguments import split_recipe
+from permafrost.launcher.recipes.overrides import parse_experiment
 
 if TYPE_CHECKING:
     from permafrost.launcher.experiment import Experiment

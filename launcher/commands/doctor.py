@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from permafrost.launcher.commands.arguments import parse
 from permafrost.launcher.doctor import can_run_quickstart, diagnose, format_report
+from permafrost.launcher.exit_codes import DONE, FAILED
 
 
 def run(argv: Sequence[str]) -> int:
@@ -15,4 +16,4 @@ def run(argv: Sequence[str]) -> int:
     parse(argparse.ArgumentParser(prog="permafrost doctor", description=description), argv)
     report = diagnose()
     print(format_report(report))
-    return 0 if can_run_quickstart(report) else 1
+    return DONE if can_run_quickstart(report) else FAILED

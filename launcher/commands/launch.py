@@ -8,9 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from permafrost.launcher.cli import parse_experiment
+from permafrost.launcher.cluster.environment import forwarded, requested
+from permafrost.launcher.cluster.hostfile import read_hostfile
+from permafrost.launcher.cluster.launch import Launch, run_launch
+from permafrost.launcher.cluster.slurm import batch_script
 from permafrost.launcher.commands.arguments import add_device, add_resume, split_recipe
 from permafrost.launcher.errors import LaunchError
+from permafrost.launcher.machine import num_gpus
+from permafrost.launcher.ranks.division import micro_batch_size, require_mesh
+from permafrost.launcher.recipes.overrides import parse_experiment
+from permafrost.launcher.run.folder import RunFolder
 
 EPILOG = """RECIPE and its fields are those of `permafrost train`; every rank gets them as they are given here.
 
@@ -101,10 +108,6 @@ def run(argv: Sequence[str]) -> int:
     description = "Besides these fields: the options of `permafrost launch --help`."
     experiment = parse_experiment(recipe, fields, description=description, command="launch")
 
-    from permafrost.launcher.cluster.environment import forwarded
-    from permafrost.launcher.cluster.hostfile import read_hostfile
-    from permafrost.launcher.cluster.launch import Launch, run_launch
-
     if options.slurm is not None and options.hostfile is not None:
         raise LaunchError("--slurm and --hostfile exclude each other: Slurm chooses the nodes; give --num-nodes")
     if options.hostfile is not None and options.num_procs is not None:
@@ -143,12 +146,6 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _write_script(options: argparse.Namespace, experiment, recipe: str, fields: Sequence[str]) -> int:
-    from permafrost.launcher.cluster.environment import requested
-    from permafrost.launcher.cluster.node_agent import num_gpus
-    from permafrost.launcher.cluster.slurm import batch_script
-    from permafrost.launcher.ranks.division import micro_batch_size, require_mesh
-    from permafrost.launcher.run.folder import RunFolder
-
     num_nodes = options.num_nodes or 1
     num_procs = options.num_procs or num_gpus()
     if not num_procs:

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from permafrost.launcher.cli import parse_experiment
 from permafrost.launcher.commands.arguments import split_recipe
+from permafrost.launcher.exit_codes import DONE, FAILED
+from permafrost.launcher.recipes.overrides import parse_experiment
 
 if TYPE_CHECKING:
     from permafrost.launcher.plan.planner import Planner, Row
 
-NOTHING_FITS = 1
 EPILOG = """All numbers are of one rank and of one optimizer step. Nothing is downloaded, and no weights, data or GPU are needed.
 Not counted: CUDA's context, workspaces of its libraries, gaps of the allocator; 8 % of a GPU are left to them.
 Times are arithmetic at --tflops plus traffic at 300 GB/s in a node and 40 GB/s between nodes, one after the other; what is
@@ -95,7 +95,7 @@ def run(argv: Sequence[str]) -> int:
     else:
         _print_table(planner, rows, own)
         print("\n".join(conclusions(planner, rows, own, best, changes)))
-    return 0 if changes or any(map(planner.fits, rows)) else NOTHING_FITS
+    return DONE if changes or any(map(planner.fits, rows)) else FAILED
 
 
 def as_json(planner: Planner, rows: list[Row], own: Row, best: Row | None, changes: list[tuple[str, Row]]) -> Any:

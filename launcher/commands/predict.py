@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from permafrost.launcher.commands.arguments import add_checkpoint, add_device, parse, probability
+from permafrost.launcher.exit_codes import DONE, FAILED, USAGE_ERROR
 
 
 def run(argv: Sequence[str]) -> int:
@@ -50,4 +51,4 @@ def run(argv: Sequence[str]) -> int:
         num_failed, num_read = len(done.failures), len(done.pictures)
         listed = "".join(f"\n  {name}: {reason}" for name, reason in done.failures.items())
         print(f"error: {num_failed} of {num_failed + num_read} inputs could not be read:{listed}", file=sys.stderr)
-    return 0 if not done.failures else 1 if done.pictures else 2
+    return DONE if not done.failures else FAILED if done.pictures else USAGE_ERROR

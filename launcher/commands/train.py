@@ -6,8 +6,8 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from permafrost.launcher.cli import parse_experiment
 from permafrost.launcher.commands.arguments import add_device, add_resume, split_recipe
+from permafrost.launcher.recipes.overrides import parse_experiment
 from permafrost.launcher.run.folder import RunFolder
 
 EPILOG = """RECIPE is a name from `permafrost recipes`, package.module:function, or file.py:function.

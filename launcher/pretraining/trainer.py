@@ -11,8 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import platform
 import re
 import sys
 import time
@@ -20,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +25,8 @@ from torch import Tensor, nn
 from permafrost.data.cache import cache_folder
 from permafrost.data.worlds import glyphs
 from permafrost.launcher.errors import CheckpointError, RunFolderError, TrainingStopped
+from permafrost.launcher.files import replacing
+from permafrost.launcher.machine import versions_of
 from permafrost.launcher.pretraining.batches import DROP_PATH, difficulty_limit, generator, train_batches
 from permafrost.launcher.pretraining.config import PretrainExperiment
 from permafrost.launcher.pretraining.model import (
@@ -250,12 +249,8 @@ def save_checkpoint(
         "average": average.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(path) as partial:
+        torch.save(state, partial)
 
 
 def export(
@@ -294,8 +289,7 @@ def _open_run_folder(folder: Path, experiment: PretrainExperiment, resume: str, 
         raise RunFolderError(f"{folder} holds no checkpoint to resume: expected {checkpoint}")
     if not recipe_path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        record = {"recipe": asdict(experiment), "command": command, "versions": versions}
+        record = {"recipe": asdict(experiment), "command": command, "versions": versions_of(("torch", "numpy"))}
         recipe_path.write_text(json.dumps(record, indent=2) + "\n")
     return checkpoint if checkpoint.exists() else None
 
@@ -376,16 +370,3 @@ class _Log:
     def __exit__(self, *exception: object) -> None:
         self.file.close()
         self.board.close()
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python -m permafrost.launcher.pretraining.trainer RECIPE [--field value ...]`."""
-    from permafrost.launcher.cli import main as cli_main
-
-    return cli_main(["pretrain", *(sys.argv[1:] if argv is None else argv)])
-
-
-if __name__ == "__main__":
-    from permafrost.launcher.ranks.exit import run_and_leave
-
-    run_and_leave(main)

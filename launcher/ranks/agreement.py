@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from permafrost.launcher.cluster.node_agent import code_hash
 from permafrost.launcher.errors import LaunchError
+from permafrost.launcher.machine import code_hash
+from permafrost.launcher.provenance import versions
 from permafrost.launcher.recipes.serialise import CLASS_KEY, differing_fields, to_json
-from permafrost.launcher.run.folder import versions
 
 if TYPE_CHECKING:
     from permafrost.launcher.experiment import Experiment

@@ -14,9 +14,11 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from permafrost.launcher.exit_codes import FAILED, INTERRUPTED
+
 
 def run_and_leave(main: Callable[[], int | None]) -> NoReturn:
-    """Run a program and end the process with what it returns: None is 0, an exception 1 after its traceback.
+    """Run a program and end the process with what it returns: None is DONE, an exception FAILED after its traceback.
 
     Exit functions run and streams are flushed as ever; where torch was imported, the interpreter is not taken down.
     """
@@ -26,10 +28,9 @@ def run_and_leave(main: Callable[[], int | None]) -> NoReturn:
         code = error.code
         if isinstance(code, str):
             print(code, file=sys.stderr)
-            code = 1
+            code = FAILED
     except BaseException as error:
-        # 130 is what a shell says of a program that ended by Ctrl-C.
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
         sys.excepthook(type(error), error, error.__traceback__)
     if "torch" not in sys.modules:
         sys.exit(code)
@@ -39,5 +40,5 @@ def run_and_leave(main: Callable[[], int | None]) -> NoReturn:
             stream.flush()
         except (OSError, ValueError):
             # Whoever read it is gone; what was not read is not what this program is for.
-            code = code or 1
+            code = code or FAILED
     os._exit(code or 0)

@@ -25,6 +25,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from permafrost.launcher.files import write_atomically
+from permafrost.launcher.machine import process
+
 PHASES = ("start", "data", "backbone", "heads", "step", "checkpoint", "evaluate", "done", "lost", "failed")
 """In the order of a step. The last three are ends: done, to the last step or saved on a signal; lost, by the fault of
 another rank; failed, by an error of its own."""
@@ -76,8 +79,8 @@ class Beat:
     @property
     def is_running_here(self) -> bool:
         """Whether its process is one of this machine that has not ended."""
-        here = self.host == platform.node() and process_start(self.pid) == self.started
-        return here and _stat(self.pid, 0) != "Z"
+        own = process(self.pid)
+        return self.host == platform.node() and own.started == self.started and not own.has_ended
 
     def describe(self) -> str:
         """`rank 3 (pid 812 on node7)`."""
@@ -101,7 +104,7 @@ class Heartbeat:
         self._count = 0
         pid, now = os.getpid(), time.time()
         self._beat = Beat(
-            rank, world_size, platform.node(), pid, process_start(pid), 0, "start", now, now, interval=interval
+            rank, world_size, platform.node(), pid, process(pid).started, 0, "start", now, now, interval=interval
         )
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -165,18 +168,9 @@ class Heartbeat:
     def _write(self) -> None:
         self._count += 1
         content = asdict(replace(self._beat, time=time.time(), count=self._count))
-        partial = f"{self._path}.partial"
-        # Not synced to disk: after a power failure nobody is alive.
         try:
-            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            try:
-                text = json.dumps(content).encode()
-                complete = os.write(descriptor, text) == len(text)
-            finally:
-                os.close(descriptor)
-            if not complete:
-                raise OSError
-            os.replace(partial, self._path)
+            # After a power failure nobody is alive.
+            write_atomically(self._path, json.dumps(content), durable=False)
         except OSError:
             # A full disk takes no file, but a file's time.
             with contextlib.suppress(OSError):
@@ -275,7 +269,8 @@ def kill_culprits(culprits: Sequence[Culprit]) -> list[Culprit]:
         if beat is None or beat.pid == os.getpid() or beat.host != platform.node():
             continue
         # The start time tells the process from a later one with its number; the parent, from a foreign one.
-        if process_start(beat.pid) != beat.started or _parent(beat.pid) != os.getppid():
+        own = process(beat.pid)
+        if own.started != beat.started or own.parent != os.getppid():
             continue
         with contextlib.suppress(OSError):
             os.kill(beat.pid, signal.SIGKILL)
@@ -317,31 +312,14 @@ class Watch:
         ]
 
 
-def process_start(pid: int) -> str:
-    """When a process of this machine started, in the kernel's ticks since boot; "" if there is none."""
-    return _stat(pid, 19)
-
-
-def _parent(pid: int) -> int:
-    return int(_stat(pid, 1) or -1)
-
-
-def _stat(pid: int, index: int) -> str:
-    """A field of /proc/PID/stat, counted from the process's state, which comes after its name."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    return text.rpartition(")")[2].split()[index]
-
-
 def _process_fault(beat: Beat) -> str:
     """What this machine's kernel says of a rank; "" when it runs, or is elsewhere."""
     if beat.host != platform.node():
         return ""
-    if process_start(beat.pid) != beat.started or _stat(beat.pid, 0) == "Z":
+    own = process(beat.pid)
+    if own.started != beat.started or own.has_ended:
         return "is gone (its process has ended without a word: killed, or out of memory)"
-    if _stat(beat.pid, 0) in ("T", "t"):
+    if own.is_stopped:
         return "is stopped (by SIGSTOP or a debugger)"
     return ""
 

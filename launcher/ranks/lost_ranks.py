@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from permafrost.launcher.cli import FAILED
 from permafrost.launcher.errors import Interrupted, RankLost
+from permafrost.launcher.exit_codes import FAILED
 from permafrost.launcher.ranks.heartbeat import ENDS, Culprit, Heartbeat, Watch, find_culprits, kill_culprits
 
 if TYPE_CHECKING:

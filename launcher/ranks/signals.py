@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
+from permafrost.launcher.exit_codes import of_signal
+
 SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
 
 SAME = 2.0
@@ -79,7 +81,7 @@ class Interruption:
             self.received, self._when = number.name, now
         elif now - self._when > SAME:
             print(f"{number.name} again: ending at once", file=sys.stderr, flush=True)
-            os._exit(128 + number)
+            os._exit(of_signal(number))
 
 
 _reading = False

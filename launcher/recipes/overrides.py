@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import inspect
@@ -12,11 +13,12 @@ from typing import Any
 
 from permafrost._nearest import nearest
 from permafrost.launcher.errors import USER_ERRORS, RecipeError
+from permafrost.launcher.experiment import Experiment
 from permafrost.launcher.recipes.find import Recipe, build_recipe, find_recipe
 
 
 def apply_overrides(experiment: Any, args: Sequence[str], *, prog: str, description: str = "") -> Any:
-    """A copy of a recipe's experiment with fields replaced by dotted flags.
+    """Return a copy of a recipe's experiment with fields replaced by dotted flags.
 
     Flags follow the nesting: dataclass fields and dict keys joined by dots, words joined by `-` or `_`; a field that
         may be None takes `None`, a boolean `True` or `False`. Every dataclass is built anew, so every `__post_init__`
@@ -94,7 +96,7 @@ def _explain_unknown(unknown: list[str], experiment: Any, prog: str) -> str:
 
 
 def parse_recipe(recipe: str | Recipe, args: Sequence[str], *, kind: type, command: str, description: str = "") -> Any:
-    """A recipe's dataclass with the command line's overrides.
+    """Return a recipe's dataclass with the command line's overrides.
 
     Args:
         recipe: a name that find_recipe knows, or the function itself.
@@ -111,3 +113,29 @@ def parse_recipe(recipe: str | Recipe, args: Sequence[str], *, kind: type, comma
     name = recipe if isinstance(recipe, str) else function.__name__
     text = "\n\n".join(part for part in (inspect.getdoc(function) or "", description) if part)
     return apply_overrides(build_recipe(function, kind), args, prog=f"permafrost {command} {name}", description=text)
+
+
+def parse_experiment(
+    recipe: str | Recipe, args: Sequence[str], *, description: str = "", command: str = "train"
+) -> Experiment:
+    """Return a recipe's experiment with the command line's overrides.
+
+    Args:
+        recipe: a name that find_recipe knows, or the function itself.
+        args: `--field.sub value` pairs; `--local_rank=N`, which the deepspeed launcher adds to every process's
+            arguments, is ignored.
+        description: printed by --help after the recipe's own text.
+        command: whose arguments these are, for messages.
+
+    Raises:
+        RecipeError: no such recipe or field (with the nearest names), or values that contradict each other.
+        SystemExit: with 2 for a value of the wrong type (the message is on stderr), with 0 after --help.
+    """
+    return parse_recipe(recipe, without_local_rank(args), kind=Experiment, command=command, description=description)
+
+
+def without_local_rank(args: Sequence[str]) -> list[str]:
+    """Return the arguments without the deepspeed launcher's `--local_rank=N`: processes learn their rank from LOCAL_RANK."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--local_rank", "--local-rank")
+    return parser.parse_known_args(list(args))[1]

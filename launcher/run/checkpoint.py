@@ -30,7 +30,9 @@ from torch import Tensor, nn
 
 from permafrost.launcher.engines.base import HeadState
 from permafrost.launcher.errors import CheckpointError
-from permafrost.launcher.run.folder import RunFolder, sync_folder, versions, write_atomically
+from permafrost.launcher.files import sync, write_atomically
+from permafrost.launcher.provenance import versions
+from permafrost.launcher.run.folder import RunFolder
 
 FORMAT = 1
 STATE_FILE, HEAD_FILE, OPTIMIZER_FILE = "state.json", "head.safetensors", "optimizer.safetensors"
@@ -170,7 +172,7 @@ def save_checkpoint(
             # Only a damaged one that a resumed run passed over can be in the way.
             os.rename(target, run.checkpoints / f".removing_{target.name}")
         os.rename(partial, target)
-        sync_folder(run.checkpoints)
+        sync(run.checkpoints)
         write_atomically(run.latest, target.name + "\n")
     except SafetensorError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -307,9 +309,11 @@ def _write_folder(folder: Path, heads: Mapping[str, HeadState], state: TrainingS
             )
             # safetensors writes for the owner only; whoever may enter the folder may read what is in it.
             path.chmod(stat.S_IMODE(folder.stat().st_mode) & 0o666)
-            sha256 = _sync_and_hash(path)
+            sync(path)
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             files[f"{name}/{file_name}"] = {"sha256": sha256, "bytes": path.stat().st_size}
-        sync_folder(folder / name)
+        sync(folder / name)
     content = {
         "format": FORMAT,
         **asdict(state),
@@ -382,12 +386,6 @@ def _read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise DamagedCheckpoint(f"{path} does not have the checksum it was written with")
     return safetensors.torch.load(data)
-
-
-def _sync_and_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(content: Mapping[str, Any]) -> str:

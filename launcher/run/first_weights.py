@@ -18,9 +18,9 @@ from torch import Tensor
 from permafrost.heads.build import build_head
 from permafrost.heads.released import FILES, KNOWN, read_released
 from permafrost.launcher.errors import CheckpointError
+from permafrost.launcher.files import write_atomically
 from permafrost.launcher.run.checkpoint import HEAD_FILE, load_head
 from permafrost.launcher.run.fine_tune import FineTuned
-from permafrost.launcher.run.folder import write_atomically
 from permafrost.model.weights.formats import choose_state_dict
 from permafrost.model.weights.safe_pickle import read_pickle
 

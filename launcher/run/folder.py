@@ -14,33 +14,19 @@ import contextlib
 import fcntl
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import tempfile
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from permafrost.launcher.errors import RunFolderError
 from permafrost.launcher.experiment import Experiment
+from permafrost.launcher.files import append_json_line, read_json_lines, write_atomically
+from permafrost.launcher.provenance import surroundings
 from permafrost.launcher.recipes.serialise import MISSING, differing_fields, experiment_from_json, to_json
 
 RECIPE_FORMAT = 1
 RESUME_CHOICES = ("auto", "must", "never")
-PACKAGES = (
-    "permafrost",
-    "torch",
-    "torchvision",
-    "deepspeed",
-    "accelerate",
-    "timm",
-    "safetensors",
-    "pycocotools",
-    "numpy",
-)
 
 SMALL_FILES = 2**16
 """Bytes that must be free at a start, for what it writes besides checkpoints."""
@@ -340,92 +326,6 @@ class RunFolder:
     def _progress(self) -> str:
         folders = self.checkpoint_folders
         return f"{len(folders)} checkpoint(s), the newest {folders[0].name}" if folders else "no checkpoint yet"
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a small file: whoever reads it, whenever the power fails, finds the old or the new content."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames inside a folder survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def append_json_line(path: Path, content: dict[str, Any]) -> None:
-    """Append one JSON object as a line."""
-    with path.open("a") as file:
-        file.write(json.dumps(content) + "\n")
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; what is not one (a line cut off by a kill) is passed over."""
-    objects = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict):
-            objects.append(content)
-    return objects
-
-
-def versions() -> dict[str, str]:
-    """Version of Python and of every package that shapes a result; read from metadata, nothing is imported."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout this code runs from, "+changes" when files differ from it; None outside of one."""
-    checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / ".git").exists():
-        return None
-    head = _git(checkout, ["rev-parse", "HEAD"])
-    changes = _git(checkout, ["status", "--porcelain", "--untracked-files=no"])
-    return None if head is None else head + ("+changes" if changes else "")
-
-
-def surroundings() -> dict[str, Any]:
-    """When, where and with what this process was started."""
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": list(sys.argv),
-        "folder": os.getcwd(),
-        "host": platform.node(),
-        "system": platform.platform(),
-        "git_commit": git_commit(),
-        "versions": versions(),
-    }
-
-
-def _git(checkout: Path, arguments: list[str]) -> str | None:
-    try:
-        result = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _shown(value: Any) -> str:

@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from permafrost.launcher.files import read_json_lines, write_atomically
+
 if TYPE_CHECKING:
     import numpy as np
     from rich.progress import Progress
@@ -229,8 +231,6 @@ class JsonLines:
 
     def drop_after(self, step: int) -> None:
         """Before the first `record`: remove the lines of later steps, and what is no JSON (the end of a killed run)."""
-        from permafrost.launcher.run.folder import read_json_lines, write_atomically
-
         if self.path.is_file():
             kept = [line for line in read_json_lines(self.path) if line.get("step", 0) <= step]
             write_atomically(self.path, b"".join(map(_encode, kept)).decode())

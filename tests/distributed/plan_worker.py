@@ -17,10 +17,10 @@ from torch import Tensor
 
 from permafrost.data.stream.loader import collate
 from permafrost.data.types import SampleKey
-from permafrost.launcher.cli import parse_experiment
 from permafrost.launcher.engines.choose import build_engine
 from permafrost.launcher.ranks.exit import run_and_leave
 from permafrost.launcher.ranks.process_group import join_process_group
+from permafrost.launcher.recipes.overrides import parse_experiment
 from permafrost.launcher.run.offload import ActivationOffload
 from permafrost.launcher.run.parts import build_backbone, join_heads
 from permafrost.launcher.train import head_losses

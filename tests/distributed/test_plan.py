@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from permafrost.launcher.cli import parse_experiment
 from permafrost.launcher.plan.planner import Machines, Planner, Row
+from permafrost.launcher.recipes.overrides import parse_experiment
 
 pytestmark = pytest.mark.slow  # groups of processes, started for minutes in all
 

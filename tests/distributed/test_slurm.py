@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from permafrost.launcher.cli import SAVED
+from permafrost.launcher.exit_codes import SAVED
 
 pytestmark = pytest.mark.slow  # daemons, and groups of processes
 

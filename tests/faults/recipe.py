@@ -176,7 +176,7 @@ def prepare(fault: dict[str, Any]) -> None:
         "save_begins": (checkpoint, "_write_folder"),
         "save_tensors": (checkpoint, "_digest"),
         "save_complete": (checkpoint.os, "rename"),
-        "save_renamed": (checkpoint, "sync_folder"),
+        "save_renamed": (checkpoint, "sync"),
     }
     before(*places[fault["at"]], deed(fault), fault.get("number", 1))
 

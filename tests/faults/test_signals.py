@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from permafrost.launcher.cli import SAVED
+from permafrost.launcher.exit_codes import SAVED
 from permafrost.launcher.ranks.signals import SAME, Interruption
 
 

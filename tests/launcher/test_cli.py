@@ -21,8 +21,9 @@ import pytest
 from PIL import Image
 
 from permafrost.launcher import cli
-from permafrost.launcher.cli import COMMANDS, main, parse_experiment
+from permafrost.launcher.cli import COMMANDS, main
 from permafrost.launcher.recipes.find import list_recipes
+from permafrost.launcher.recipes.overrides import parse_experiment
 
 RECIPE = f"{Path(__file__).with_name('tiny_recipe.py')}:tiny"
 PROGRAM = str(Path(sys.executable).with_name("permafrost"))

@@ -52,7 +52,7 @@ def test_it_reports_this_machine_in_time(capsys: pytest.CaptureFixture[str]) -> 
 def test_packages_that_lack_or_break(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {package: "99.1" for package, _, _, _ in doctor.PACKAGES}
     versions.update(torch="2.3.1+cpu", timm=None, pycocotools=None)
-    monkeypatch.setattr(doctor, "_version", versions.get)
+    monkeypatch.setattr(doctor, "version_of", versions.get)
     probed = {**HEALTHY, "torchvision": "RuntimeError: operator torchvision::nms does not exist", "decord": "killed"}
     found = by_name(doctor.check_packages(probed))
     assert found["numpy"] == Check("numpy", "ok", "99.1")

@@ -18,9 +18,10 @@ from permafrost.data.detection.inputs import DetectionInputs
 from permafrost.data.detection.types import DetectionResult
 from permafrost.data.pictures.draw import class_color
 from permafrost.data.task import IMAGE_SUFFIXES
-from permafrost.launcher.cli import main, parse_experiment
+from permafrost.launcher.cli import main
 from permafrost.launcher.errors import CheckpointError, RunFolderError
 from permafrost.launcher.predict import find_inputs, picture_names, predict_run
+from permafrost.launcher.recipes.overrides import parse_experiment
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from permafrost.data.detection.server import server_files
-from permafrost.launcher.cli import main, parse_experiment
+from permafrost.launcher.cli import main
+from permafrost.launcher.recipes.overrides import parse_experiment
 from permafrost.launcher.train import train
 
 RECIPE = f"{Path(__file__).with_name('tiny_recipe.py')}:tiny"

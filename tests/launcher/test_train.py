@@ -34,7 +34,7 @@ from permafrost.heads.base import Head, world_mean_counts
 from permafrost.heads.detection.config import MaskRCNNConfig
 from permafrost.launcher.errors import CheckpointError, RecipeError, RunFolderError, TrainingStopped
 from permafrost.launcher.experiment import EngineConfig, Experiment, HeadExperiment
-from permafrost.launcher.run.folder import read_json_lines
+from permafrost.launcher.files import read_json_lines
 from permafrost.launcher.train import train
 from permafrost.model.config import BackboneConfig
 

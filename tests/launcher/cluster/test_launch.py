@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from permafrost.launcher.cli import SAVED, main
+from permafrost.launcher import machine
+from permafrost.launcher.cli import main
 from permafrost.launcher.cluster import node_agent
+from permafrost.launcher.cluster.connections import agent_program
 from permafrost.launcher.cluster.hostfile import Node
 from permafrost.launcher.cluster.preflight import _hardware_problems
+from permafrost.launcher.exit_codes import SAVED
 
 TINY = f"{Path(__file__).parents[1] / 'tiny_recipe.py'}:tiny"
 LAUNCH = (str(Path(sys.executable).with_name("permafrost")), "launch")
@@ -54,7 +57,7 @@ def launched(tmp_path, request):
         assert len(ranks) == 2
         yield launcher, ranks, output
         until = time.monotonic() + 5
-        while any(node_agent.process_state(rank)[0] not in ("", "Z") for rank in ranks):
+        while not all(machine.process(rank).has_ended for rank in ranks):
             assert time.monotonic() < until, "a rank is left"
             time.sleep(0.1)
     finally:
@@ -86,7 +89,7 @@ def test_killed_launcher(launched):
     os.kill(ranks[0], signal.SIGSTOP)
     launcher.kill()
     until = time.monotonic() + node_agent.LAST_WORDS + 10
-    while any(node_agent.process_state(rank)[0] not in ("", "Z") for rank in ranks):
+    while not all(machine.process(rank).has_ended for rank in ranks):
         assert time.monotonic() < until
         time.sleep(0.1)
 
@@ -117,7 +120,7 @@ def test_refused(options, message, tmp_path, monkeypatch, capsys):
 
 
 def test_agent_answers_over_a_pipe(tmp_path):
-    """The agent needs nothing but its source and a Python: no package, no folder of ours."""
+    """The agent needs nothing but what it is sent and a Python: no package, no folder of ours."""
     facts = {
         "do": "facts",
         "folder": str(tmp_path),
@@ -127,15 +130,16 @@ def test_agent_answers_over_a_pipe(tmp_path):
         "files": [],
     }
     requests = [{**facts, "paths": [str(tmp_path), "/nowhere"], "rooms": [str(tmp_path / "new")]}, {"do": "end"}]
+    program, sources = agent_program()
     result = subprocess.run(
-        [sys.executable, "-S", node_agent.__file__],
-        input="".join(json.dumps(request) + "\n" for request in requests),
+        # Without site-packages, PYTHONPATH and the current folder.
+        [sys.executable, "-I", "-S", *program],
+        input=sources + "".join(json.dumps(request) + "\n" for request in requests).encode(),
         capture_output=True,
-        text=True,
         timeout=60,
     )
     assert result.returncode == 0, result.stderr
-    (line,) = result.stdout.splitlines()
+    (line,) = result.stdout.decode().splitlines()
     answer = json.loads(line.removeprefix(node_agent.MARK))
     assert answer["versions"]["torch"] == "not installed"
     assert answer["code"] == ""
@@ -164,8 +168,8 @@ def test_every_gpu_that_is_left_is_used(variables, count, monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(node_agent, "_nvidia_gpus", lambda: 4)
-    assert node_agent.num_gpus() == count
+    monkeypatch.setattr(machine, "_nvidia_gpus", lambda: 4)
+    assert machine.num_gpus() == count
     # The number of ranks, as the launcher itself counts them: groups of 4 fit into four ranks alone, and a batch of 5 into none.
     assert main(["launch", TINY, "--mesh.tensor", "4", "--loop.global-batch", "5", "--output", "/proc/run"]) == 2
     said = capsys.readouterr().err
@@ -190,4 +194,4 @@ def test_slots_of_a_node(fact, uses_gpus, problem):
 
 @pytest.mark.gpu
 def test_gpus_are_counted_as_torch_counts_them():
-    assert node_agent.num_gpus() == torch.cuda.device_count()
+    assert machine.num_gpus() == torch.cuda.device_count()

@@ -10,9 +10,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from permafrost.launcher.cli import main, parse_experiment
+from permafrost.launcher.cli import main
 from permafrost.launcher.plan.backbone import degrees_of, plan_backbone, spec_of, windows_of
 from permafrost.launcher.plan.planner import Machines, Planner
+from permafrost.launcher.recipes.overrides import parse_experiment
 from permafrost.model.config import BackboneConfig
 
 RECIPE = f"{Path(__file__).parents[1] / 'tiny_recipe.py'}:tiny"

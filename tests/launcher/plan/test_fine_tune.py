@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from permafrost.launcher.cli import parse_experiment
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.plan.advice import remedies
 from permafrost.launcher.plan.backbone import plan_backbone
 from permafrost.launcher.plan.engines import EnginePlan
 from permafrost.launcher.plan.fine_tune import plan_trained
 from permafrost.launcher.plan.planner import Machines, Planner
+from permafrost.launcher.recipes.overrides import parse_experiment
 from permafrost.model.config import BackboneConfig
 from permafrost.model.spec import SWINV2_SIZES
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from permafrost.heads.build import build_head
 from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, RPNConfig
 from permafrost.heads.necks.config import FPNConfig
-from permafrost.launcher.cli import main, parse_experiment
+from permafrost.launcher.cli import main
 from permafrost.launcher.plan import head as plan_head_module
 from permafrost.launcher.plan.advice import recommend, remedies
 from permafrost.launcher.plan.backbone import plan_backbone, windows_of
@@ -27,6 +27,7 @@ from permafrost.launcher.plan.batches import PlannedData
 from permafrost.launcher.plan.engines import EnginePlan
 from permafrost.launcher.plan.head import HeadRun, plan_head
 from permafrost.launcher.plan.planner import Layout, Machines, Planner
+from permafrost.launcher.recipes.overrides import parse_experiment
 from permafrost.model.config import BackboneConfig
 from permafrost.model.spec import SWINV2_SIZES
 from permafrost.model.split.tensor_parallel import is_split

@@ -22,12 +22,13 @@ from permafrost.heads.segmentation.config import (
     TransformerDecoderConfig,
 )
 from permafrost.heads.video.config import GlobalVideoConfig, LinearVideoConfig, TemporalVideoConfig
-from permafrost.launcher.cli import main, parse_experiment
+from permafrost.launcher.cli import main
 from permafrost.launcher.plan.backbone import plan_backbone, windows_of
 from permafrost.launcher.plan.batches import PlannedData
 from permafrost.launcher.plan.fine_tune import plan_trained
 from permafrost.launcher.plan.head import HeadRun, plan_head
 from permafrost.launcher.plan.planner import Machines, Planner
+from permafrost.launcher.recipes.overrides import parse_experiment
 from permafrost.model.config import BackboneConfig
 from permafrost.model.spec import SWINV2_SIZES
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from permafrost.launcher.machine import process
 from permafrost.launcher.ranks.heartbeat import (
     Beat,
     Culprit,
@@ -23,7 +24,6 @@ from permafrost.launcher.ranks.heartbeat import (
     beat_path,
     find_culprits,
     kill_culprits,
-    process_start,
     read_beats,
 )
 
@@ -61,7 +61,7 @@ def test_a_rank_beats_without_being_called(tmp_path: Path) -> None:
     assert content["time"] == pytest.approx(time.time(), abs=2)
     expected = {"rank": 3, "world_size": 4, "step": 7, "phase": "backbone", "pid": os.getpid(), "host": platform.node()}
     assert {name: content[name] for name in expected} == expected
-    assert content["started"] == process_start(os.getpid()) != ""
+    assert content["started"] == process(os.getpid()).started != ""
     heartbeat.close("lost", "rank 1 is gone")
     heartbeat.close()
     (last,) = read_beats(tmp_path / "heartbeats")
@@ -99,7 +99,7 @@ def test_a_full_disk_does_not_look_like_death(tmp_path: Path, monkeypatch: pytes
     watch = Watch(tmp_path)
     watch.poll()
     # A folder in the way of the file that is written first: nothing new can be written, as on a full disk.
-    os.mkdir(tmp_path / "rank_00000.json.partial")
+    os.mkdir(tmp_path / ".rank_00000.json.partial")
     time.sleep(0.1)
     before = beat_path(tmp_path, 0).read_bytes()
     watch.poll()
@@ -185,7 +185,7 @@ def test_the_stuck_rank_is_found(beats: list[Beat], expected: list[str]) -> None
 
 
 def test_the_kernel_knows_what_became_of_a_process(sleeper: subprocess.Popen) -> None:
-    here = {"host": platform.node(), "pid": sleeper.pid, "started": process_start(sleeper.pid)}
+    here = {"host": platform.node(), "pid": sleeper.pid, "started": process(sleeper.pid).started}
     running = beat(1, **here)
     assert culprits(beat(0, phase="data"), running, beat(2)) == culprits(beat(0, phase="data"), beat(2), running)
     sleeper.send_signal(signal.SIGSTOP)
@@ -208,14 +208,14 @@ def test_only_siblings_on_this_machine_are_killed(sleeper: subprocess.Popen) -> 
         "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], stdout=subprocess.DEVNULL).pid)"
     )
     orphan = int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60).stdout)
-    own = {"host": platform.node(), "pid": sleeper.pid, "started": process_start(sleeper.pid)}
-    foreign = {**own, "pid": orphan, "started": process_start(orphan)}
+    own = {"host": platform.node(), "pid": sleeper.pid, "started": process(sleeper.pid).started}
+    foreign = {**own, "pid": orphan, "started": process(orphan).started}
     spared = [
         beat(1, **{**own, "host": "elsewhere"}),
         beat(1, **{**own, "started": "1"}),
         beat(1, **foreign),  # another parent's
         beat(1, **own),  # a child of this process, not a sibling
-        beat(1, host=platform.node(), pid=os.getpid(), started=process_start(os.getpid())),
+        beat(1, host=platform.node(), pid=os.getpid(), started=process(os.getpid()).started),
     ]
     try:
         assert kill_culprits([Culprit(1, one, "is stuck") for one in spared] + [Culprit(2, None, "is missing")]) == []

@@ -12,11 +12,12 @@ import pytest
 
 from permafrost.launcher.cli import main
 from permafrost.launcher.errors import RunFolderError
+from permafrost.launcher.files import read_json_lines
 from permafrost.launcher.recipes import old_runs
 from permafrost.launcher.recipes.find import build_recipe
 from permafrost.launcher.recipes.old_runs import OldValue
 from permafrost.launcher.recipes.serialise import PACKAGES, experiment_from_json, public_name, to_json
-from permafrost.launcher.run.folder import RunFolder, read_json_lines
+from permafrost.launcher.run.folder import RunFolder
 
 BEFORE = Path(__file__).with_name("before")
 RECIPE = f"{BEFORE / 'recipe.py'}:before"

@@ -23,10 +23,10 @@ from permafrost.launcher.engines.choose import build_engine
 from permafrost.launcher.errors import CheckpointError, RecipeError, RunFolderError
 from permafrost.launcher.evaluate import evaluate_run
 from permafrost.launcher.experiment import EngineConfig, Experiment, MeshConfig, OptimizerConfig
+from permafrost.launcher.files import read_json_lines
 from permafrost.launcher.predict import predict_run
 from permafrost.launcher.ranks.process_group import ProcessGroup
 from permafrost.launcher.run.fine_tune import FineTuned
-from permafrost.launcher.run.folder import read_json_lines
 from permafrost.launcher.run.parts import build_heads, join_heads
 from permafrost.launcher.run.restore import load_trained
 from permafrost.launcher.train import train
@@ -177,7 +177,7 @@ def test_a_run_that_was_killed_resumes_bitwise(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the tiny recipe, its backbone trained."""
-    from permafrost.launcher.cli import parse_experiment
+    from permafrost.launcher.recipes.overrides import parse_experiment
 
     recipe = f"{Path(__file__).parents[1] / 'tiny_recipe.py'}:tiny"
     output = tmp_path_factory.mktemp("fine_tune") / "run"

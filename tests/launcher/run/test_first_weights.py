@@ -12,8 +12,9 @@ import torch
 
 from permafrost.data.detection.config import CocoDataConfig, JitterConfig
 from permafrost.heads.necks.config import BiFPNConfig
-from permafrost.launcher.cli import main, parse_experiment
+from permafrost.launcher.cli import main
 from permafrost.launcher.errors import CheckpointError, WeightsError
+from permafrost.launcher.recipes.overrides import parse_experiment
 from permafrost.launcher.run.checkpoint import load_head
 from permafrost.launcher.run.first_weights import class_tensors, read_source, take_over
 from permafrost.launcher.run.parts import build_heads

@@ -17,8 +17,10 @@ from permafrost.configs.coco import swinv2_base_fpn
 from permafrost.heads.detection.config import MaskRCNNConfig
 from permafrost.launcher.errors import RecipeError, RunFolderError
 from permafrost.launcher.experiment import EngineConfig, Experiment
+from permafrost.launcher.files import read_json_lines, write_atomically
+from permafrost.launcher.provenance import versions
 from permafrost.launcher.recipes.serialise import differing_fields, experiment_from_json, to_json
-from permafrost.launcher.run.folder import RunFolder, read_json_lines, versions, write_atomically
+from permafrost.launcher.run.folder import RunFolder
 
 
 @dataclass
