@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from permafrost.data.detection.types import DetectionResult
 from permafrost.data.types import Batch
 
 LossCounts = Callable[[str, Tensor], Tensor]
@@ -18,7 +19,7 @@ for the same names in the same order, once each in a forward."""
 
 
 def world_mean_counts(name: str, count: Tensor) -> Tensor:
-    """The default LossCounts: the mean of `count` over all ranks, at least a share of 1.
+    """Return the mean of `count` over all ranks, at least a share of 1: the default LossCounts.
 
     Engines average gradients over ranks, so sum_r(loss_r) / world with loss_r = sum_r / (total / world) is sum / total.
     The floor of 1 / world keeps a global batch without any positive at loss 0 instead of 0 / 0.
@@ -40,8 +41,8 @@ class Head(nn.Module):
 
     def forward(
         self, features: Sequence[Tensor], batch: Batch, counts: LossCounts = world_mean_counts
-    ) -> dict[str, Tensor] | list[DetectionResult]:
-        """Losses in training mode, results in evaluation mode.
+    ) -> dict[str, Tensor] | list[Any]:
+        """Return losses in training mode, results in evaluation mode.
 
         Args:
             features: one (B, C_i, H/s_i, W/s_i) map per level, in the backbone's dtype.
@@ -49,9 +50,19 @@ class Head(nn.Module):
             counts: see LossCounts.
 
         Returns:
-            training: named float32 scalars whose sum is the loss; evaluation: one result per image.
+            training: named float32 scalars whose sum is the loss; evaluation: one result of the task per image.
         """
         raise NotImplementedError
+
+    def kernels_of(self, device_type: str) -> AbstractContextManager[None]:
+        """Return a context in which forward and backward on a CPU hold what they would hold on such a device, for a plan.
+
+        Whatever computes in another way on a CPU than elsewhere, and needs other memory for it, is to be overridden here.
+
+        Args:
+            device_type: "cuda" or "cpu".
+        """
+        return nullcontext()
 
 
 @dataclass

@@ -72,7 +72,7 @@ class CascadeMaskRCNN(TwoStageHead):
     def region_losses(
         self, pyramid: Sequence[Tensor], proposals: Sequence[Tensor], batch: Batch, counts: LossCounts
     ) -> dict[str, Tensor]:
-        """See TwoStageHead."""
+        """Return the losses of the semantic branch, if there is one, and of every stage."""
         losses: dict[str, Tensor] = {}
         maps = RegionMaps(self.pooled_levels(pyramid), None)
         if self.semantic is not None:
@@ -133,7 +133,7 @@ class CascadeMaskRCNN(TwoStageHead):
         return self.masks[stage].logits(features, regions.labels).to(regions.boxes.dtype)
 
     def results(self, pyramid: Sequence[Tensor], proposals: Sequence[Tensor], batch: Batch) -> list[DetectionResult]:
-        """See TwoStageHead."""
+        """Return the boxes of each image with their masks."""
         maps = RegionMaps(self.pooled_levels(pyramid), None)
         if self.semantic is not None:
             _, maps.embedding = self.semantic(pyramid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor
 from permafrost.data.detection.types import DetectionResult
 from permafrost.data.types import Batch
 from permafrost.heads.base import Head, LossCounts, world_mean_counts
+from permafrost.heads.detection import roi_align
 from permafrost.heads.detection.roi import BoxBranch, Detections, MaskBranch, RegionSamples, join, sample_regions
 from permafrost.heads.detection.rpn import RPN
 from permafrost.heads.necks.build import Neck
 
 
 class TwoStageHead(Head):
-    """What heads have in common that find proposals on a pyramid first and look into each then.
+    """Base of the heads that find proposals on a pyramid first and then look into each.
 
     In training it returns `loss_rpn_objectness` and `loss_rpn_box`, a sum over this batch divided by what `counts` makes of
     `rpn_samples`, and then the losses of the regions; in evaluation one DetectionResult per image.
@@ -39,7 +41,7 @@ class TwoStageHead(Head):
     def forward(
         self, features: Sequence[Tensor], batch: Batch, counts: LossCounts = world_mean_counts
     ) -> dict[str, Tensor] | list[DetectionResult]:
-        """Losses in training mode, results in evaluation mode; see Head."""
+        """Return losses in training mode, results in evaluation mode, as every head does."""
         pyramid = self.neck(features)
         output = self.rpn(pyramid)
         proposals = self.rpn.propose(output, batch)
@@ -49,23 +51,27 @@ class TwoStageHead(Head):
             return losses
         return self.results(pyramid, proposals, batch)
 
+    def kernels_of(self, device_type: str) -> AbstractContextManager[None]:
+        """Return the context of RoIAlign's kernels."""
+        return roi_align.kernels_of(device_type)
+
     def region_losses(
         self, pyramid: Sequence[Tensor], proposals: Sequence[Tensor], batch: Batch, counts: LossCounts
     ) -> dict[str, Tensor]:
-        """Named losses of the second stage."""
+        """Return the named losses of the second stage."""
         raise NotImplementedError
 
     def results(self, pyramid: Sequence[Tensor], proposals: Sequence[Tensor], batch: Batch) -> list[DetectionResult]:
-        """One result per image."""
+        """Return one result per image."""
         raise NotImplementedError
 
     def pooled_levels(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
-        """The levels that regions are pooled from."""
+        """Return the levels that regions are pooled from."""
         # RoIAlign reads rows channel by channel; one copy here serves all branches.
         return [level.contiguous() for level in pyramid[: self.neck.num_backbone_levels]]
 
     def sample(self, proposals: Sequence[Tensor], batch: Batch, box: BoxBranch, purpose: str = "roi") -> RegionSamples:
-        """What of the proposals a branch learns from."""
+        """Return what of the proposals a branch learns from."""
         return sample_regions(
             proposals,
             batch,
@@ -96,7 +102,7 @@ class MaskRCNN(TwoStageHead):
     def region_losses(
         self, pyramid: Sequence[Tensor], proposals: Sequence[Tensor], batch: Batch, counts: LossCounts
     ) -> dict[str, Tensor]:
-        """See TwoStageHead."""
+        """Return the losses of the box and the mask branch."""
         levels = self.pooled_levels(pyramid)
         samples = self.sample(proposals, batch, self.box)
         logits, deltas = self.box(levels, *join(list(samples.boxes)))
@@ -105,7 +111,7 @@ class MaskRCNN(TwoStageHead):
         return losses
 
     def results(self, pyramid: Sequence[Tensor], proposals: Sequence[Tensor], batch: Batch) -> list[DetectionResult]:
-        """See TwoStageHead."""
+        """Return the boxes of each image with their masks."""
         levels = self.pooled_levels(pyramid)
         logits, deltas = self.box(levels, *join(proposals))
         detections = self.box.detect(logits.softmax(dim=-1)[:, :-1], deltas, proposals, batch)
@@ -116,7 +122,7 @@ class MaskRCNN(TwoStageHead):
 
 
 def typed_results(detections: Sequence[Detections], masks: Tensor, batch: Batch) -> list[DetectionResult]:
-    """Detections and the (R, M, M) masks of all of them as one float32 result per image."""
+    """Return detections and the (R, M, M) masks of all of them as one float32 result per image."""
     return [
         DetectionResult(
             image_id=target.image_id,

@@ -9,6 +9,8 @@ Shapes: B images, C channels, H W size of the map, R regions, S side of the pool
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +41,19 @@ def roi_align(
     if level.device.type == "cpu" and level.requires_grad and level.shape[-2] * level.shape[-1] <= MAX_DENSE_CELLS:
         return _DenseGradient.apply(level, regions, resolution, spatial_scale, sampling_ratio, aligned)
     return torchvision.ops.roi_align(level, regions, resolution, spatial_scale, sampling_ratio, aligned)
+
+
+@contextmanager
+def kernels_of(device_type: str) -> Iterator[None]:
+    """Compute on a CPU with the kernels of such a device: the gradient by matrix products takes more memory than the others'."""
+    global MAX_DENSE_CELLS
+    limit = MAX_DENSE_CELLS
+    if device_type != "cpu":
+        MAX_DENSE_CELLS = 0
+    try:
+        yield
+    finally:
+        MAX_DENSE_CELLS = limit
 
 
 def bin_weights(start: Tensor, end: Tensor, *, num_bins: int, num_cells: int, sampling_ratio: int) -> Tensor:

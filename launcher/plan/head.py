@@ -9,8 +9,7 @@ attention over all of one grows with the square of its size: of those only fewer
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 from permafrost.heads.base import Head
-from permafrost.heads.detection import roi_align
 from permafrost.launcher.experiment import OffloadMode
 from permafrost.launcher.plan.batches import PlannedData
 from permafrost.launcher.plan.trace import Trace
@@ -158,7 +156,7 @@ def _run_head(run: HeadRun, batch_size: int, side: int) -> HeadPlan:
             trace.take_peak()
             taken = kept.take()
             autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=run.precision == "bfloat16")
-            with _kernels_of(run.device_type):
+            with head.kernels_of(run.device_type):
                 with offload.saving(head, kept, taken), autocast:
                     losses = head(taken, batch, _own_counts)
                 del taken
@@ -182,18 +180,6 @@ def _run_head(run: HeadRun, batch_size: int, side: int) -> HeadPlan:
 def _own_counts(name: str, count: Tensor) -> Tensor:
     """LossCounts of this process alone: a plan may be made while other ranks do something else."""
     return count.float().clamp(min=1.0)
-
-
-@contextmanager
-def _kernels_of(device_type: str) -> Iterator[None]:
-    """On a CPU small maps have a gradient of RoIAlign of their own, which takes more memory than the others' kernel."""
-    limit = roi_align.MAX_DENSE_CELLS
-    if device_type != "cpu":
-        roi_align.MAX_DENSE_CELLS = 0
-    try:
-        yield
-    finally:
-        roi_align.MAX_DENSE_CELLS = limit
 
 
 class _MapsOf(SimpleNamespace):

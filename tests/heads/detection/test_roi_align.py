@@ -69,3 +69,14 @@ def test_bin_weights_by_hand():
     # Two samples per bin: 0.75 and 1.25, 1.75 and 2.25.
     weights = bin_weights(start, end, num_bins=2, num_cells=4, sampling_ratio=2)
     assert weights.tolist() == [[[0.125, 0.75, 0.125, 0], [0, 0.125, 0.75, 0.125]]]
+
+
+def test_a_plan_for_a_gpu_uses_the_kernels_own_gradient():
+    level = torch.zeros(1, 2, 8, 8, requires_grad=True)
+    region = torch.tensor([[0.0, 0.0, 0.0, 16.0, 16.0]])
+    options = {"spatial_scale": 0.25, "sampling_ratio": 2, "aligned": True}
+    with module.kernels_of("cuda"):
+        assert "DenseGradient" not in type(roi_align(level, region, 7, **options).grad_fn).__name__
+    with module.kernels_of("cpu"):
+        assert "DenseGradient" in type(roi_align(level, region, 7, **options).grad_fn).__name__
+    assert module.MAX_DENSE_CELLS > 0
