@@ -21,7 +21,6 @@ from permafrost.data.stream.loader import WorkerError, train_loader
 from permafrost.data.stream.sampler import GlobalStream
 from permafrost.heads.base import world_mean_counts
 from permafrost.launcher.errors import USER_ERRORS
-from permafrost.launcher.evaluate import Metrics, metrics_table
 from permafrost.launcher.plan.out_of_memory import memory_explained
 from permafrost.launcher.ranks.agreement import require_same_program
 from permafrost.launcher.ranks.division import micro_batch_size
@@ -37,6 +36,7 @@ from permafrost.launcher.run.monitor import Monitor
 from permafrost.launcher.run.offload import ActivationOffload, KeptFeatures
 from permafrost.launcher.run.parts import build_parts
 from permafrost.launcher.run.pictures import Pictures
+from permafrost.launcher.run.scoring import Metrics, metrics_table
 from permafrost.launcher.run.session import (
     Session,
     Trainee,

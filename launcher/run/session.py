@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from permafrost.launcher.engines.base import Engine, HeadState
 from permafrost.launcher.engines.choose import build_engine
 from permafrost.launcher.errors import CheckpointError, Interrupted, RecipeError, TrainingStopped
-from permafrost.launcher.evaluate import Metrics, evaluate_heads, metrics_table
 from permafrost.launcher.files import write_atomically
 from permafrost.launcher.run.checkpoint import Checkpoint, TrainingState, is_finite, save_checkpoint
 from permafrost.launcher.run.ema import Average
 from permafrost.launcher.run.meters import CommunicationMeter, Stopwatch, Window
 from permafrost.launcher.run.parts import TrainingParts
+from permafrost.launcher.run.scoring import Metrics, evaluate_heads, metrics_table
 
 if TYPE_CHECKING:
     from permafrost.data.stream.records import ReplacementTracker

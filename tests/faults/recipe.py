@@ -160,8 +160,8 @@ def prepare(fault: dict[str, Any]) -> None:
     """Put a fault into this process."""
     if fault.get("rank", 0) != int(os.environ.get("RANK", 0)):
         return
-    import permafrost.launcher.evaluate as evaluation
     import permafrost.launcher.run.checkpoint as checkpoint
+    import permafrost.launcher.run.scoring as scoring
     import permafrost.launcher.run.session as session
     import permafrost.launcher.train as loop
 
@@ -169,7 +169,7 @@ def prepare(fault: dict[str, Any]) -> None:
         # The heads' step of the number-th step, before anything is reduced.
         "step": (loop, "head_losses"),
         # The main rank has every rank's results and scores them, which the others wait for.
-        "score": (evaluation, "_score"),
+        "score": (scoring, "_score"),
         "evaluate": (session, "evaluate_heads"),
         # Points of a save: nothing written, the tensors' files written, the folder complete under its other name, the
         # folder in its place but `latest` at the one before.

@@ -22,11 +22,12 @@ from permafrost.data.detection.config import JitterConfig, ShapesDataConfig, Sha
 from permafrost.heads.necks.config import FPNConfig
 from permafrost.launcher.cli import main
 from permafrost.launcher.errors import CheckpointError, RunFolderError
-from permafrost.launcher.evaluate import class_table, evaluate_heads, evaluate_run, metrics_table
+from permafrost.launcher.evaluate import evaluate_run
 from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, ScheduleConfig
 from permafrost.launcher.ranks.process_group import ProcessGroup
 from permafrost.launcher.run.checkpoint import CheckpointWarning
 from permafrost.launcher.run.restore import load_trained
+from permafrost.launcher.run.scoring import class_table, evaluate_heads, metrics_table
 from permafrost.launcher.train import train
 
 
