@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from permafrost.configs.paper_parts import row
 from permafrost.configs.quickstart import quickstart
 from permafrost.heads import (
     BiFPNConfig,
     CascadeConfig,
     HTCConfig,
     MaskRCNNConfig,
-    NeckConfig,
+    PyramidConfig,
     ResidualFPNConfig,
     SemanticBranchConfig,
 )
@@ -19,11 +18,14 @@ NUM_SHAPES = 8
 """Classes of the built-in world."""
 
 
-def _shapes(name: str, *, kind: type[MaskRCNNConfig] = MaskRCNNConfig, neck: NeckConfig | None = None) -> Experiment:
+def _shapes(name: str, *, kind: type[MaskRCNNConfig] = MaskRCNNConfig, neck: PyramidConfig | None = None) -> Experiment:
     """The quickstart with another head or neck."""
     experiment = quickstart()
-    small = vars(experiment.heads["detection"].model)
-    return row(name, experiment, model=kind(**small), neck=neck)
+    experiment.name = f"paper_shapes_{name}"
+    head = experiment.heads["detection"]
+    head.model = kind(**vars(head.model))
+    head.model.neck = neck or head.model.neck
+    return experiment
 
 
 def fpn() -> Experiment:
@@ -33,7 +35,7 @@ def fpn() -> Experiment:
 
     Hardware: one CPU core, as the quickstart.
     """
-    return _shapes("shapes_fpn")
+    return _shapes("fpn")
 
 
 def residual_fpn() -> Experiment:
@@ -43,7 +45,7 @@ def residual_fpn() -> Experiment:
 
     Hardware: one CPU core, as the quickstart.
     """
-    return _shapes("shapes_residual_fpn", neck=ResidualFPNConfig(channels=64, num_extra_levels=0))
+    return _shapes("residual_fpn", neck=ResidualFPNConfig(channels=64, num_extra_levels=0))
 
 
 def bifpn() -> Experiment:
@@ -53,7 +55,7 @@ def bifpn() -> Experiment:
 
     Hardware: one CPU core, as the quickstart.
     """
-    return _shapes("shapes_bifpn", neck=BiFPNConfig(channels=64, num_extra_levels=0))
+    return _shapes("bifpn", neck=BiFPNConfig(channels=64, num_extra_levels=0))
 
 
 def cascade() -> Experiment:
@@ -63,7 +65,7 @@ def cascade() -> Experiment:
 
     Hardware: one CPU core, as the quickstart.
     """
-    return _shapes("shapes_cascade", kind=CascadeConfig)
+    return _shapes("cascade", kind=CascadeConfig)
 
 
 def bifpn_cascade() -> Experiment:
@@ -73,7 +75,7 @@ def bifpn_cascade() -> Experiment:
 
     Hardware: one CPU core, as the quickstart.
     """
-    return _shapes("shapes_bifpn_cascade", kind=CascadeConfig, neck=BiFPNConfig(channels=64, num_extra_levels=0))
+    return _shapes("bifpn_cascade", kind=CascadeConfig, neck=BiFPNConfig(channels=64, num_extra_levels=0))
 
 
 def htc() -> Experiment:
@@ -83,7 +85,7 @@ def htc() -> Experiment:
 
     Hardware: one CPU core, as the quickstart.
     """
-    experiment = _shapes("shapes_htc", kind=HTCConfig, neck=BiFPNConfig(channels=64, num_extra_levels=0))
+    experiment = _shapes("htc", kind=HTCConfig, neck=BiFPNConfig(channels=64, num_extra_levels=0))
     model = experiment.heads["detection"].model
     model.box.class_agnostic = True
     model.semantic = SemanticBranchConfig(num_classes=NUM_SHAPES + 1, num_convs=2)

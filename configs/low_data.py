@@ -5,208 +5,51 @@ Which images the paper drew is not published: they are chosen by data.train_shar
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
 from permafrost.configs.coco import swinv2_base_fpn
-from permafrost.configs.paper import table2_fpn
-from permafrost.configs.paper_parts import full, row, share
+from permafrost.configs.paper import COCO, FPN, on_neck
+from permafrost.configs.paper_parts import BASE_22K, Row, recipes_of
 from permafrost.heads import BiFPNConfig
 from permafrost.launcher import Experiment
 
-
-def table6_fpn_1pct() -> Experiment:
-    """Table 6, 1 % of COCO, FPN: frozen SwinV2-B-22K, 27.5 box AP and 26.4 mask AP.
-
-        permafrost train low_data:table6_fpn_1pct --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return share("table6_fpn_1pct", table2_fpn(), 0.01)
-
-
-def table6_fpn_1pct_full() -> Experiment:
-    """Table 6, 1 % of COCO, FPN: fine-tuned SwinV2-B-22K, 27.5 box AP and 25.8 mask AP.
-
-        permafrost train low_data:table6_fpn_1pct_full --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return full("table6_fpn_1pct_full", table6_fpn_1pct())
-
-
-def table6_fpn_10pct() -> Experiment:
-    """Table 6, 10 % of COCO, FPN: frozen SwinV2-B-22K, 39.1 box AP and 36.2 mask AP.
-
-        permafrost train low_data:table6_fpn_10pct --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return share("table6_fpn_10pct", table2_fpn(), 0.1)
-
-
-def table6_fpn_10pct_full() -> Experiment:
-    """Table 6, 10 % of COCO, FPN: fine-tuned SwinV2-B-22K, 42.2 box AP and 37.5 mask AP.
-
-        permafrost train low_data:table6_fpn_10pct_full --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return full("table6_fpn_10pct_full", table6_fpn_10pct())
-
-
-def table6_bifpn1_1pct() -> Experiment:
-    """Table 6, 1 % of COCO, 1 layer of BiFPN: frozen SwinV2-B-22K, 29.8 box AP and 27.6 mask AP.
-
-        permafrost train low_data:table6_bifpn1_1pct --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return share("table6_bifpn1_1pct", row("", swinv2_base_fpn(), neck=BiFPNConfig(num_layers=1)), 0.01)
-
-
-def table6_bifpn1_1pct_full() -> Experiment:
-    """Table 6, 1 % of COCO, 1 layer of BiFPN: fine-tuned SwinV2-B-22K, 26.3 box AP and 24.7 mask AP.
-
-        permafrost train low_data:table6_bifpn1_1pct_full --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return full("table6_bifpn1_1pct_full", table6_bifpn1_1pct())
-
-
-def table6_bifpn1_10pct() -> Experiment:
-    """Table 6, 10 % of COCO, 1 layer of BiFPN: frozen SwinV2-B-22K, 42.8 box AP and 38.5 mask AP.
-
-        permafrost train low_data:table6_bifpn1_10pct --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return share("table6_bifpn1_10pct", row("", swinv2_base_fpn(), neck=BiFPNConfig(num_layers=1)), 0.1)
-
-
-def table6_bifpn1_10pct_full() -> Experiment:
-    """Table 6, 10 % of COCO, 1 layer of BiFPN: fine-tuned SwinV2-B-22K, 42.0 box AP and 37.3 mask AP.
-
-        permafrost train low_data:table6_bifpn1_10pct_full --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return full("table6_bifpn1_10pct_full", table6_bifpn1_10pct())
-
-
-def table6_bifpn2_1pct() -> Experiment:
-    """Table 6, 1 % of COCO, 2 layers of BiFPN: frozen SwinV2-B-22K, 31.4 box AP and 28.4 mask AP.
-
-        permafrost train low_data:table6_bifpn2_1pct --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return share("table6_bifpn2_1pct", row("", swinv2_base_fpn(), neck=BiFPNConfig(num_layers=2)), 0.01)
-
-
-def table6_bifpn2_1pct_full() -> Experiment:
-    """Table 6, 1 % of COCO, 2 layers of BiFPN: fine-tuned SwinV2-B-22K, 26.3 box AP and 24.6 mask AP.
-
-        permafrost train low_data:table6_bifpn2_1pct_full --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return full("table6_bifpn2_1pct_full", table6_bifpn2_1pct())
-
-
-def table6_bifpn2_10pct() -> Experiment:
-    """Table 6, 10 % of COCO, 2 layers of BiFPN: frozen SwinV2-B-22K, 44.2 box AP and 39.4 mask AP.
-
-        permafrost train low_data:table6_bifpn2_10pct --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return share("table6_bifpn2_10pct", row("", swinv2_base_fpn(), neck=BiFPNConfig(num_layers=2)), 0.1)
-
-
-def table6_bifpn2_10pct_full() -> Experiment:
-    """Table 6, 10 % of COCO, 2 layers of BiFPN: fine-tuned SwinV2-B-22K, 42.1 box AP and 37.3 mask AP.
-
-        permafrost train low_data:table6_bifpn2_10pct_full --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return full("table6_bifpn2_10pct_full", table6_bifpn2_10pct())
-
-
-def table6_bifpn3_1pct() -> Experiment:
-    """Table 6, 1 % of COCO, 3 layers of BiFPN: frozen SwinV2-B-22K, 32.1 box AP and 28.9 mask AP.
-
-        permafrost train low_data:table6_bifpn3_1pct --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return share("table6_bifpn3_1pct", row("", swinv2_base_fpn(), neck=BiFPNConfig(num_layers=3)), 0.01)
-
-
-def table6_bifpn3_1pct_full() -> Experiment:
-    """Table 6, 1 % of COCO, 3 layers of BiFPN: fine-tuned SwinV2-B-22K, 25.9 box AP and 24.3 mask AP.
-
-        permafrost train low_data:table6_bifpn3_1pct_full --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return full("table6_bifpn3_1pct_full", table6_bifpn3_1pct())
-
-
-def table6_bifpn3_10pct() -> Experiment:
-    """Table 6, 10 % of COCO, 3 layers of BiFPN: frozen SwinV2-B-22K, 44.6 box AP and 39.7 mask AP.
-
-        permafrost train low_data:table6_bifpn3_10pct --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return share("table6_bifpn3_10pct", row("", swinv2_base_fpn(), neck=BiFPNConfig(num_layers=3)), 0.1)
-
-
-def table6_bifpn3_10pct_full() -> Experiment:
-    """Table 6, 10 % of COCO, 3 layers of BiFPN: fine-tuned SwinV2-B-22K, 42.3 box AP and 37.6 mask AP.
-
-        permafrost train low_data:table6_bifpn3_10pct_full --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return full("table6_bifpn3_10pct_full", table6_bifpn3_10pct())
-
-
-def table6_bifpn4_1pct() -> Experiment:
-    """Table 6, 1 % of COCO, 4 layers of BiFPN: frozen SwinV2-B-22K, 31.9 box AP and 28.6 mask AP.
-
-        permafrost train low_data:table6_bifpn4_1pct --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return share("table6_bifpn4_1pct", row("", swinv2_base_fpn(), neck=BiFPNConfig(num_layers=4)), 0.01)
-
-
-def table6_bifpn4_1pct_full() -> Experiment:
-    """Table 6, 1 % of COCO, 4 layers of BiFPN: fine-tuned SwinV2-B-22K, 26.0 box AP and 24.1 mask AP.
-
-        permafrost train low_data:table6_bifpn4_1pct_full --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return full("table6_bifpn4_1pct_full", table6_bifpn4_1pct())
-
-
-def table6_bifpn4_10pct() -> Experiment:
-    """Table 6, 10 % of COCO, 4 layers of BiFPN: frozen SwinV2-B-22K, 45.0 box AP and 40.0 mask AP.
-
-        permafrost train low_data:table6_bifpn4_10pct --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return share("table6_bifpn4_10pct", row("", swinv2_base_fpn(), neck=BiFPNConfig(num_layers=4)), 0.1)
-
-
-def table6_bifpn4_10pct_full() -> Experiment:
-    """Table 6, 10 % of COCO, 4 layers of BiFPN: fine-tuned SwinV2-B-22K, 42.1 box AP and 37.4 mask AP.
-
-        permafrost train low_data:table6_bifpn4_10pct_full --data.root /path/to/coco
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth of the Swin Transformer release.
-    """
-    return full("table6_bifpn4_10pct_full", table6_bifpn4_10pct())
+# fmt: off
+TABLE_6 = (
+    # neck                          head                                 1 %: frozen   fine-tuned    10 %: frozen  fine-tuned
+    ("fpn",    "FPN",               FPN,                                ([27.5, 26.4], [27.5, 25.8]), ([39.1, 36.2], [42.2, 37.5])),
+    ("bifpn1", "1 layer of BiFPN",  on_neck(BiFPNConfig, num_layers=1), ([29.8, 27.6], [26.3, 24.7]), ([42.8, 38.5], [42.0, 37.3])),
+    ("bifpn2", "2 layers of BiFPN", on_neck(BiFPNConfig, num_layers=2), ([31.4, 28.4], [26.3, 24.6]), ([44.2, 39.4], [42.1, 37.3])),
+    ("bifpn3", "3 layers of BiFPN", on_neck(BiFPNConfig, num_layers=3), ([32.1, 28.9], [25.9, 24.3]), ([44.6, 39.7], [42.3, 37.6])),
+    ("bifpn4", "4 layers of BiFPN", on_neck(BiFPNConfig, num_layers=4), ([31.9, 28.6], [26.0, 24.1]), ([45.0, 40.0], [42.1, 37.4])),
+)
+# fmt: on
+
+
+def _share(percent: int) -> Experiment:
+    """COCO's recipe on an exact share of the images, as often through each of them. The paper's schedule here is not published."""
+    experiment = swinv2_base_fpn()
+    loop, schedule = experiment.loop, experiment.heads["detection"].schedule
+    experiment.data.train_share = percent / 100
+    loop.num_steps = max(1, round(loop.num_steps * percent / 100))
+    loop.evaluate_every = max(1, loop.num_steps // 6)
+    loop.checkpoint_every = min(loop.checkpoint_every, loop.evaluate_every)
+    schedule.warmup_steps = min(schedule.warmup_steps, loop.num_steps // 10)
+    return experiment
+
+
+COMMAND = "permafrost train low_data:NAME --data.root /path/to/coco"
+SHARES = {percent: replace(COCO, base=partial(_share, percent), command=COMMAND) for percent in (1, 10)}
+
+
+def _recipes() -> dict[str, Callable[[], Experiment]]:
+    recipes = {}
+    for key, neck, head, *published in TABLE_6:
+        for (percent, protocol), (frozen, fine_tuned) in zip(SHARES.items(), published, strict=True):
+            row = Row(f"table6_{key}_{percent}pct", f"{percent} % of COCO, {neck}", BASE_22K, head, frozen, fine_tuned)
+            recipes |= recipes_of(__name__, "Table 6", [row], protocol, of=" SwinV2-B-22K")
+    return recipes
+
+
+globals().update(_recipes())

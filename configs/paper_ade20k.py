@@ -19,304 +19,75 @@ Weights are read from the file that each recipe names, in the current folder (fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from permafrost.configs.ade20k import swinv2_base_mask2former
-from permafrost.configs.paper_parts import fine_tuned
+from permafrost.configs.paper_parts import (
+    BASE_1K,
+    BASE_22K,
+    ESVIT_1K,
+    ICAR_LAION,
+    ICAR_LAION_22K,
+    LARGE_22K,
+    SIMMIM_1K,
+    SUP_1K,
+    TINY_1K,
+    Protocol,
+    Row,
+    recipes_of,
+)
+from permafrost.heads import Mask2FormerConfig, PixelDecoderConfig, TransformerDecoderConfig
 from permafrost.launcher import EngineConfig, Experiment
 from permafrost.model import BackboneConfig
 
-
-def _row(
-    name: str, weights: str, *, backbone: str = "swinv2_base", window: int, pixel: int, decoder: int
-) -> Experiment:
-    """A head of `pixel` pixel-decoder blocks and `decoder` transformer blocks on a frozen network."""
-    experiment = swinv2_base_mask2former()
-    experiment.name = f"paper_ade20k_{name}"
-    experiment.backbone = BackboneConfig(name=backbone, weights=weights, window_size=window)
-    model = experiment.heads["segmentation"].model
-    model.pixel_decoder.num_blocks, model.transformer_decoder.num_blocks = pixel, decoder
-    return experiment
-
-
-def _full(name: str, base: Experiment) -> Experiment:
-    """The full fine-tuning twin: the backbone learns at a tenth of the head's rate."""
-    base.name = f"paper_ade20k_{name}"
-    base.backbone = fine_tuned(base.backbone, learning_rate_factor=0.1)
-    return base
-
-
-def table1_sup_1k() -> Experiment:
-    """Table 1, supervised, ImageNet-1K: frozen, 49.8 mIoU.
-
-        permafrost train paper_ade20k:table1_sup_1k --data.root /path/to/ADEChallengeData2016
-
-    Weights: swinv2_base_1k_window7_224.pth, not released; the paper's has 224-pixel images and window 7. The nearest release is
-    swinv2_base_patch4_window8_256.pth with --backbone.window-size 8.
-    Published mIoU: probably multi-scale.
-    """
-    return _row("table1_sup_1k", "swinv2_base_1k_window7_224.pth", window=7, pixel=1, decoder=9)
-
-
-def table1_sup_1k_full() -> Experiment:
-    """Table 1, supervised, ImageNet-1K: fine-tuned, 52.3 mIoU.
-
-        permafrost train paper_ade20k:table1_sup_1k_full --data.root /path/to/ADEChallengeData2016
-
-    Weights: those of `paper_ade20k:table1_sup_1k`.
-    Published mIoU: probably multi-scale.
-    """
-    return _full("table1_sup_1k_full", table1_sup_1k())
-
-
-def table1_esvit_1k() -> Experiment:
-    """Table 1, EsViT contrastive, ImageNet-1K: frozen, 49.7 mIoU.
-
-        permafrost train paper_ade20k:table1_esvit_1k --data.root /path/to/ADEChallengeData2016
-
-    Weights: esvit_swinv2_base_1k.pth, of a SwinV2-B pretrained with EsViT; not released.
-    Published mIoU: probably multi-scale.
-    """
-    return _row("table1_esvit_1k", "esvit_swinv2_base_1k.pth", window=7, pixel=1, decoder=9)
-
-
-def table1_esvit_1k_full() -> Experiment:
-    """Table 1, EsViT contrastive, ImageNet-1K: fine-tuned, 52.1 mIoU.
-
-        permafrost train paper_ade20k:table1_esvit_1k_full --data.root /path/to/ADEChallengeData2016
-
-    Weights: those of `paper_ade20k:table1_esvit_1k`.
-    Published mIoU: probably multi-scale.
-    """
-    return _full("table1_esvit_1k_full", table1_esvit_1k())
-
-
-def table1_simmim_1k() -> Experiment:
-    """Table 1, SimMIM masked images, ImageNet-1K: frozen, 42.4 mIoU.
-
-        permafrost train paper_ade20k:table1_simmim_1k --data.root /path/to/ADEChallengeData2016
-
-    Weights: simmim_swinv2_base_1k.pth, not released at window 7. The nearest release is
-    swinv2_base_1k_500k.pth with --backbone.window-size 12.
-    Published mIoU: probably multi-scale.
-    """
-    return _row("table1_simmim_1k", "simmim_swinv2_base_1k.pth", window=7, pixel=1, decoder=9)
-
-
-def table1_simmim_1k_full() -> Experiment:
-    """Table 1, SimMIM masked images, ImageNet-1K: fine-tuned, 51.7 mIoU.
-
-        permafrost train paper_ade20k:table1_simmim_1k_full --data.root /path/to/ADEChallengeData2016
-
-    Weights: those of `paper_ade20k:table1_simmim_1k`.
-    Published mIoU: probably multi-scale.
-    """
-    return _full("table1_simmim_1k_full", table1_simmim_1k())
-
-
-def table1_icar_laion() -> Experiment:
-    """Table 1, iCar image-text alignment, Laion: frozen, 51.0 mIoU.
-
-        permafrost train paper_ade20k:table1_icar_laion --data.root /path/to/ADEChallengeData2016
-
-    Weights: icar_swinv2_base_laion.pth, not released.
-    Published mIoU: probably multi-scale.
-    """
-    return _row("table1_icar_laion", "icar_swinv2_base_laion.pth", window=7, pixel=1, decoder=9)
-
-
-def table1_icar_laion_full() -> Experiment:
-    """Table 1, iCar image-text alignment, Laion: fine-tuned, 55.3 mIoU.
-
-        permafrost train paper_ade20k:table1_icar_laion_full --data.root /path/to/ADEChallengeData2016
-
-    Weights: those of `paper_ade20k:table1_icar_laion`.
-    Published mIoU: probably multi-scale.
-    """
-    return _full("table1_icar_laion_full", table1_icar_laion())
-
-
-def table1_icar_laion_22k() -> Experiment:
-    """Table 1, iCar with classification, Laion and ImageNet-22K: frozen, 51.1 mIoU.
-
-        permafrost train paper_ade20k:table1_icar_laion_22k --data.root /path/to/ADEChallengeData2016
-
-    Weights: icar_swinv2_base_laion_22k.pth, not released.
-    Published mIoU: probably multi-scale.
-    """
-    return _row("table1_icar_laion_22k", "icar_swinv2_base_laion_22k.pth", window=7, pixel=1, decoder=9)
-
-
-def table1_icar_laion_22k_full() -> Experiment:
-    """Table 1, iCar with classification, Laion and ImageNet-22K: fine-tuned, 55.4 mIoU.
-
-        permafrost train paper_ade20k:table1_icar_laion_22k_full --data.root /path/to/ADEChallengeData2016
-
-    Weights: those of `paper_ade20k:table1_icar_laion_22k`.
-    Published mIoU: probably multi-scale.
-    """
-    return _full("table1_icar_laion_22k_full", table1_icar_laion_22k())
-
-
-def table3_pixel1_decoder3() -> Experiment:
-    """Table 3, one pixel-decoder block, (3 + 1) predictions: frozen, 51.0 mIoU.
-
-        permafrost train paper_ade20k:table3_pixel1_decoder3 --data.root /path/to/ADEChallengeData2016
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth, of the Swin Transformer release.
-    Published mIoU: probably multi-scale.
-    """
-    return _row("table3_pixel1_decoder3", "swinv2_base_patch4_window12_192_22k.pth", window=12, pixel=1, decoder=3)
-
-
-def table3_pixel1_decoder3_full() -> Experiment:
-    """Table 3, one pixel-decoder block, (3 + 1) predictions: fine-tuned, 55.4 mIoU.
-
-        permafrost train paper_ade20k:table3_pixel1_decoder3_full --data.root /path/to/ADEChallengeData2016
-
-    Weights: those of `paper_ade20k:table3_pixel1_decoder3`.
-    Published mIoU: probably multi-scale.
-    """
-    return _full("table3_pixel1_decoder3_full", table3_pixel1_decoder3())
-
-
-def table3_pixel6_decoder3() -> Experiment:
-    """Table 3, six pixel-decoder blocks, (3 + 1) predictions: frozen, 52.6 mIoU.
-
-        permafrost train paper_ade20k:table3_pixel6_decoder3 --data.root /path/to/ADEChallengeData2016
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth, of the Swin Transformer release.
-    Published mIoU: probably multi-scale.
-    """
-    return _row("table3_pixel6_decoder3", "swinv2_base_patch4_window12_192_22k.pth", window=12, pixel=6, decoder=3)
-
-
-def table3_pixel6_decoder3_full() -> Experiment:
-    """Table 3, six pixel-decoder blocks, (3 + 1) predictions: fine-tuned, 55.3 mIoU.
-
-        permafrost train paper_ade20k:table3_pixel6_decoder3_full --data.root /path/to/ADEChallengeData2016
-
-    Weights: those of `paper_ade20k:table3_pixel6_decoder3`.
-    Published mIoU: probably multi-scale.
-    """
-    return _full("table3_pixel6_decoder3_full", table3_pixel6_decoder3())
-
-
-def table3_pixel1_decoder9() -> Experiment:
-    """Table 3 and Table 1 SUP-22K, one pixel-decoder block, (9 + 1) predictions: frozen, 51.9 mIoU.
-
-        permafrost train paper_ade20k:table3_pixel1_decoder9 --data.root /path/to/ADEChallengeData2016
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth, of the Swin Transformer release.
-    Published mIoU: probably multi-scale.
-    """
-    return _row("table3_pixel1_decoder9", "swinv2_base_patch4_window12_192_22k.pth", window=12, pixel=1, decoder=9)
-
-
-def table3_pixel1_decoder9_full() -> Experiment:
-    """Table 3 and Table 1 SUP-22K, one pixel-decoder block, (9 + 1) predictions: fine-tuned, 55.3 mIoU.
-
-        permafrost train paper_ade20k:table3_pixel1_decoder9_full --data.root /path/to/ADEChallengeData2016
-
-    Weights: those of `paper_ade20k:table3_pixel1_decoder9`.
-    Published mIoU: probably multi-scale.
-    """
-    return _full("table3_pixel1_decoder9_full", table3_pixel1_decoder9())
-
-
-def table3_pixel6_decoder9() -> Experiment:
-    """Table 3 and Table 5, six pixel-decoder blocks, (9 + 1) predictions: frozen, 53.2 mIoU.
-
-        permafrost train paper_ade20k:table3_pixel6_decoder9 --data.root /path/to/ADEChallengeData2016
-
-    Weights: swinv2_base_patch4_window12_192_22k.pth, of the Swin Transformer release.
-    Published mIoU: probably multi-scale.
-    """
-    return _row("table3_pixel6_decoder9", "swinv2_base_patch4_window12_192_22k.pth", window=12, pixel=6, decoder=9)
-
-
-def table3_pixel6_decoder9_full() -> Experiment:
-    """Table 3 and Table 5, six pixel-decoder blocks, (9 + 1) predictions: fine-tuned, 55.5 mIoU.
-
-        permafrost train paper_ade20k:table3_pixel6_decoder9_full --data.root /path/to/ADEChallengeData2016
-
-    Weights: those of `paper_ade20k:table3_pixel6_decoder9`.
-    Published mIoU: probably multi-scale.
-    """
-    return _full("table3_pixel6_decoder9_full", table3_pixel6_decoder9())
-
-
-def table5_tiny_1k() -> Experiment:
-    """Table 5, SwinV2-T-1K: frozen, 48.9 mIoU.
-
-        permafrost train paper_ade20k:table5_tiny_1k --data.root /path/to/ADEChallengeData2016
-
-    Weights: swinv2_tiny_patch4_window8_256.pth, of the Swin Transformer release.
-    Published mIoU: probably multi-scale.
-    """
-    return _row(
-        "table5_tiny_1k", "swinv2_tiny_patch4_window8_256.pth", backbone="swinv2_tiny", window=8, pixel=6, decoder=9
+ADE20K = Protocol(
+    base=swinv2_base_mask2former,
+    prefix="paper_ade20k",
+    command="permafrost train paper_ade20k:NAME --data.root /path/to/ADEChallengeData2016",
+    metrics=("mIoU",),
+    learning_rate_factor=0.1,
+    remark="Published mIoU: probably multi-scale.",
+)
+
+
+def _head(pixel: int, decoder: int) -> Callable[[], Mask2FormerConfig]:
+    """Return what builds a Mask2Former of `pixel` pixel-decoder blocks and (`decoder` + 1) predictions."""
+    return lambda: Mask2FormerConfig(
+        pixel_decoder=PixelDecoderConfig(num_blocks=pixel),
+        transformer_decoder=TransformerDecoderConfig(num_blocks=decoder),
     )
 
 
-def table5_tiny_1k_full() -> Experiment:
-    """Table 5, SwinV2-T-1K: fine-tuned, 50.3 mIoU.
+HEAD_1_3, HEAD_1_9, HEAD_6_3, HEAD_6_9 = _head(1, 3), _head(1, 9), _head(6, 3), _head(6, 9)
 
-        permafrost train paper_ade20k:table5_tiny_1k_full --data.root /path/to/ADEChallengeData2016
-
-    Weights: those of `paper_ade20k:table5_tiny_1k`.
-    Published mIoU: probably multi-scale.
-    """
-    return _full("table5_tiny_1k_full", table5_tiny_1k())
-
-
-def table5_base_1k() -> Experiment:
-    """Table 5, SwinV2-B-1K: frozen, 51.5 mIoU.
-
-        permafrost train paper_ade20k:table5_base_1k --data.root /path/to/ADEChallengeData2016
-
-    Weights: swinv2_base_patch4_window8_256.pth, of the Swin Transformer release.
-    Published mIoU: probably multi-scale.
-    """
-    return _row("table5_base_1k", "swinv2_base_patch4_window8_256.pth", window=8, pixel=6, decoder=9)
-
-
-def table5_base_1k_full() -> Experiment:
-    """Table 5, SwinV2-B-1K: fine-tuned, 52.7 mIoU.
-
-        permafrost train paper_ade20k:table5_base_1k_full --data.root /path/to/ADEChallengeData2016
-
-    Weights: those of `paper_ade20k:table5_base_1k`.
-    Published mIoU: probably multi-scale.
-    """
-    return _full("table5_base_1k_full", table5_base_1k())
-
-
-def table5_large_22k() -> Experiment:
-    """Table 5, SwinV2-L-22K: frozen, 54.4 mIoU.
-
-        permafrost train paper_ade20k:table5_large_22k --data.root /path/to/ADEChallengeData2016
-
-    Weights: swinv2_large_patch4_window12_192_22k.pth, of the Swin Transformer release.
-    Published mIoU: probably multi-scale.
-    """
-    return _row(
-        "table5_large_22k",
-        "swinv2_large_patch4_window12_192_22k.pth",
-        backbone="swinv2_large",
-        window=12,
-        pixel=6,
-        decoder=9,
-    )
-
-
-def table5_large_22k_full() -> Experiment:
-    """Table 5, SwinV2-L-22K: fine-tuned, 56.5 mIoU.
-
-        permafrost train paper_ade20k:table5_large_22k_full --data.root /path/to/ADEChallengeData2016
-
-    Weights: those of `paper_ade20k:table5_large_22k`.
-    Published mIoU: probably multi-scale.
-    """
-    return _full("table5_large_22k_full", table5_large_22k())
+# fmt: off
+TABLE_1 = (
+    #   recipe                   pretraining                                         network         head      frozen  fine-tuned
+    Row("table1_sup_1k",         "supervised, ImageNet-1K",                          SUP_1K,         HEAD_1_9, [49.8], [52.3]),
+    Row("table1_esvit_1k",       "EsViT contrastive, ImageNet-1K",                   ESVIT_1K,       HEAD_1_9, [49.7], [52.1]),
+    Row("table1_simmim_1k",      "SimMIM masked images, ImageNet-1K",                SIMMIM_1K,      HEAD_1_9, [42.4], [51.7]),
+    Row("table1_icar_laion",     "iCar image-text alignment, Laion",                 ICAR_LAION,     HEAD_1_9, [51.0], [55.3]),
+    Row("table1_icar_laion_22k", "iCar with classification, Laion and ImageNet-22K", ICAR_LAION_22K, HEAD_1_9, [51.1], [55.4]),
+)
+TABLE_3 = (
+    #   recipe                    head                                             network   head      frozen  fine-tuned
+    Row("table3_pixel1_decoder3", "one pixel-decoder block, (3 + 1) predictions",  BASE_22K, HEAD_1_3, [51.0], [55.4]),
+    Row("table3_pixel6_decoder3", "six pixel-decoder blocks, (3 + 1) predictions", BASE_22K, HEAD_6_3, [52.6], [55.3]),
+    Row("table3_pixel1_decoder9", "one pixel-decoder block, (9 + 1) predictions",  BASE_22K, HEAD_1_9, [51.9], [55.3], "Table 1 SUP-22K"),
+    Row("table3_pixel6_decoder9", "six pixel-decoder blocks, (9 + 1) predictions", BASE_22K, HEAD_6_9, [53.2], [55.5], "Table 5"),
+)
+TABLE_5 = (
+    #   recipe              network         network    head      frozen  fine-tuned
+    Row("table5_tiny_1k",   "SwinV2-T-1K",  TINY_1K,   HEAD_6_9, [48.9], [50.3]),
+    Row("table5_base_1k",   "SwinV2-B-1K",  BASE_1K,   HEAD_6_9, [51.5], [52.7]),
+    Row("table5_large_22k", "SwinV2-L-22K", LARGE_22K, HEAD_6_9, [54.4], [56.5]),
+)
+# fmt: on
+globals().update(
+    recipes_of(__name__, "Table 1", TABLE_1, ADE20K)
+    | recipes_of(__name__, "Table 3", TABLE_3, ADE20K)
+    | recipes_of(__name__, "Table 5", TABLE_5, ADE20K)
+)
 
 
 def table5_giant() -> Experiment:
@@ -331,7 +102,6 @@ def table5_giant() -> Experiment:
     experiment = swinv2_base_mask2former()
     experiment.name = "paper_ade20k_table5_giant"
     experiment.backbone = BackboneConfig(name="swinv2_giant", weights="swinv2_giant_ext22k.pth")
-    model = experiment.heads["segmentation"].model
-    model.pixel_decoder.num_blocks, model.transformer_decoder.num_blocks = 6, 9
+    experiment.heads["segmentation"].model = HEAD_6_9()
     experiment.engine = EngineConfig(kind="deepspeed", zero_stage=2)
     return experiment

@@ -7,11 +7,15 @@ first line is its summary. Names:
 - `quickstart`: function and module of one name, or a function's name alone where only one shipped module has it;
 - `package.module:function`: a user's own importable module, also from the current folder;
 - `path/to/file.py:function`: a user's own file; `path/to/file.py` alone when it holds one recipe.
+
+Functions that a module makes of a table and puts into its globals() count like those it writes out, if their `__module__` is
+the module's: see `recipes_of` in permafrost/configs/paper_parts.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -25,7 +29,6 @@ import typing
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -120,17 +123,10 @@ def build_recipe(recipe: str | Recipe, kind: type = Experiment) -> Any:
 
 
 def list_recipes() -> list[RecipeInfo]:
-    """Every shipped recipe, by module and then in the order of the file."""
-    found = []
+    """Describe every shipped recipe, by module and then in the order of the file."""
     # Counting takes torch and seconds; a test holds the record to what is built.
-    counts = json.loads(files(CONFIGS).joinpath("trainable.json").read_text())
-    for module_name in _config_modules():
-        module = _import(f"{CONFIGS}.{module_name}", what=module_name)
-        for function_name, function in _recipes_in(module).items():
-            name = module_name if function_name == module_name else f"{module_name}:{function_name}"
-            found.append(_describe(name, function))
-            found[-1].trainable = counts.get(name)
-    return found
+    counts = json.loads(_configs_folder().joinpath("trainable.json").read_text())
+    return [_describe(name, function, counts.get(name)) for name, function in _shipped().items()]
 
 
 def summary_of(recipe: Recipe) -> str:
@@ -142,12 +138,11 @@ def summary_of(recipe: Recipe) -> str:
     return re.split(r"(?<=[.!?])\s+(?=[A-Z])", texts[0])[0] if texts else ""
 
 
-def _describe(name: str, function: Recipe) -> RecipeInfo:
+def _describe(name: str, function: Recipe, trainable: int | None) -> RecipeInfo:
     summary = summary_of(function)
     figures = re.findall(r"\d+(?:\.\d+)?\s?%?\s(?:box AP|mask AP|mIoU|top-1)(?!\w)", summary)
-    returned = typing.get_type_hints(function).get("return", Experiment)
     info = RecipeInfo(
-        name=name, function=function, command=_command_of(returned), summary=summary, metric=", ".join(figures)
+        name, function, _command_of(_returned(function)), summary, trainable=trainable, metric=", ".join(figures)
     )
     try:
         experiment = build_recipe(function, object)
@@ -178,9 +173,12 @@ def _command_of(kind: object) -> str:
     return "train" if isinstance(kind, type) and issubclass(kind, Experiment) else "pretrain"
 
 
+def _configs_folder() -> Path:
+    return Path(importlib.import_module(CONFIGS).__path__[0])
+
+
 def _config_modules() -> list[str]:
-    package = importlib.import_module(CONFIGS)
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
+    return sorted(module.name for module in pkgutil.iter_modules([str(_configs_folder())]) if not module.ispkg)
 
 
 def _recipes_in(module: ModuleType) -> dict[str, Recipe]:
@@ -191,13 +189,19 @@ def _recipes_in(module: ModuleType) -> dict[str, Recipe]:
             continue
         if not _needs_nothing(function):
             continue
-        try:
-            returned = typing.get_type_hints(function).get("return")
-        except NameError:
-            continue
-        if isinstance(returned, type) and dataclasses.is_dataclass(returned):
+        if _returned(function) is not None:
             found[name] = function
     return found
+
+
+@functools.cache
+def _returned(function: Recipe) -> type | None:
+    """Return the dataclass that a function says it returns; None if it says anything else."""
+    try:
+        returned = typing.get_type_hints(function).get("return")
+    except NameError:
+        return None
+    return returned if isinstance(returned, type) and dataclasses.is_dataclass(returned) else None
 
 
 def _needs_nothing(function: Callable[..., Any]) -> bool:
@@ -228,9 +232,19 @@ def _function_of(module: ModuleType, function: str, name: str) -> Recipe:
     return found
 
 
+def _shipped() -> dict[str, Recipe]:
+    """Return the functions of all shipped recipes by name; none is called."""
+    found = {}
+    for module_name in _config_modules():
+        module = _import(f"{CONFIGS}.{module_name}", what=module_name)
+        for function_name, function in _recipes_in(module).items():
+            found[module_name if function_name == module_name else f"{module_name}:{function_name}"] = function
+    return found
+
+
 def _shipped_function(name: str) -> Recipe:
-    """The shipped recipe whose function has this name, if it is the only one."""
-    found = {info.name: info.function for info in list_recipes() if info.function.__name__ == name}
+    """Return the shipped recipe whose function has this name, if it is the only one."""
+    found = {full_name: function for full_name, function in _shipped().items() if function.__name__ == name}
     if len(found) > 1:
         raise RecipeError(f"several recipes are called {name!r}: say {' or '.join(found)}")
     if not found:
@@ -239,7 +253,7 @@ def _shipped_function(name: str) -> Recipe:
 
 
 def _unknown(name: str) -> str:
-    guess = did_you_mean(name, [info.name for info in list_recipes()])
+    guess = did_you_mean(name, list(_shipped()))
     own = "your own are package.module:function or file.py:function"
     return f"there is no recipe {name!r}: {guess} `permafrost recipes` lists them; {own}"
 
