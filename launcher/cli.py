@@ -14,7 +14,6 @@ from typing import NoReturn
 from permafrost._nearest import did_you_mean
 from permafrost.launcher.errors import USER_ERRORS, Interrupted, RankLost, TrainingStopped
 from permafrost.launcher.exit_codes import DONE, FAILED, INTERRUPTED, SAVED, USAGE_ERROR
-from permafrost.launcher.machine import version_of
 from permafrost.launcher.ranks.exit import run_and_leave
 
 COMMANDS = {
@@ -60,6 +59,9 @@ def _run(argv: list[str]) -> int:
         print(help_text(), file=sys.stdout if argv else sys.stderr)
         return DONE if argv else USAGE_ERROR
     if argv[0] in ("-V", "--version"):
+        # Here, as it would be most of what --help takes.
+        from permafrost.launcher.machine import version_of
+
         print(f"permafrost {version_of('permafrost') or '(not installed)'}")
         return DONE
     command = argv[0]
