@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from permafrost._wire import broadcast, gather
 from permafrost.launcher.errors import USER_ERRORS, Interrupted, LaunchError
 from permafrost.launcher.ranks.division import require_mesh
 
@@ -91,15 +92,11 @@ class ProcessGroup:
         return bool(total.item())
 
     def gather_objects(self, value: Any) -> list[Any] | None:
-        """Every rank's picklable object, in rank order, on rank 0; None elsewhere. Collective."""
-        if self.world_size == 1:
-            return [value]
-        gathered = [None] * self.world_size if self.is_main else None
-        dist.gather_object(value, gathered, dst=0, group=self._control_group)
-        return gathered
+        """Return every rank's value, in rank order, on rank 0; None elsewhere. Collective; what travels, see `permafrost._wire`."""
+        return [value] if self.world_size == 1 else gather(value, group=self._control_group)
 
     def broadcast_object(self, value: Any, *, patient: bool = False) -> Any:
-        """Rank 0's picklable object, on every rank. Collective.
+        """Return rank 0's value on every rank. Collective; what travels, see `permafrost._wire`.
 
         Args:
             value: what rank 0 has to say; passed over elsewhere.
@@ -108,10 +105,7 @@ class ProcessGroup:
         """
         if self.world_size == 1:
             return value
-        box = [value if self.is_main else None]
-        group = self._patient_group if patient and self.watched else self._control_group
-        dist.broadcast_object_list(box, src=0, group=group)
-        return box[0]
+        return broadcast(value, group=self._patient_group if patient and self.watched else self._control_group)
 
     def on_main(self, make: Callable[[], T]) -> T:
         """Return on every rank what `make` returns on the main one; a user's mistake there is raised everywhere. Collective.

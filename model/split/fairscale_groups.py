@@ -22,6 +22,7 @@ from fairscale.nn.model_parallel.mappings import (
 )
 from torch import Tensor
 
+from permafrost._wire import all_gather
 from permafrost.model.errors import BackboneError
 
 
@@ -77,10 +78,8 @@ class TensorGroup:
         return [row.tolist() for row in everyone]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every member's picklable object on every member, in rank order."""
-        everyone: list[Any] = [None] * self.degree
-        dist.all_gather_object(everyone, value, group=self.control)
-        return everyone
+        """Return every member's value on every member, in rank order; what travels, see `permafrost._wire`."""
+        return all_gather(value, group=self.control)
 
     def _require_current(self) -> None:
         # The mappings act on the one group that fairscale knows.
