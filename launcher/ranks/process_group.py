@@ -7,6 +7,7 @@ they are derived from Slurm's; without any of them the run is one process and no
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import re
 import socket
@@ -32,6 +33,7 @@ RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 
 T = TypeVar("T")
 
+LOOPBACK = "127.0.0.1"
 FOR_EVER = timedelta(days=365)
 """The time limit of waits that something else ends."""
 
@@ -259,10 +261,10 @@ def join_process_group(device: str = "auto", backend: str | None = None, *, time
         torch.cuda.set_device(chosen)
     limit = timedelta(seconds=timeout)
     if world_size > 1 and not joined:
-        # env:// rather than an address: torchrun's agent already serves the store at MASTER_PORT, and only env://
-        # knows.
         backend = backend or ("nccl" if chosen.type == "cuda" else "gloo")
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=limit)
+        store = local_store(os.environ, rank=rank, world_size=world_size, timeout=limit)
+        # Without one env:// rather than an address: torchrun's agent already serves a store at MASTER_PORT, and only env:// knows.
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     control_group = patient_group = None
     if world_size > 1:
         patient_group = dist.new_group(backend="gloo", timeout=limit)
@@ -372,6 +374,51 @@ def choose_device(device: str, *, local_rank: int, world_size: int) -> torch.dev
     return torch.device("cuda", index)
 
 
+def local_store(environ: Mapping[str, str], *, rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore | None:
+    """Return the store where the processes of one machine meet, which nothing outside of it reaches.
+
+    torch's own listens on all interfaces, and asks nobody who he is.
+
+    Args:
+        environ: MASTER_PORT, and LOCAL_WORLD_SIZE or a MASTER_ADDR of this machine's loopback.
+        rank: of this process; 0 serves.
+        world_size: number of processes.
+        timeout: of a wait for the others.
+
+    Returns:
+        None where there are several machines, or torchrun's agent serves the store.
+
+    Raises:
+        LaunchError: the port is in use.
+    """
+    is_served = environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
+    if is_served or not (environ.get("LOCAL_WORLD_SIZE") == str(world_size) or _is_loopback(environ["MASTER_ADDR"])):
+        return None
+    port, descriptor = int(environ["MASTER_PORT"]), None
+    if rank == 0:
+        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((LOOPBACK, port))
+            listening.listen(world_size + 16)
+        except OSError as error:
+            listening.close()
+            raise LaunchError(
+                f"MASTER_PORT {port} cannot be used: {error.strerror or error}; choose a free port"
+            ) from None
+        descriptor = listening.detach()
+    return dist.TCPStore(
+        LOOPBACK, port, world_size, rank == 0, timeout, wait_for_workers=False, master_listen_fd=descriptor
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
+    except (OSError, ValueError):
+        return False
+
+
 def complete_single_process(environ: MutableMapping[str, str]) -> None:
     """Fill in the standard variables of a group of one, for a library that needs a process group even then.
 
@@ -418,7 +465,9 @@ def _complete_from_slurm(environ: MutableMapping[str, str]) -> None:
     environ["WORLD_SIZE"] = environ[size_name]
     if not environ.get("MASTER_ADDR"):
         nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
-        if nodes:
+        if environ.get("SLURM_STEP_NUM_NODES") == "1":
+            environ["MASTER_ADDR"] = LOOPBACK
+        elif nodes:
             environ["MASTER_ADDR"] = first_slurm_host(nodes)
     if not environ.get("MASTER_PORT"):
         # A function of job and step: the same for every process, and below the range that systems give out.
