@@ -33,7 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from permafrost.configs import detection_shapes
-from permafrost.data.detection.config import JitterConfig, ShapesWorld
+from permafrost.data.detection.config import JitterConfig
+from permafrost.data.worlds.config import ShapesWorld
 from permafrost.heads.detection.config import MaskHeadConfig
 from permafrost.heads.necks.config import BiFPNConfig, NeckConfig
 from permafrost.launcher.experiment import Experiment, LoopConfig

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from permafrost.configs.quickstart_segmentation import quickstart_segmentation
+from permafrost.data.build import val_set
 from permafrost.launcher.experiment import Experiment, LoopConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -131,7 +132,7 @@ def train_cell(values: str) -> None:
     costs = Costs()
     found = train(experiment, device="cpu")["segmentation"]
     measured = costs.columns()
-    classes = experiment.data.build_val().classes
+    classes = val_set(experiment.data).classes
     _, heads = join_heads(experiment, experiment.backbone.build("cpu"), classes)
     trainable = sum(one.numel() for head in heads.values() for one in head.parameters() if one.requires_grad)
     measured |= {

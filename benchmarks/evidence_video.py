@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from permafrost.configs.quickstart_video import quickstart_video
-from permafrost.data.video.config import MotionWorld
+from permafrost.data.worlds.config import MotionWorld
 from permafrost.data.worlds.motion import APPEARANCE, ORDER_PAIRS
 from permafrost.heads.video.config import GlobalVideoConfig, LinearVideoConfig, PositionKind, TemporalVideoConfig
 from permafrost.launcher.experiment import Experiment, LoopConfig

@@ -23,7 +23,7 @@ from records import append
 from torch import Tensor
 from torch.nn import functional as F
 
-from permafrost.data.video.config import MotionWorld
+from permafrost.data.worlds.config import MotionWorld
 from permafrost.data.worlds.motion import APPEARANCE, CLASSES, render_clip
 from permafrost.model import load_backbone
 

@@ -1,15 +1,21 @@
 """What the launcher asks of the data of any task. Imports no torch.
 
-A task's data is a configuration derived from TaskDataConfig with three kinds of live objects behind it: data sets, their
-evaluators, and, for `permafrost predict`, a reader of files without labels. The launcher knows these interfaces alone.
+A task's data is a configuration derived from TaskDataConfig with four kinds of live objects behind it: data sets, their targets,
+their evaluators, and, for `permafrost predict`, a reader of files without labels. `data.build` makes them; the launcher knows these
+interfaces alone, so that a task may come from outside this package.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, Self
+
+from permafrost.data.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,10 +25,10 @@ if TYPE_CHECKING:
     from permafrost.data.stream.records import ReplacementTracker
     from permafrost.data.types import Sample, SampleKey
 
-Task = Literal["detection", "segmentation", "video"]
-
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))
 """Which files of a folder are taken for images."""
+
+Split = Literal["train", "val", "test"]
 
 Progress = Callable[[int, int], None]
 """on_progress(done, all), called now and then."""
@@ -48,101 +54,167 @@ class SampleExtent:
 
 @dataclass
 class TaskDataConfig:
-    """Where a task's data is and how it becomes samples: values only; `build_*` makes the live data sets."""
+    """Where a task's data is and how it becomes samples: values only.
 
-    task: ClassVar[Task]
-    """Heads of the same task learn from it."""
+    What this package ships is built by the functions of `data.build`. A configuration from outside brings the methods from `located`
+    on, which those functions call; that of a subclass of a shipped one, too: none is built as its parent.
+    """
+
+    task: ClassVar[str]
+    """Name of the task: heads of the same one learn from the data."""
     input_kind: ClassVar[str] = "image"
     """What `permafrost predict` reads, in a word."""
     input_suffixes: ClassVar[frozenset[str]] = IMAGE_SUFFIXES
     """Which files of a folder it takes. A file that is named itself may have any name."""
+    has_test_set: ClassVar[bool] = False
+    """There are samples without public labels, for whose results a benchmark server takes files (`--submission`)."""
 
     @property
     def fills_cache(self) -> bool:
-        """Whether a run writes a built-in world into the cache folder."""
+        """Tell whether a run writes a built-in world into the cache folder."""
         return False
 
-    def required_paths(self) -> list[Path]:
-        """Files and folders that every node must have; none of a built-in world."""
-        raise NotImplementedError
+    @property
+    def place(self) -> str:
+        """Return the folder that the data is read from, as it was given; "" where there is none."""
+        return ""
 
-    def located(self) -> TaskDataConfig:
-        """The same configuration with files behind it: a built-in world writes them first."""
-        return self
+    def describe(self) -> str:
+        """Return the kind of data in a word, and its folder: "coco (data/coco)"."""
+        kind = re.sub(r"(Data)?(Config)?$", "", type(self).__name__).lower()
+        return f"{kind} ({self.place})" if self.place else kind
+
+    def required_paths(self) -> list[Path]:
+        """Return the files and folders that every node must have; none where nothing is read, or a built-in world is written."""
+        return []
 
     def extent(self) -> SampleExtent:
-        """What a training sample is."""
+        """Return what a training sample is."""
         raise NotImplementedError
+
+    def seen_with(self, **evaluation: Any) -> Self:
+        """Return the same data looked at otherwise in evaluation: with other values in its field `evaluation`, a dataclass.
+
+        Raises:
+            DataError: it has no such field, or no `evaluation`.
+        """
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}.get("evaluation")
+        known = set() if own is None else {field.name for field in dataclasses.fields(own)}
+        if unknown := sorted(evaluation.keys() - known):
+            raise DataError(
+                f"evaluation with other {', '.join(unknown)}: the run's data is {self._kind()}, which has no such field"
+            )
+        return dataclasses.replace(self, evaluation=dataclasses.replace(own, **evaluation)) if evaluation else self
+
+    def located(self) -> Self:
+        """Return the same configuration with files behind it: a built-in world writes them first."""
+        if self.fills_cache:
+            self._refuse("located")
+        return self
 
     def build_train(self) -> TaskDataset:
-        """The training set with augmentation."""
-        raise NotImplementedError
+        """Build the training set with augmentation."""
+        self._refuse("build_train")
 
     def build_val(self) -> TaskDataset:
-        """The validation set without augmentation."""
-        raise NotImplementedError
+        """Build the validation set without augmentation."""
+        self._refuse("build_val")
+
+    def build_test(self, submission: Path) -> TaskDataset:
+        """Build the test set, whose evaluators' files are for a benchmark server; see `has_test_set`.
+
+        Args:
+            submission: the folder that they are written to.
+        """
+        self._refuse("build_test")
 
     def check(self, *, decode: bool = True, on_progress: Progress | None = None) -> list[Finding]:
-        """What is wrong with both splits; a run cannot start with the fatal findings.
+        """Return what is wrong with both splits; a run cannot start with the fatal findings.
 
         Args:
             decode: Decode every file, which finds damaged ones; otherwise only missing files are found.
             on_progress: Called with the files done and all files of a split.
         """
-        raise NotImplementedError
+        self._refuse("check")
 
     def inputs(self, classes: Sequence[str], category_ids: Sequence[int]) -> InputReader:
-        """A reader of files without labels, for a head that was trained on these classes."""
-        raise NotImplementedError
+        """Build a reader of files without labels, for a head that was trained on these classes."""
+        self._refuse("inputs")
+
+    def _kind(self) -> str:
+        return f"a {type(self).__name__}, for {self.task}"
+
+    def _refuse(self, method: str) -> NoReturn:
+        raise DataError(
+            f"{type(self).__name__} has no method {method}: permafrost.data.build builds the configurations that permafrost ships, "
+            "and any other one, derived from them or not, needs it"
+        )
 
 
-class TaskDataset(Protocol):
-    """A split. Indexed by SampleKey; a pure function of it.
+class TaskDataset(ABC):
+    """A split. Indexed by SampleKey; a pure function of it. The data sets of a task derive from this.
 
     Attributes:
         classes: names by label.
         category_ids: the data set's own numbers of the classes, by label; 0..K-1 where it has none.
         notes: what is left out, one line each; to be said at start.
         fingerprint: hash of what the split is made of.
-        selection: the data set's own ids of the samples in use where a share of a training set is; else None.
         headline: the metric that decides which checkpoint is best, unless the recipe says otherwise.
-        groups: how many samples in a row belong together and are evaluated on one rank, in order (views of an image); absent where
+        selection: the data set's own ids of the samples in use where a share of a training set is; else None.
+        groups: how many samples in a row belong together and are evaluated on one rank, in order (views of an image); None where
             each is by itself.
+        max_batch: samples, at most, of one batch in evaluation; None for as many as the recipe says.
     """
 
     classes: list[str]
     category_ids: list[int]
     notes: list[str]
     fingerprint: str
-    selection: list[int] | None
     headline: str
+    selection: list[int] | None = None
+    groups: Sequence[int] | None = None
+    max_batch: int | None = None
 
+    @abstractmethod
     def __len__(self) -> int:
-        """Samples; of a video all test views count."""
+        """Return the number of samples; of a video all test views count."""
 
-    def __getitem__(self, key: SampleKey) -> Sample: ...
+    @abstractmethod
+    def __getitem__(self, key: SampleKey) -> Sample:
+        """Load, transform and annotate one sample.
+
+        Raises:
+            DataError: it cannot be used.
+        """
 
     @property
+    @abstractmethod
     def extent(self) -> str:
-        """How much it holds, in words: "300 images"."""
+        """Return how much it holds, in words: "300 images"."""
 
+    @abstractmethod
     def evaluator(self) -> TaskEvaluator:
-        """A fresh evaluator against the labels of exactly these samples."""
+        """Return a fresh evaluator against the labels of exactly these samples."""
 
+    @abstractmethod
     def tracker(self) -> ReplacementTracker:
-        """A fresh count of replaced files, with this data set's limit."""
+        """Return a fresh count of replaced files, with this data set's limit."""
 
+    @abstractmethod
     def metric_names(self) -> list[str]:
-        """Every name that `TaskEvaluator.compute` may give, but for counts."""
+        """Return every name that `TaskEvaluator.compute` may give, but for counts."""
 
+    @abstractmethod
     def summary(self, metrics: dict[str, float]) -> str:
-        """The few metrics that are said after each evaluation, in words."""
+        """Return the few metrics that are said after each evaluation, in words."""
 
+    @abstractmethod
     def caption(self, target: Any) -> str:
-        """A sample's label in a few words."""
+        """Return a sample's label in a few words."""
 
+    @abstractmethod
     def draw(self, image: Tensor, shown: Any) -> np.ndarray:
-        """A sample with its target, or with a head's result for it.
+        """Draw a sample with its target, or with a head's result for it.
 
         Args:
             image: `Sample.image`.

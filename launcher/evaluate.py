@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from permafrost.launcher.errors import CheckpointError, RecipeError
+from permafrost.data.build import submission_set, val_set
+from permafrost.launcher.errors import CheckpointError
 from permafrost.launcher.files import write_atomically
 from permafrost.launcher.ranks.process_group import join_process_group
 from permafrost.launcher.run.restore import load_trained
@@ -47,7 +47,7 @@ def evaluate_run(
         say: prints a line.
 
     Raises:
-        RecipeError: the data knows no several scales, or no submission.
+        DataError: the data knows no several scales, or no submission.
         RunFolderError: the folder holds no run.
         CheckpointError: no valid checkpoint, or one of another backbone, head or data set.
     """
@@ -57,7 +57,7 @@ def evaluate_run(
         trained = load_trained(run, group, heads=None if head is None else [head], which=which)
         if submission is not None and len(trained.heads) > 1:
             raise CheckpointError(f"{trained.folder} has the heads {', '.join(trained.heads)}: say which with --head")
-        dataset = group.main_first(_builder(trained.experiment.data, evaluation or {}, submission))
+        dataset = group.main_first(lambda: _dataset(trained.experiment.data, evaluation or {}, submission))
         where = "validation annotations" if submission is None else "test images"
         if list(dataset.classes) != trained.classes:
             raise CheckpointError(
@@ -96,24 +96,13 @@ def evaluate_run(
         group.close()
 
 
-def _builder(
+def _dataset(
     data: TaskDataConfig, evaluation: Mapping[str, Any], submission: str | os.PathLike[str] | None
-) -> Callable[[], TaskDataset]:
-    """Return what makes the data set that is evaluated.
+) -> TaskDataset:
+    """Build the data set that is evaluated.
 
     Raises:
-        RecipeError: the data knows no such field of its evaluation, or no submission.
+        DataError: the data knows no such field of its evaluation, or no submission.
     """
-    kind = f"a {type(data).__name__}, for {data.task}"
-    known = {field.name for field in dataclasses.fields(data.evaluation)} if hasattr(data, "evaluation") else set()
-    if unknown := sorted(evaluation.keys() - known):
-        raise RecipeError(
-            f"evaluation with other {', '.join(unknown)}: the run's data is {kind}, which has no such field"
-        )
-    if evaluation:
-        data = dataclasses.replace(data, evaluation=dataclasses.replace(data.evaluation, **evaluation))
-    if submission is None:
-        return data.build_val
-    if not hasattr(data, "build_test"):
-        raise RecipeError(f"--submission is for detection and segmentation; the run's data is {kind}")
-    return functools.partial(data.build_test, Path(submission))
+    data = data.seen_with(**evaluation)
+    return val_set(data) if submission is None else submission_set(data, Path(submission))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,26 +12,21 @@ from permafrost.data.detection.semantic import SemanticMaps, read_map
 from permafrost.data.errors import DataError
 from permafrost.data.findings import Finding, inspect_all
 from permafrost.data.pictures.read import ImageError, read_image
+from permafrost.data.task import Progress
 
 
-def check_coco(
-    config: CocoDataConfig, decode_images: bool = True, on_progress: Callable[[int, int], None] | None = None
-) -> list[Finding]:
+def check_coco(config: CocoDataConfig, *, decode: bool = True, on_progress: Progress | None = None) -> list[Finding]:
     """Check both splits of a configuration: files, JSON entries, and every image.
 
     Args:
-        config: What a run would use.
-        decode_images: Decode every image file, which finds truncated ones; otherwise only missing files are found.
+        config: what a run would use, with files behind it.
+        decode: Decode every image file, which finds truncated ones; otherwise only missing files are found.
         on_progress: Called with the images done and all images, now and then.
 
     Returns:
         Findings in the order of the files. Training and evaluation refuse to start with the fatal ones; an unreadable
         training image is replaced while training, so it is fatal only in the validation split.
     """
-    try:
-        config = config.located()
-    except DataError as error:
-        return [Finding(config.root, str(error))]
     findings: list[Finding] = []
     for split in ("train", "val"):
         try:
@@ -46,18 +40,18 @@ def check_coco(
             forgiven = droppable and finding.annotation is not None
             findings.append(replace(finding, fatal=finding.fatal and not forgiven))
         limit = config.max_val_images if split == "val" else None
-        findings.extend(_check_images(coco_file, folder, split == "val", limit, decode_images, on_progress))
+        findings.extend(_check_images(coco_file, folder, split == "val", limit, decode, on_progress))
         try:
             maps = semantic_maps(config) if split == "train" else None
         except DataError as error:
             findings.append(Finding("data.semantic", str(error)))
             continue
         if maps is not None and maps.folder is not None:
-            findings.extend(_check_maps(coco_file, maps, decode_images))
+            findings.extend(_check_maps(coco_file, maps, decode))
     return findings
 
 
-def _check_maps(coco_file: CocoFile, maps: SemanticMaps, decode_images: bool) -> list[Finding]:
+def _check_maps(coco_file: CocoFile, maps: SemanticMaps, decode: bool) -> list[Finding]:
     """Findings about the semantic maps of the training images; a damaged one costs its image, a missing one the run."""
     found = []
     for image in coco_file.images:
@@ -68,7 +62,7 @@ def _check_maps(coco_file: CocoFile, maps: SemanticMaps, decode_images: bool) ->
         assert path is not None
         if not path.is_file():
             found.append(Finding(str(path), "there is no such semantic map"))
-        elif decode_images:
+        elif decode:
             try:
                 read_map(path, size, maps.num_classes)
             except ImageError as error:
@@ -81,8 +75,8 @@ def _check_images(
     folder: Path,
     needs_all: bool,
     limit: int | None,
-    decode_images: bool,
-    on_progress: Callable[[int, int], None] | None,
+    decode: bool,
+    on_progress: Progress | None,
 ) -> list[Finding]:
     """Findings about the image files of one split."""
     images = [image for image in coco_file.images if isinstance(image.get("file_name"), str) and image["file_name"]]
@@ -93,7 +87,7 @@ def _check_images(
         path = folder / image["file_name"]
         if not path.is_file():
             return [Finding(str(path), "there is no such image file")]
-        if not decode_images:
+        if not decode:
             return []
         size = (image.get("height"), image.get("width"))
         try:

@@ -1,19 +1,13 @@
-"""Configurations of data sets: values only, no torch; `build_*` makes the live data set."""
+"""Configurations of detection data sets: values only, no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from permafrost.data.errors import DataError
-from permafrost.data.task import Progress, SampleExtent, Task, TaskDataConfig
-
-if TYPE_CHECKING:
-    from permafrost.data.detection.dataset import CocoDetection
-    from permafrost.data.detection.inputs import DetectionInputs
-    from permafrost.data.findings import Finding
+from permafrost.data.task import SampleExtent, TaskDataConfig
 
 
 @dataclass
@@ -109,7 +103,8 @@ class EvaluationConfig:
 class CocoDataConfig(TaskDataConfig):
     """Any data set in COCO's layout: annotations/instances_*.json and image folders. Classes are read from the JSON."""
 
-    task: ClassVar[Task] = "detection"
+    task: ClassVar[str] = "detection"
+    has_test_set: ClassVar[bool] = True
 
     root: str = "data/coco"
     train_annotations: str = "annotations/instances_train2017.json"
@@ -167,6 +162,11 @@ class CocoDataConfig(TaskDataConfig):
             raise DataError(f"data.semantic_classes is {self.semantic_classes}: give 1 to 255 classes")
 
     @property
+    def place(self) -> str:
+        """Return `root`."""
+        return self.root
+
+    @property
     def paths(self) -> dict[str, tuple[Path, Path]]:
         """Split -> (annotation file, image folder)."""
         root = Path(self.root).expanduser()
@@ -186,128 +186,5 @@ class CocoDataConfig(TaskDataConfig):
         return [path for pair in self.paths.values() for path in pair]
 
     def extent(self) -> SampleExtent:
-        """See TaskDataConfig."""
+        """Return the square's side; only the files say the rest."""
         return SampleExtent(self.image_size)
-
-    def located(self) -> CocoDataConfig:
-        """The same configuration with files behind it: a built-in world writes them first."""
-        return self
-
-    def build_train(self) -> CocoDetection:
-        """The training set with augmentation."""
-        from permafrost.data.detection.dataset import CocoDetection
-
-        return CocoDetection.from_config(self.located(), train=True)
-
-    def build_val(self) -> CocoDetection:
-        """The validation set without augmentation."""
-        from permafrost.data.detection.dataset import CocoDetection
-
-        return CocoDetection.from_config(self.located(), train=False)
-
-    def build_test(self, submission: Path) -> CocoDetection:
-        """The images of `test_annotations`, seen as in validation; its evaluators' files are for COCO's server, named after the
-        folder `submission`."""
-        from permafrost.data.detection.dataset import CocoDetection
-
-        return CocoDetection.from_config(self.located(), train=False, submission=submission)
-
-    def check(self, *, decode: bool = True, on_progress: Progress | None = None) -> list[Finding]:
-        """See TaskDataConfig and `check_coco`."""
-        from permafrost.data.detection.check import check_coco
-
-        return check_coco(self, decode_images=decode, on_progress=on_progress)
-
-    def inputs(self, classes: Sequence[str], category_ids: Sequence[int]) -> DetectionInputs:
-        """See TaskDataConfig."""
-        from permafrost.data.detection.inputs import DetectionInputs
-
-        return DetectionInputs(self, classes, category_ids)
-
-
-@dataclass
-class ShapesWorld:
-    """Size and difficulty of the built-in world `shapes`. Other values are another world, in another cache folder."""
-
-    num_train: int = 2000
-    num_val: int = 300
-    image_side: int = 160
-    """Side of the square images, pixels."""
-    objects: tuple[int, int] = (2, 5)
-    """Fewest and most objects tried in an image; one that finds no place is left out."""
-    object_size: tuple[float, float] = (0.15, 0.45)
-    """Diameter of an object as a share of the image's side, drawn log-uniformly."""
-    min_visible: float = 0.4
-    """Share of its area that every object keeps visible; 1 allows no occlusion."""
-    stretch: float = 1.25
-    """Largest ratio of an object's two axes; 1 never stretches."""
-    rotation: float = 1.0
-    """Share of a half turn that objects are rotated by, to either side; 0 keeps all upright."""
-    contrast: float = 0.3
-    """Least difference of an object's colour from the ground below it, in the clearest of R, G and B (0..1)."""
-    background_contrast: float = 0.4
-    """Difference of the two colours of a background's texture, as a share of that between two random colours."""
-    textured_share: float = 0.5
-    """Share of objects filled with a texture instead of one colour."""
-    clutter: int = 4
-    """Most distracting strokes in an image."""
-    crowd_share: float = 0.08
-    """Share of images with a crowd: one region of many tiny shapes, annotated iscrowd."""
-    noise: float = 0.02
-    """Standard deviation of the pixel noise; pixels are in 0..1."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_train", "num_val"):
-            if not 1 <= getattr(self, name) <= 1_000_000:
-                raise DataError(f"data.world.{name} is {getattr(self, name)}: give 1 to 1000000 images")
-        if not 32 <= self.image_side <= 4096:
-            raise DataError(f"data.world.image_side is {self.image_side}: give 32 to 4096 pixels")
-        if not 1 <= self.objects[0] <= self.objects[1]:
-            raise DataError(f"data.world.objects is {self.objects}: give fewest and most, at least 1")
-        if not 0 < self.object_size[0] <= self.object_size[1] <= 1:
-            raise DataError(
-                f"data.world.object_size is {self.object_size}: give two rising shares of the side within 0..1"
-            )
-        if self.stretch < 1:
-            raise DataError(f"data.world.stretch is {self.stretch}: a ratio of axes is at least 1")
-        if self.clutter < 0 or self.seed < 0:
-            raise DataError("data.world.clutter and data.world.seed cannot be negative")
-        for name in ("rotation", "contrast", "background_contrast", "textured_share", "crowd_share", "noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise DataError(f"data.world.{name} is {getattr(self, name)}: give a value between 0 and 1")
-        if not 0 < self.min_visible <= 1:
-            raise DataError(f"data.world.min_visible is {self.min_visible}: give a share above 0 and up to 1")
-
-
-@dataclass
-class ShapesDataConfig(CocoDataConfig):
-    """The built-in world `shapes`: rendered once into a cache folder, then read like any COCO data set."""
-
-    root: str = ""
-    """Folder of the files; empty is a folder under $PERMAFROST_CACHE or ~/.cache/permafrost."""
-    test_annotations: str = "annotations/instances_val2017.json"
-    test_images: str = "val2017"
-    image_size: int = 160
-    world: ShapesWorld = field(default_factory=ShapesWorld)
-
-    @property
-    def fills_cache(self) -> bool:
-        """Unless `root` names a folder."""
-        return not self.root
-
-    def required_paths(self) -> list[Path]:
-        """None: whoever lacks the world renders it."""
-        return []
-
-    def extent(self) -> SampleExtent:
-        """See TaskDataConfig."""
-        from permafrost.data.worlds.shapes import CLASSES
-
-        return SampleExtent(self.image_size, num_classes=len(CLASSES), objects=self.world.objects[1])
-
-    def located(self) -> CocoDataConfig:
-        """The same configuration with the world's files written and `root` naming their folder."""
-        from permafrost.data.worlds.shapes_files import SHAPES
-
-        return replace(self, root=str(SHAPES.ensure(self.world, Path(self.root) if self.root else None)))

@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from permafrost.data.detection.annotations import CocoFile, load_coco_file
-from permafrost.data.detection.config import CocoDataConfig, EvaluationConfig, JitterConfig, MultiScaleConfig
+from permafrost.data.detection.config import CocoDataConfig, MultiScaleConfig
 from permafrost.data.detection.copy_paste import paste
 from permafrost.data.detection.drawing import draw_detections
 from permafrost.data.detection.evaluator import STATISTICS, CocoEvaluator
@@ -32,6 +31,7 @@ from permafrost.data.findings import Finding, raise_fatal
 from permafrost.data.pictures.read import ImageError, image_of, read_image
 from permafrost.data.stream.records import PackedRecords, ReplacementTracker
 from permafrost.data.stream.split import choose_share
+from permafrost.data.task import Split, TaskDataset
 from permafrost.data.types import Sample, SampleKey
 
 LAYOUT = """expected COCO's layout (every name is a field of `data`):
@@ -42,7 +42,7 @@ MIN_SCORE = 0.5
 """Least score of an object that is drawn."""
 
 
-class CocoDetection(Dataset):
+class CocoDetection(TaskDataset):
     """Images with boxes, labels and masks, ready for the network. Indexed by SampleKey; a pure function of it.
 
     Every annotation is checked at construction. In evaluation an index is one view of one image, an image's views following one
@@ -50,20 +50,9 @@ class CocoDetection(Dataset):
     next readable one, and says so in `Sample.replaced`; in evaluation it is an error.
 
     Args:
-        annotations: The JSON of instances.
-        images: Folder that `file_name` is relative to.
-        image_size: Side S of the square that samples are fitted into, pixels.
-        jitter: Augmentation; None gives the whole image, for evaluation.
-        evaluation: How it is resized then.
-        share: Take this share of the images, of those with and without objects.
-        share_seed: Which ones.
-        copy_paste: See CocoDataConfig.
-        semantic: Where semantic maps come from; None gives none.
-        max_images: Take only the first n images by id.
-        bad_annotations: See CocoDataConfig.
-        train_empty_images: See CocoDataConfig.
-        corrupt_share: See CocoDataConfig.
-        submission: Makes it a test set, of which only images and categories are read; the server's files are named after it.
+        config: with files behind it.
+        split: "train" augments; "val" and "test" resize, in the views of `evaluation`.
+        submission: of "test", of which only images and categories are read: what the server's files are named after.
 
     Attributes:
         classes: names by label.
@@ -73,69 +62,37 @@ class CocoDetection(Dataset):
         image_ids: of the images used, in the order of the indices.
         num_views: of each image, in evaluation; 1 in training.
         max_batch: views of one size that follow one another, where there are several.
-        selection: the same where only a share of the images is used; None for all.
+        selection: `image_ids` where only a share of the images is used; None for all.
 
     Raises:
-        DataError: a file is missing or malformed; says which, where inside of it, and what was expected.
+        DataError: a file is missing or malformed; says which, where inside of it, and what was expected; of a missing root or folder
+            the layout that is expected.
     """
 
     headline = "bbox/AP"
 
-    def __init__(
-        self,
-        *,
-        annotations: Path,
-        images: Path,
-        image_size: int,
-        jitter: JitterConfig | MultiScaleConfig | None = None,
-        evaluation: EvaluationConfig | None = None,
-        share: float = 1.0,
-        share_seed: int = 0,
-        copy_paste: float = 0.0,
-        semantic: SemanticMaps | None = None,
-        max_images: int | None = None,
-        bad_annotations: str = "refuse",
-        train_empty_images: bool = False,
-        corrupt_share: float = 0.001,
-        submission: Path | None = None,
-    ) -> None:
-        self.annotation_file = annotations
-        self.image_folder = images
-        self.is_train = jitter is not None
-        self.image_size, self.jitter, self.evaluation = image_size, jitter, evaluation
-        self.views = [(None, False)] if self.is_train else (evaluation or EvaluationConfig()).views()
+    def __init__(self, config: CocoDataConfig, split: Split, *, submission: Path | None = None) -> None:
+        annotations, self.image_folder = locate(config, split)
+        self.config, self.annotation_file, self.submission = config, annotations, submission
+        self.is_train = split == "train"
+        self.views = [(None, False)] if self.is_train else config.evaluation.views()
         self.num_views = len(self.views)
         if self.num_views > 1:
-            self.max_batch = 2 if evaluation.flip else 1
-        self.transforms = make_transforms(image_size, jitter, evaluation)
-        self.copy_paste = copy_paste
-        self.semantic = semantic
-        self.corrupt_share = corrupt_share
-        self.submission = submission
+            self.max_batch = 2 if config.evaluation.flip else 1
+        self.transforms = make_transforms(config, self.is_train)
+        self.copy_paste = config.copy_paste if self.is_train else 0.0
+        self.semantic = semantic_maps(config) if self.is_train else None
         self.notes: list[str] = []
         coco_file = load_coco_file(annotations, labelled=submission is None)
-        dropped = refuse_or_drop(coco_file.findings, bad_annotations)
+        dropped = refuse_or_drop(coco_file.findings, config.bad_annotations)
         records = group_by_image(coco_file, dropped)
-        raise_fatal(missing_images(records, images))
+        raise_fatal(missing_images(records, self.image_folder))
         if dropped:
             first = next(finding for finding in coco_file.findings if finding.annotation in dropped)
             self.notes.append(f"{len(dropped)} annotations are left out as unusable, the first: {first}")
-        if share < 1:
-            num_images, chosen = len(records), choose_share((record["id"] for record in records), share, share_seed)
-            records = [record for record in records if record["id"] in chosen]
-            self.notes.append(
-                f"{len(records)} of {num_images} images of {annotations.name} are used: a share of {share} by seed {share_seed}"
-            )
-        if self.is_train and not train_empty_images:
-            num_images = len(records)
-            records = [record for record in records if any(not entry["iscrowd"] for entry in record["annotations"])]
-            if len(records) < num_images:
-                empty = num_images - len(records)
-                self.notes.append(
-                    f"{empty} of {num_images} images of {annotations.name} hold no object and are left out"
-                )
-        if max_images is not None:
-            records = records[:max_images]
+        records = self._training_records(records) if self.is_train else records
+        if split == "val":
+            records = records[: config.max_val_images]
         has_object = any(not entry["iscrowd"] for record in records for entry in record["annotations"])
         if submission is None and not has_object:
             raise DataError(
@@ -146,39 +103,27 @@ class CocoDetection(Dataset):
         listing = "\n".join(f"{record['id']} {record['file_name']}" for record in records)
         self.fingerprint = hashlib.sha256(f"{coco_file.digest}\n{listing}".encode()).hexdigest()
         self.image_ids = [record["id"] for record in records]
-        self.selection = self.image_ids if share < 1 else None
+        self.selection = self.image_ids if self.is_train and config.train_share < 1 else None
         self.records = PackedRecords(records)
-        if semantic is not None:
-            self._check_semantic(records)
+        if self.semantic is not None:
+            self._check_semantic(self.semantic, records)
 
-    @classmethod
-    def from_config(cls, config: CocoDataConfig, train: bool, *, submission: Path | None = None) -> CocoDetection:
-        """The training or validation set of a configuration, or, with `submission`, its test set.
-
-        Raises:
-            DataError: see the class; a missing root or folder says the layout that is expected.
-        """
-        annotations, images = locate(config, "train" if train else "val" if submission is None else "test")
-        options: dict[str, Any] = {"max_images": config.max_val_images, "evaluation": config.evaluation}
-        if submission is not None:
-            options |= {"max_images": None, "submission": submission}
-        if train:
-            options = {
-                "jitter": config.jitter,
-                "share": config.train_share,
-                "share_seed": config.train_share_seed,
-                "copy_paste": config.copy_paste,
-                "semantic": semantic_maps(config),
-            }
-        return cls(
-            annotations=annotations,
-            images=images,
-            image_size=config.image_size,
-            **options,
-            bad_annotations=config.bad_annotations,
-            train_empty_images=config.train_empty_images,
-            corrupt_share=config.corrupt_share,
-        )
+    def _training_records(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the share of the images that is trained on, without those that hold no object unless they are wanted."""
+        config, name = self.config, self.annotation_file.name
+        if config.train_share < 1:
+            num_images, share, seed = len(records), config.train_share, config.train_share_seed
+            chosen = choose_share((record["id"] for record in records), share, seed)
+            records = [record for record in records if record["id"] in chosen]
+            self.notes.append(
+                f"{len(records)} of {num_images} images of {name} are used: a share of {share} by seed {seed}"
+            )
+        if not config.train_empty_images:
+            filled = [record for record in records if any(not entry["iscrowd"] for entry in record["annotations"])]
+            if empty := len(records) - len(filled):
+                self.notes.append(f"{empty} of {len(records)} images of {name} hold no object and are left out")
+            records = filled
+        return records
 
     def __len__(self) -> int:
         return len(self.records) * self.num_views
@@ -190,22 +135,21 @@ class CocoDetection(Dataset):
 
     @property
     def extent(self) -> str:
-        """See TaskDataset."""
+        """Return the number of images, and of their views where there are several."""
         views = "" if self.num_views == 1 else f" ({len(self):,} views)"
         return f"{len(self.records):,} images{views}"
 
-    def _check_semantic(self, records: Sequence[dict[str, Any]]) -> None:
-        """Every image has its map; whether its values fit shows when it is read, or in `permafrost check-data`."""
-        assert self.semantic is not None
-        if self.semantic.folder is None:
-            if self.semantic.num_classes != len(self.classes) + 1:
+    def _check_semantic(self, semantic: SemanticMaps, records: Sequence[dict[str, Any]]) -> None:
+        """Raise where an image has no map; whether its values fit shows when it is read, or in `permafrost check-data`."""
+        if semantic.folder is None:
+            if semantic.num_classes != len(self.classes) + 1:
                 raise DataError(
-                    f"data.semantic_classes is {self.semantic.num_classes}: painted from instances, maps have "
+                    f"data.semantic_classes is {semantic.num_classes}: painted from instances, maps have "
                     f"{len(self.classes)} classes and the background: set it to {len(self.classes) + 1}"
                 )
             return
         names = [{"file_name": str(Path(record["file_name"]).with_suffix(".png"))} for record in records]
-        raise_fatal(missing_images(names, self.semantic.folder))
+        raise_fatal(missing_images(names, semantic.folder))
 
     def image_path(self, index: int) -> Path:
         """The file of one image."""
@@ -270,16 +214,16 @@ class CocoDetection(Dataset):
         except ImageError as error:
             replaced.append((str(self.image_folder / record["file_name"]), str(error)))
             return scene, labels
-        return paste(scene, labels, above, above_labels, generator, min_box_side=self.jitter.min_box_side)
+        return paste(scene, labels, above, above_labels, generator, min_box_side=self.config.jitter.min_box_side)
 
     def evaluator(self) -> CocoEvaluator:
         """A fresh evaluator against the annotations of exactly these images."""
         submission = None if self.submission is None else (self.annotation_file, self.submission)
-        return CocoEvaluator(list(self.records), self.classes, self.category_ids, self.evaluation, submission)
+        return CocoEvaluator(list(self.records), self.classes, self.category_ids, self.config.evaluation, submission)
 
     def tracker(self) -> ReplacementTracker:
         """A fresh count of replaced images, with this data set's limit."""
-        return ReplacementTracker(len(self), self.corrupt_share)
+        return ReplacementTracker(len(self), self.config.corrupt_share)
 
     def metric_names(self) -> list[str]:
         """Of COCOeval's numbers and of each class, for boxes and masks."""
@@ -295,7 +239,7 @@ class CocoDetection(Dataset):
         return f"image {target.image_id}, {len(target.boxes)} objects"
 
     def draw(self, image: torch.Tensor, shown: DetectionTarget | DetectionResult) -> np.ndarray:
-        """See TaskDataset; of a result the objects with a score from MIN_SCORE up."""
+        """Draw the objects on the image; of a result those with a score from MIN_SCORE up."""
         scores = shown.scores if isinstance(shown, DetectionResult) else None
         return draw_detections(image, shown.boxes, shown.labels, shown.masks, scores, self.classes, min_score=MIN_SCORE)
 
@@ -365,16 +309,12 @@ def missing_images(records: Sequence[dict[str, Any]], folder: Path) -> list[Find
     return findings
 
 
-def make_transforms(
-    image_size: int, jitter: JitterConfig | MultiScaleConfig | None, evaluation: EvaluationConfig | None
-) -> list[JitterTransform | MultiScaleTransform | FitTransform]:
-    """What turns scenes into the network's input: the augmentation, or without one the resizing of each view in evaluation."""
-    if jitter is None:
-        evaluation = evaluation or EvaluationConfig()
-        return [FitTransform(image_size, evaluation, size=size, is_flipped=flip) for size, flip in evaluation.views()]
-    if isinstance(jitter, MultiScaleConfig):
-        return [MultiScaleTransform(jitter)]
-    return [JitterTransform(image_size, jitter)]
+def make_transforms(config: CocoDataConfig, train: bool) -> list[JitterTransform | MultiScaleTransform | FitTransform]:
+    """Return what turns scenes into the network's input: the augmentation, or the resizing of each view in evaluation."""
+    size, jitter, evaluation = config.image_size, config.jitter, config.evaluation
+    if not train:
+        return [FitTransform(size, evaluation, size=side, is_flipped=flip) for side, flip in evaluation.views()]
+    return [MultiScaleTransform(jitter) if isinstance(jitter, MultiScaleConfig) else JitterTransform(size, jitter)]
 
 
 def semantic_maps(config: CocoDataConfig) -> SemanticMaps | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from permafrost.data.errors import DataError
@@ -12,18 +11,19 @@ from permafrost.data.segmentation.classes import read_classes
 from permafrost.data.segmentation.config import ADE20KDataConfig
 from permafrost.data.segmentation.dataset import find_pairs, locate
 from permafrost.data.segmentation.labels import LabelError, read_labels
+from permafrost.data.task import Progress
 
 UNREADABLE_PHOTO = "unreadable photos"
 
 
 def check_ade20k(
-    config: ADE20KDataConfig, decode_images: bool = True, on_progress: Callable[[int, int], None] | None = None
+    config: ADE20KDataConfig, *, decode: bool = True, on_progress: Progress | None = None
 ) -> list[Finding]:
     """Check both splits of a configuration: folders, pairs, and every photo with its labels.
 
     Args:
-        config: What a run would use.
-        decode_images: Decode every file; otherwise only missing ones are found.
+        config: what a run would use, with files behind it.
+        decode: Decode every file; otherwise only missing ones are found.
         on_progress: Called with the images done and all images, now and then.
 
     Returns:
@@ -31,7 +31,6 @@ def check_ade20k(
         used is replaced while training, so it is fatal only in the validation split.
     """
     try:
-        config = config.located()
         num_classes = len(read_classes(Path(config.root).expanduser() / config.class_info))
     except DataError as error:
         return [Finding(config.root, str(error))]
@@ -43,13 +42,13 @@ def check_ade20k(
             findings.append(Finding(str(config.paths(split)[0]), str(error)))
             continue
         findings.extend(missing)
-        if decode_images:
+        if decode:
             findings.extend(_check_pairs(pairs, num_classes, split == "val", on_progress))
     return findings
 
 
 def _check_pairs(
-    pairs: list[tuple[Path, Path]], num_classes: int, needs_all: bool, on_progress: Callable[[int, int], None] | None
+    pairs: list[tuple[Path, Path]], num_classes: int, needs_all: bool, on_progress: Progress | None
 ) -> list[Finding]:
     def problems(pair: tuple[Path, Path]) -> list[Finding]:
         photo, labels = pair

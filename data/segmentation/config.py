@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from permafrost.data.detection.config import ShapesWorld
 from permafrost.data.errors import DataError
-from permafrost.data.task import Progress, SampleExtent, Task, TaskDataConfig
-
-if TYPE_CHECKING:
-    from permafrost.data.findings import Finding
-    from permafrost.data.segmentation.dataset import SceneParsing
-    from permafrost.data.segmentation.inputs import SegmentationInputs
+from permafrost.data.task import SampleExtent, TaskDataConfig
 
 
 @dataclass
@@ -96,7 +89,8 @@ class SegmentationEvaluationConfig:
 class ADE20KDataConfig(TaskDataConfig):
     """Any data set in the layout of ADE20K's SceneParsing release: photos, and PNGs of labels beside them, 0 = ignore."""
 
-    task: ClassVar[Task] = "segmentation"
+    task: ClassVar[str] = "segmentation"
+    has_test_set: ClassVar[bool] = True
 
     root: str = "data/ADEChallengeData2016"
     train_images: str = "images/training"
@@ -124,6 +118,11 @@ class ADE20KDataConfig(TaskDataConfig):
         if not 0 <= self.corrupt_share <= 1:
             raise DataError(f"data.corrupt_share is {self.corrupt_share}: give a share between 0 and 1")
 
+    @property
+    def place(self) -> str:
+        """Return `root`."""
+        return self.root
+
     def paths(self, split: str) -> tuple[Path, Path]:
         """Folders of photos and of label PNGs of "train" or "val"."""
         root = Path(self.root).expanduser()
@@ -134,87 +133,5 @@ class ADE20KDataConfig(TaskDataConfig):
         return [*self.paths("train"), *self.paths("val")]
 
     def extent(self) -> SampleExtent:
-        """See TaskDataConfig."""
+        """Return the crops' side; only the files say the rest."""
         return SampleExtent(self.image_size)
-
-    def located(self) -> ADE20KDataConfig:
-        """The same configuration with files behind it: a built-in world writes them first."""
-        return self
-
-    def build_train(self) -> SceneParsing:
-        """The training set with augmentation."""
-        from permafrost.data.segmentation.dataset import SceneParsing
-
-        return SceneParsing.from_config(self.located(), train=True)
-
-    def build_val(self) -> SceneParsing:
-        """The validation set: one sample for each view of each image."""
-        from permafrost.data.segmentation.dataset import SceneParsing
-
-        return SceneParsing.from_config(self.located(), train=False)
-
-    def build_test(self, submission: Path) -> SceneParsing:
-        """The photos of `test_images`, without labels, seen as in validation; a label PNG of each goes into `submission`."""
-        from permafrost.data.segmentation.dataset import SceneParsing
-
-        return SceneParsing.without_labels(self.located(), submission)
-
-    def check(self, *, decode: bool = True, on_progress: Progress | None = None) -> list[Finding]:
-        """See TaskDataConfig and `check_ade20k`."""
-        from permafrost.data.segmentation.check import check_ade20k
-
-        return check_ade20k(self, decode_images=decode, on_progress=on_progress)
-
-    def inputs(self, classes: Sequence[str], category_ids: Sequence[int]) -> SegmentationInputs:
-        """See TaskDataConfig."""
-        from permafrost.data.segmentation.inputs import SegmentationInputs
-
-        return SegmentationInputs(self, classes)
-
-
-@dataclass
-class SceneryWorld(ShapesWorld):
-    """The built-in world `scenery`: the objects of `shapes` on backgrounds of several stuff-like regions. Other values are another
-    world, in another cache folder."""
-
-    regions: tuple[int, int] = (1, 3)
-    """Fewest and most regions of a background; each has a texture of its own, which is its class."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.regions[0] <= self.regions[1] <= 4:
-            raise DataError(f"data.world.regions is {self.regions}: give fewest and most, within 1 to 4")
-
-
-@dataclass
-class SceneryDataConfig(ADE20KDataConfig):
-    """The built-in world `scenery`: rendered once into a cache folder, then read like any data set in ADE20K's layout."""
-
-    root: str = ""
-    """Folder of the files; empty is a folder under $PERMAFROST_CACHE or ~/.cache/permafrost."""
-    test_images: str = "images/validation"
-    class_info: str = "objectInfo.txt"
-    image_size: int = 160
-    world: SceneryWorld = field(default_factory=SceneryWorld)
-
-    @property
-    def fills_cache(self) -> bool:
-        """Unless `root` names a folder."""
-        return not self.root
-
-    def required_paths(self) -> list[Path]:
-        """None: whoever lacks the world renders it."""
-        return []
-
-    def extent(self) -> SampleExtent:
-        """See TaskDataConfig."""
-        from permafrost.data.worlds.scenery import CLASSES
-
-        most = min(self.world.objects[1] + self.world.regions[1], len(CLASSES))
-        return SampleExtent(self.image_size, num_classes=len(CLASSES), objects=most)
-
-    def located(self) -> ADE20KDataConfig:
-        """The same configuration with the world's files written and `root` naming their folder."""
-        from permafrost.data.worlds.scenery_files import SCENERY
-
-        return replace(self, root=str(SCENERY.ensure(self.world, Path(self.root) if self.root else None)))

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from permafrost.data.errors import DataError
 from permafrost.data.findings import Finding, raise_fatal
@@ -34,6 +33,7 @@ from permafrost.data.segmentation.transforms import SegmentationJitter
 from permafrost.data.segmentation.types import SegmentationResult, SegmentationTarget, SegmentationView
 from permafrost.data.segmentation.views import num_whole_views, plan_views, see
 from permafrost.data.stream.records import PackedRecords, ReplacementTracker
+from permafrost.data.task import Split, TaskDataset
 from permafrost.data.types import Sample, SampleKey
 
 LAYOUT = """expected the layout of ADE20K's SceneParsing release (every name is a field of `data`):
@@ -44,7 +44,7 @@ MISSING_LABELS = "photos without labels"
 MISSING_PHOTO = "labels without a photo"
 
 
-class SceneParsing(Dataset):
+class SceneParsing(TaskDataset):
     """Photos with the class of every pixel, ready for the network. Indexed by SampleKey; a pure function of it.
 
     In training index i is photo i; a pair that cannot be used is replaced by the next usable one, and says so in
@@ -53,9 +53,8 @@ class SceneParsing(Dataset):
 
     Args:
         config: with files behind it.
-        pairs: (photo, labels) of each image; labels are None where nobody knows them.
-        classes: names by label.
-        train: whether to augment.
+        split: "train" augments; "val" and "test" give the views of `evaluation`; "test" has no labels.
+        submission: folder that evaluators write a label PNG of each image to; None writes none.
 
     Attributes:
         classes: names by label.
@@ -63,74 +62,38 @@ class SceneParsing(Dataset):
         category_ids: labels in the files, 1..K.
         fingerprint: hash of the names of files and classes.
         groups: how many views each photo has, in evaluation.
-        submission: folder that evaluators write a label PNG of each image to; None writes none.
+
+    Raises:
+        DataError: the layout is another one, there is no photo, or photos and labels do not pair; says how many.
     """
 
     headline = "semantic/mIoU"
-    selection = None
-    submission: Path | None = None
 
-    def __init__(
-        self,
-        config: ADE20KDataConfig,
-        pairs: Sequence[tuple[Path, Path | None]],
-        classes: Sequence[str],
-        *,
-        train: bool,
-    ) -> None:
+    def __init__(self, config: ADE20KDataConfig, split: Split, *, submission: Path | None = None) -> None:
+        self.config, self.is_train, self.submission = config, split == "train", submission
+        pairs = find_test_photos(config) if split == "test" else self._labelled(split)
         if not pairs:
-            raise DataError(f"{config.root}: not one {'training' if train else 'validation'} image")
-        self.config, self.is_train = config, train
-        self.classes = list(classes)
+            raise DataError(f"{config.root}: not one {'training' if self.is_train else 'validation'} image")
+        self.classes = read_classes(Path(config.root).expanduser() / config.class_info)
         self.category_ids = list(range(1, len(self.classes) + 1))
         self.notes: list[str] = []
         names = "\n".join(f"{photo.name} {labels and labels.name}" for photo, labels in pairs)
         self.fingerprint = hashlib.sha256(f"{names}\n{self.classes}".encode()).hexdigest()
         self.records = PackedRecords([(str(photo), labels and str(labels)) for photo, labels in pairs])
         self.jitter = SegmentationJitter(config.image_size, config.jitter)
-        self.groups = [1] * len(pairs) if train else self._count_views([photo for photo, _ in pairs])
+        self.groups = [1] * len(pairs) if self.is_train else self._count_views([photo for photo, _ in pairs])
         self._ends = np.cumsum(self.groups)
         # The last photo read for evaluation: its views follow one another.
         self._last: tuple[int, Tensor, Tensor] | None = None
 
-    @classmethod
-    def from_config(cls, config: ADE20KDataConfig, train: bool) -> SceneParsing:
-        """The training or validation set of a configuration.
-
-        Raises:
-            DataError: the layout is another one, or photos and labels do not pair; says how many.
-        """
-        split = "train" if train else "val"
-        photos, annotations = locate(config, split)
-        pairs, findings = find_pairs(photos, annotations)
+    def _labelled(self, split: str) -> list[tuple[Path, Path]]:
+        pairs, findings = find_pairs(*locate(self.config, split))
         raise_fatal(findings, "`permafrost check-data` lists them all")
-        if not train and config.max_val_images is not None and config.max_val_images < len(pairs):
+        most = self.config.max_val_images
+        if split == "val" and most is not None and most < len(pairs):
             # Names go by scene: the first n would be of a few kinds.
-            chosen = np.linspace(0, len(pairs) - 1, config.max_val_images).round().astype(int)
-            pairs = [pairs[index] for index in chosen]
-        return cls(config, pairs, read_classes(Path(config.root).expanduser() / config.class_info), train=train)
-
-    @classmethod
-    def without_labels(cls, config: ADE20KDataConfig, submission: Path) -> SceneParsing:
-        """The photos of `test_images`; its evaluators write a label PNG of each into a folder.
-
-        Raises:
-            DataError: there are none.
-        """
-        root = Path(config.root).expanduser()
-        folder = root / Path(config.test_images).expanduser()
-        if not folder.is_dir():
-            raise DataError(
-                f"data.test_images is {config.test_images!r}: there is no folder {folder}; give one of photos, under data.root or "
-                "with its whole path"
-            )
-        photos = _listed(folder, PHOTO_SUFFIXES)
-        if not photos:
-            raise DataError(f"{folder} holds no photo ({', '.join(sorted(PHOTO_SUFFIXES))})")
-        pairs = [(folder / name, None) for name in photos.values()]
-        dataset = cls(config, pairs, read_classes(root / config.class_info), train=False)
-        dataset.submission = submission
-        return dataset
+            pairs = [pairs[index] for index in np.linspace(0, len(pairs) - 1, most).round().astype(int)]
+        return pairs
 
     def _count_views(self, photos: Sequence[Path]) -> list[int]:
         evaluation = self.config.evaluation
@@ -234,7 +197,7 @@ class SceneParsing(Dataset):
 
     @property
     def extent(self) -> str:
-        """See TaskDataset."""
+        """Return the number of photos, and of their views where there are several."""
         views = "" if self.num_images == len(self) else f" ({len(self):,} views)"
         return f"{self.num_images:,} images{views}"
 
@@ -323,6 +286,24 @@ def find_pairs(photos: Path, annotations: Path) -> tuple[list[tuple[Path, Path]]
         findings.append(Finding(str(photos), f"the folder holds no photo ({', '.join(sorted(PHOTO_SUFFIXES))})"))
     pairs = [(photos / name, annotations / labels[stem]) for stem, name in sorted(images.items()) if stem in labels]
     return pairs, sorted(findings, key=lambda finding: finding.path)
+
+
+def find_test_photos(config: ADE20KDataConfig) -> list[tuple[Path, None]]:
+    """Return (photo, no labels) of `test_images`, sorted.
+
+    Raises:
+        DataError: there are none.
+    """
+    folder = Path(config.root).expanduser() / Path(config.test_images).expanduser()
+    if not folder.is_dir():
+        raise DataError(
+            f"data.test_images is {config.test_images!r}: there is no folder {folder}; give one of photos, under data.root or "
+            "with its whole path"
+        )
+    photos = _listed(folder, PHOTO_SUFFIXES)
+    if not photos:
+        raise DataError(f"{folder} holds no photo ({', '.join(sorted(PHOTO_SUFFIXES))})")
+    return [(folder / name, None) for name in photos.values()]
 
 
 def _listed(folder: Path, suffixes: frozenset[str]) -> dict[str, str]:

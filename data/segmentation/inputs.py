@@ -45,12 +45,13 @@ class SegmentationInputs:
     Args:
         config: which views a photo is seen in.
         classes: names by label.
+        category_ids: not needed; every kind of reader is made alike.
     """
 
     suffix = ".png"
     threshold = 0.0
 
-    def __init__(self, config: ADE20KDataConfig, classes: Sequence[str]) -> None:
+    def __init__(self, config: ADE20KDataConfig, classes: Sequence[str], category_ids: Sequence[int]) -> None:
         self.config, self.classes = config, list(classes)
 
     def read(self, source: Any, index: int) -> tuple[list[Sample], Tensor]:

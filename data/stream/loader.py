@@ -314,6 +314,7 @@ def val_loader(
     num_workers: int = 0,
     timeout: float = 300.0,
     groups: Sequence[int] | None = None,
+    max_batch: int | None = None,
 ) -> BatchLoader:
     """This rank's evaluation batches, every sample once over all ranks, equally many batches on each.
 
@@ -323,16 +324,17 @@ def val_loader(
 
     Args:
         dataset: Samples by key.
-        batch_size: Samples in a batch, at most; fewer where the data set has a `max_batch`.
+        batch_size: Samples in a batch, at most.
         rank: This rank.
         world_size: Number of ranks.
         num_workers: Worker processes.
         timeout: Seconds without a batch that are an error.
         groups: How many samples in a row belong together (the views of an image): they stay on one rank and in order. Where a
             group has several, a batch holds samples of one only. None: each by itself.
+        max_batch: The data set's own limit of a batch, which may be lower.
     """
     # Views of different sizes would be padded to the largest, and what is found would depend on the batch.
-    batch_size = min(batch_size, getattr(dataset, "max_batch", batch_size))
+    batch_size = min(batch_size, max_batch or batch_size)
     indices = [SampleKey(0, 0, index) for index in range(len(dataset))]
     if groups is None or max(groups, default=1) == 1:
         pieces = [[indices[start : start + batch_size]] for start in range(0, len(dataset), batch_size)]

@@ -25,7 +25,7 @@ def check_kinetics(
     """Check both splits of a configuration: lists, labels, missing files, and frames all over every video.
 
     Args:
-        config: What a run would use.
+        config: what a run would use, with files behind it.
         decode: Decode frames of every video; otherwise only missing ones are found.
         on_progress: Called with the videos done and all videos of a split.
 
@@ -33,10 +33,6 @@ def check_kinetics(
         Findings, each with its kind. A list that cannot be used, and more missing or unreadable videos than the configuration tolerates,
         are fatal; single ones are not.
     """
-    try:
-        config = config.located()
-    except DataError as error:
-        return [Finding(config.root, str(error))]
     findings: list[Finding] = []
     for split in ("train", "val"):
         where = str(config.paths(split)[0 if config.layout != "folders" else 1])

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from permafrost.data.errors import DataError
-from permafrost.data.task import Progress, SampleExtent, Task, TaskDataConfig
-
-if TYPE_CHECKING:
-    from permafrost.data.findings import Finding
-    from permafrost.data.video.dataset import KineticsClips
-    from permafrost.data.video.inputs import VideoInputs
+from permafrost.data.task import SampleExtent, TaskDataConfig
 
 EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 """Which files of a folder are taken for videos."""
@@ -77,7 +71,7 @@ class ClipConfig:
 class KineticsDataConfig(TaskDataConfig):
     """Videos with one class each, in one of Kinetics' three layouts; see data/video/lists.py."""
 
-    task: ClassVar[Task] = "video"
+    task: ClassVar[str] = "video"
     input_kind: ClassVar[str] = "video"
     input_suffixes: ClassVar[frozenset[str]] = frozenset(EXTENSIONS)
 
@@ -124,12 +118,13 @@ class KineticsDataConfig(TaskDataConfig):
             )
 
     def extent(self) -> SampleExtent:
-        """See TaskDataConfig."""
+        """Return the clip's side and frames, and the classes where they are given."""
         return SampleExtent(self.clip.crop_size, self.clip.num_frames, self.num_classes, objects=1)
 
-    def located(self) -> KineticsDataConfig:
-        """The same configuration with files behind it: a built-in world writes them first."""
-        return self
+    @property
+    def place(self) -> str:
+        """Return `root`."""
+        return self.root
 
     def paths(self, split: str) -> tuple[Path, Path]:
         """(list file, folder of videos) of "train" or "val"."""
@@ -142,113 +137,3 @@ class KineticsDataConfig(TaskDataConfig):
         return [
             path for listed, folder in pairs for path in ((folder,) if self.layout == "folders" else (listed, folder))
         ]
-
-    def build_train(self) -> KineticsClips:
-        """The training set with augmentation."""
-        from permafrost.data.video.dataset import KineticsClips
-
-        return KineticsClips.from_config(self.located(), train=True)
-
-    def build_val(self) -> KineticsClips:
-        """The validation set: every view of every video."""
-        from permafrost.data.video.dataset import KineticsClips
-
-        return KineticsClips.from_config(self.located(), train=False)
-
-    def check(self, *, decode: bool = True, on_progress: Progress | None = None) -> list[Finding]:
-        """See TaskDataConfig and `check_kinetics`."""
-        from permafrost.data.video.check import check_kinetics
-
-        return check_kinetics(self, decode=decode, on_progress=on_progress)
-
-    def inputs(self, classes: Sequence[str], category_ids: Sequence[int]) -> VideoInputs:
-        """See TaskDataConfig; `category_ids` is not needed."""
-        from permafrost.data.video.inputs import VideoInputs
-
-        return VideoInputs(self, classes)
-
-
-@dataclass
-class MotionWorld:
-    """Size and difficulty of the built-in world `motion`. Other values are another world, in another cache folder.
-
-    The difficulty (object_size, contrast, clutter) follows the rule of benchmarks/motion_calibration.py.
-    """
-
-    num_train: int = 800
-    num_val: int = 200
-    side: int = 64
-    """Side of the square frames, pixels; even."""
-    num_frames: int = 24
-    rate: int = 12
-    """Frames per second."""
-    object_size: tuple[float, float] = (0.33, 0.45)
-    """Diameter of the moving object as a share of the side."""
-    clutter: int = 0
-    """Most resting shapes in the background."""
-    contrast: float = 0.6
-    """Least difference of the moving object's colour from the background's mean, in the clearest of R, G and B."""
-    noise: float = 0.02
-    """Standard deviation of the pixel noise; pixels are in 0..1."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_train", "num_val"):
-            if not 1 <= getattr(self, name) <= 1_000_000:
-                raise DataError(f"data.world.{name} is {getattr(self, name)}: give 1 to 1000000 videos")
-        if not 32 <= self.side <= 1024 or self.side % 2:
-            raise DataError(f"data.world.side is {self.side}: give an even number of pixels from 32 to 1024")
-        if not 4 <= self.num_frames <= 1000 or not 1 <= self.rate <= 120:
-            raise DataError(
-                f"data.world: {self.num_frames} frames at {self.rate} a second: give 4 to 1000 frames at 1 to 120"
-            )
-        if not 0.05 <= self.object_size[0] <= self.object_size[1] <= 0.45:
-            raise DataError(f"data.world.object_size is {self.object_size}: give two rising shares within 0.05..0.45")
-        if self.clutter < 0 or self.seed < 0:
-            raise DataError("data.world.clutter and data.world.seed cannot be negative")
-        for name in ("contrast", "noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise DataError(f"data.world.{name} is {getattr(self, name)}: give a value between 0 and 1")
-
-
-@dataclass
-class MotionDataConfig(KineticsDataConfig):
-    """The built-in world `motion`: rendered once into a cache folder as MP4 files with lists, then read like Kinetics."""
-
-    root: str = ""
-    """Folder of the files; empty is a folder under $PERMAFROST_CACHE or ~/.cache/permafrost."""
-    class_names: str = "classes.txt"
-    clip: ClipConfig = field(
-        default_factory=lambda: ClipConfig(
-            num_frames=8,
-            frame_stride=3,
-            crop_size=64,
-            crop_scale=(0.8, 1.0),
-            test_short_side=64,
-            test_clips=1,
-            test_crops=1,
-            flip_swaps=(("moves_left", "moves_right"),),
-        )
-    )
-    world: MotionWorld = field(default_factory=MotionWorld)
-
-    @property
-    def fills_cache(self) -> bool:
-        """Unless `root` names a folder."""
-        return not self.root
-
-    def required_paths(self) -> list[Path]:
-        """None: whoever lacks the world renders it."""
-        return []
-
-    def extent(self) -> SampleExtent:
-        """See TaskDataConfig."""
-        from permafrost.data.worlds.motion import CLASSES
-
-        return replace(super().extent(), num_classes=len(CLASSES))
-
-    def located(self) -> KineticsDataConfig:
-        """The same configuration with the world's files written and `root` naming their folder."""
-        from permafrost.data.worlds.motion_files import MOTION
-
-        return replace(self, root=str(MOTION.ensure(self.world, Path(self.root) if self.root else None)))

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from permafrost.data.errors import DataError
 from permafrost.data.pictures.draw import captioned, contact_sheet
 from permafrost.data.stream.records import PackedRecords, ReplacementTracker
+from permafrost.data.task import Split, TaskDataset
 from permafrost.data.types import Sample, SampleKey
 from permafrost.data.video.config import ClipConfig, KineticsDataConfig
 from permafrost.data.video.decoder import Decoder
@@ -30,7 +30,7 @@ SHOWN_CLASSES = 2
 """Classes that are named beside them."""
 
 
-class KineticsClips(Dataset):
+class KineticsClips(TaskDataset):
     """Clips with their class. Indexed by SampleKey; a pure function of it.
 
     In training index i is video i, and a video that cannot be decoded is replaced by the next readable one, which says so in
@@ -39,7 +39,7 @@ class KineticsClips(Dataset):
 
     Args:
         config: with files behind it.
-        train: which split, and whether to augment.
+        split: "train" augments, "val" gives every view; there is no test set without labels.
 
     Attributes:
         classes: names by label.
@@ -52,10 +52,10 @@ class KineticsClips(Dataset):
     """
 
     headline = "video/top1"
-    selection = None
 
-    def __init__(self, config: KineticsDataConfig, *, train: bool) -> None:
-        listed = read_split(config, "train" if train else "val")
+    def __init__(self, config: KineticsDataConfig, split: Split) -> None:
+        train = split == "train"
+        listed = read_split(config, split)
         self.config, self.is_train = config, train
         self.classes = listed.classes
         self.category_ids = list(range(len(self.classes)))
@@ -84,11 +84,6 @@ class KineticsClips(Dataset):
         # The last video that could not be decoded, and why: its other clips are not tried, each of which could take the whole timeout.
         self._failed: tuple[int, str] | None = None
 
-    @classmethod
-    def from_config(cls, config: KineticsDataConfig, train: bool) -> KineticsClips:
-        """The training or validation set of a configuration."""
-        return cls(config, train=train)
-
     @property
     def num_views(self) -> int:
         """Clips of each video: 1 in training."""
@@ -99,12 +94,12 @@ class KineticsClips(Dataset):
 
     @property
     def groups(self) -> list[int] | None:
-        """See TaskDataset: the views of each video, whose crops share a decoded clip."""
+        """Return the number of views of each video, whose crops share a decoded clip; None in training."""
         return None if self.is_train else [self.num_views] * len(self.records)
 
     @property
     def extent(self) -> str:
-        """See TaskDataset: videos, and how many clips evaluation makes of them."""
+        """Return the number of videos, and how many clips evaluation makes of them."""
         videos = f"{len(self.records):,} videos"
         return videos if self.is_train else f"{videos} ({len(self):,} clips)"
 

@@ -72,12 +72,13 @@ class VideoInputs:
     Args:
         config: which views a video is seen in, and how it is decoded.
         classes: names by label.
+        category_ids: not needed; every kind of reader is made alike.
     """
 
     suffix = ".mp4"
     threshold = 0.0
 
-    def __init__(self, config: KineticsDataConfig, classes: Sequence[str]) -> None:
+    def __init__(self, config: KineticsDataConfig, classes: Sequence[str], category_ids: Sequence[int]) -> None:
         self.config, self.classes = config, list(classes)
         self.decoder = Decoder(
             timeout=config.decode_timeout, backend=config.decoder, num_threads=config.decoder_threads

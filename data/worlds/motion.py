@@ -12,28 +12,13 @@ Everything about clip i of a split is a function of (world, split, i).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from permafrost.data.worlds.config import MotionWorld
 from permafrost.data.worlds.drawing import colourise, composite, rings_mask, rotation, to_uint8
 from permafrost.data.worlds.shapes import TEXTURES, outline, texture_field
 
-if TYPE_CHECKING:
-    from permafrost.data.video.config import MotionWorld
-
-CLASSES = (
-    "moves_right",
-    "moves_left",
-    "grows",
-    "shrinks",
-    "speeds_up",
-    "slows_down",
-    "passes_before",
-    "passes_behind",
-    "turns_star",
-    "turns_cross",
-)
+CLASSES = MotionWorld.classes
 ORDER_PAIRS = (("moves_right", "moves_left"), ("grows", "shrinks"), ("speeds_up", "slows_down"))
 APPEARANCE = ("turns_star", "turns_cross")
 SPLITS = ("train", "val")

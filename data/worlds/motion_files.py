@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from permafrost.data.worlds.config import MotionWorld
+from permafrost.data.worlds.files import WorldFiles
 from permafrost.data.worlds.motion import CLASSES, SPLITS, label_of, render_clip
-from permafrost.data.worlds.world_files import WorldFiles
-
-if TYPE_CHECKING:
-    from permafrost.data.video.config import MotionWorld
 
 
 def write_video(path: Path, frames: np.ndarray | Sequence[np.ndarray], rate: int, *, crf: int = 18) -> None:
@@ -74,6 +71,4 @@ MOTION = WorldFiles(
 
 
 if __name__ == "__main__":
-    from permafrost.data.video.config import MotionWorld
-
     MOTION.main(MotionWorld)

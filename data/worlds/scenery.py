@@ -7,10 +7,9 @@ and are ignored. Everything about image i of a split is a function of (world, sp
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from permafrost.data.worlds.config import SceneryWorld
 from permafrost.data.worlds.drawing import colourise, smooth_noise, to_uint8
 from permafrost.data.worlds.shapes import (
     CLASSES as SHAPES,
@@ -24,11 +23,7 @@ from permafrost.data.worlds.shapes import (
     texture_field,
 )
 
-if TYPE_CHECKING:
-    from permafrost.data.segmentation.config import SceneryWorld
-
-CLASSES = (*SHAPES, *TEXTURES)
-"""In the order of the labels, which count from 1."""
+CLASSES = SceneryWorld.classes
 # Before the numbers that `shapes` draws with: its pictures and these share no random number.
 _STREAM = 1
 

@@ -5,17 +5,14 @@ a cache folder. Equal parameters give equal bytes, however many processes render
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from permafrost.data.worlds.config import SceneryWorld
+from permafrost.data.worlds.files import WorldFiles
 from permafrost.data.worlds.scenery import CLASSES, render_labelled
 from permafrost.data.worlds.shapes import SPLITS
-from permafrost.data.worlds.world_files import WorldFiles
-
-if TYPE_CHECKING:
-    from permafrost.data.segmentation.config import SceneryWorld
 
 _FOLDERS = {"train": "training", "val": "validation"}
 
@@ -55,6 +52,4 @@ SCENERY = WorldFiles(
 
 
 if __name__ == "__main__":
-    from permafrost.data.segmentation.config import SceneryWorld
-
     SCENERY.main(SceneryWorld)

@@ -12,18 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from permafrost.data.worlds.config import TEXTURES, ShapesWorld
 from permafrost.data.worlds.drawing import colourise, rings_mask, rotation, smooth_noise, strokes_mask, to_uint8
 
-if TYPE_CHECKING:
-    from permafrost.data.detection.config import ShapesWorld
-
-CLASSES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent")
+CLASSES = ShapesWorld.classes
 SPLITS = ("train", "val")
-TEXTURES = ("stripes", "checkers", "noise", "gradient")
 
 _PLACEMENTS = 8
 _HUE_OFFSETS = np.array([0, 4, 2], dtype=np.float32)

@@ -10,16 +10,14 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from permafrost.data.worlds.config import ShapesWorld
+from permafrost.data.worlds.files import WorldFiles
 from permafrost.data.worlds.shapes import CLASSES, SPLITS, SceneObject, render_scene
-from permafrost.data.worlds.world_files import WorldFiles
-
-if TYPE_CHECKING:
-    from permafrost.data.detection.config import ShapesWorld
 
 CATEGORY_IDS = (1, 2, 3, 5, 8, 13, 21, 34)
 
@@ -118,6 +116,4 @@ SHAPES = WorldFiles(
 
 
 if __name__ == "__main__":
-    from permafrost.data.detection.config import ShapesWorld
-
     SHAPES.main(ShapesWorld)

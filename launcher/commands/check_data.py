@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from permafrost.data.errors import DataError
+from permafrost.data.findings import count_kinds
 from permafrost.launcher.commands.arguments import split_recipe
 from permafrost.launcher.recipes.overrides import parse_experiment
 
@@ -57,9 +58,9 @@ def run(argv: Sequence[str]) -> int:
     )
     experiment = parse_experiment(recipe, fields, description=description, command="check-data")
 
-    from permafrost.data.findings import count_kinds
+    from permafrost.data import build
 
-    findings = experiment.data.check(decode=not options.quick, on_progress=progress_printer())
+    findings = build.check_data(experiment.data, decode=not options.quick, on_progress=progress_printer())
     fatal = [finding for finding in findings if finding.fatal]
     for line in count_kinds(findings):
         print(line)
@@ -72,7 +73,7 @@ def run(argv: Sequence[str]) -> int:
         raise DataError(
             f"a run of {recipe} cannot start: {len(fatal)} of these {len(findings)} findings must be mended first"
         )
-    train_set, val_set = experiment.data.build_train(), experiment.data.build_val()
+    train_set, val_set = build.train_set(experiment.data), build.val_set(experiment.data)
     for note in [*train_set.notes, *val_set.notes]:
         print(f"note: {note}")
     print(
@@ -95,15 +96,16 @@ def draw_samples(experiment: Experiment, num_samples: int, target: Path) -> None
     """
     from PIL import Image
 
+    from permafrost.data.build import train_set
     from permafrost.data.pictures.draw import captioned, contact_sheet
     from permafrost.data.stream.sampler import GlobalStream
 
-    train_set = experiment.data.build_train()
-    stream = GlobalStream(len(train_set), experiment.loop.seed)
+    dataset = train_set(experiment.data)
+    stream = GlobalStream(len(dataset), experiment.loop.seed)
     pictures = []
     for position in range(num_samples):
-        sample = train_set[stream.key(position)]
-        pictures.append(captioned(train_set.draw(sample.image, sample.target), train_set.caption(sample.target)))
+        sample = dataset[stream.key(position)]
+        pictures.append(captioned(dataset.draw(sample.image, sample.target), dataset.caption(sample.target)))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(contact_sheet(pictures, columns=COLUMNS)).save(target)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from permafrost.data.detection.types import DetectionTarget
 from permafrost.data.segmentation.types import SegmentationTarget
-from permafrost.data.task import Task
 from permafrost.data.types import Batch, SampleKey
 from permafrost.data.video.types import ClipTarget
 
@@ -26,7 +25,7 @@ class PlannedData:
         maps: into how many maps per level the backbone turns a clip; None: images.
     """
 
-    task: Task
+    task: str
     num_classes: int
     objects: int
     num_frames: int | None = None

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from permafrost.data.task import Task
 from permafrost.launcher.engines.base import parameter_groups, resolve_precision
 from permafrost.launcher.engines.choose import choose_engine
 from permafrost.launcher.engines.deepspeed_json import merge_settings, read_settings
@@ -32,10 +31,10 @@ from permafrost.launcher.run.fine_tune import FineTuned
 from permafrost.launcher.run.parts import build_heads
 
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
-MANY_OBJECTS: dict[Task, int] = {"detection": 100, "segmentation": 30, "video": 1}
+MANY_OBJECTS: dict[str, int] = {"detection": 100, "segmentation": 30, "video": 1}
 """Objects of an image, or classes that occur in one, that are planned for where the data does not say: no training image of COCO has
 more than 93 objects."""
-MANY_CLASSES: dict[Task, int] = {"detection": 80, "segmentation": 150, "video": 400}
+MANY_CLASSES: dict[str, int] = {"detection": 80, "segmentation": 150, "video": 400}
 """Of COCO, ADE20K and Kinetics-400."""
 RESERVED = 0.08
 """Share of a GPU's memory that is left for CUDA's context, its libraries' workspaces and the allocator's gaps."""

@@ -149,17 +149,10 @@ def _describe(name: str, function: Recipe, trainable: int | None) -> RecipeInfo:
     except USER_ERRORS as error:
         info.error = str(error)
         return info
-    info.data = _describe_data(getattr(experiment, "data", None))
+    if isinstance(experiment, Experiment):
+        info.data = experiment.data.describe()
     info.backbone = _describe_backbone(getattr(experiment, "backbone", None))
     return info
-
-
-def _describe_data(data: object) -> str:
-    if data is None:
-        return ""
-    kind = re.sub(r"(Data)?(Config)?$", "", type(data).__name__).lower()
-    root = getattr(data, "root", None)
-    return f"{kind} ({root})" if root else kind
 
 
 def _describe_backbone(backbone: object) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from permafrost.data.build import train_set, val_set
 from permafrost.heads.build import build_head
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import Experiment
@@ -48,23 +49,23 @@ def build_parts(experiment: Experiment, group: ProcessGroup) -> TrainingParts:
         LaunchError: the ranks do not see the same data or weights.
     """
     # A built-in world is written by the main rank; the others find it there.
-    train_set = group.main_first(experiment.data.build_train)
-    val_set = group.main_first(experiment.data.build_val)
-    if list(train_set.classes) != list(val_set.classes):
+    training = group.main_first(lambda: train_set(experiment.data))
+    validation = group.main_first(lambda: val_set(experiment.data))
+    if list(training.classes) != list(validation.classes):
         raise RecipeError(
-            f"data: the training annotations have the classes {', '.join(train_set.classes)}, the validation "
-            f"annotations {', '.join(val_set.classes)}: they must be the same, in the same order of category ids"
+            f"data: the training annotations have the classes {', '.join(training.classes)}, the validation "
+            f"annotations {', '.join(validation.classes)}: they must be the same, in the same order of category ids"
         )
     backbone = build_backbone(experiment, group, experiment.mesh.tensor)
     require_agreement(
         group,
         {
-            "training set": train_set.fingerprint,
-            "validation set": val_set.fingerprint,
+            "training set": training.fingerprint,
+            "validation set": validation.fingerprint,
             "backbone": backbone.fingerprint,
         },
     )
-    return TrainingParts(train_set, val_set, *join_heads(experiment, backbone, train_set.classes))
+    return TrainingParts(training, validation, *join_heads(experiment, backbone, training.classes))
 
 
 def build_backbone(experiment: Experiment, group: ProcessGroup, tensor: int) -> FrozenBackbone | TrainableBackbone:

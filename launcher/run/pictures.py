@@ -38,7 +38,7 @@ class Pictures:
         """
         if self._batch is None:
             # Of several views of an image the first.
-            groups = getattr(self._dataset, "groups", None) or [1] * len(self._dataset)
+            groups = self._dataset.groups or [1] * len(self._dataset)
             starts = itertools.accumulate([0, *groups[: min(NUM_IMAGES, len(groups)) - 1]])
             self._batch = collate([self._dataset[SampleKey(0, 0, index)] for index in starts])
         batch = self._batch.to(self._device)

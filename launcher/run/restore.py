@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from permafrost.data.build import input_reader
 from permafrost.data.errors import DataError
 from permafrost.data.stream.loader import collate
 from permafrost.heads.base import LossCounts, world_mean_counts
@@ -78,7 +79,7 @@ class TrainedRun:
     @cached_property
     def reader(self) -> InputReader:
         """Return what reads inputs without labels for these heads."""
-        return self.experiment.data.inputs(self.classes, self.category_ids)
+        return input_reader(self.experiment.data, self.classes, self.category_ids)
 
     def predict(
         self,

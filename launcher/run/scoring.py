@@ -89,7 +89,8 @@ def evaluate_heads(
             world_size=group.world_size,
             num_workers=loop.num_workers,
             timeout=loop.worker_timeout,
-            groups=getattr(dataset, "groups", None),
+            groups=dataset.groups,
+            max_batch=dataset.max_batch,
         )
         for done, batch in enumerate(loader, start=1):
             # Every rank has as many batches.

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from permafrost.data.detection.config import CocoDataConfig, JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.data.build import located
+from permafrost.data.detection.config import CocoDataConfig, JitterConfig
+from permafrost.data.worlds.config import ShapesDataConfig, ShapesWorld
 
 # (width, height) of the images with ids 3, 7, 12, ...
 SIZES = [(40, 30), (24, 48), (50, 50), (33, 21), (64, 48), (20, 20)]
@@ -88,7 +90,7 @@ def shapes_config(permafrost_cache: Path) -> ShapesDataConfig:
     """40 training and 24 validation images of 96 pixels, crowds in many of them; already written."""
     world = ShapesWorld(num_train=40, num_val=24, image_side=96, crowd_share=0.4, min_visible=0.3)
     config = ShapesDataConfig(image_size=96, world=world)
-    config.located()
+    located(config)
     return config
 
 

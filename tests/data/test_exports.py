@@ -8,8 +8,9 @@ import sys
 import pytest
 
 import permafrost.data as data
-from permafrost.data.detection.config import CocoDataConfig, ShapesDataConfig
+from permafrost.data.detection.config import CocoDataConfig
 from permafrost.data.errors import DataError
+from permafrost.data.worlds.config import ShapesDataConfig
 
 
 def test_configurations_need_no_torch():

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from common import arguments, save_result
 from torch import Tensor
 
+from permafrost.data.build import train_set
 from permafrost.data.stream.loader import collate
 from permafrost.data.types import SampleKey
 from permafrost.launcher.engines.choose import build_engine
@@ -136,9 +137,9 @@ def measure(group, recipe: str, kind: str, fields: list[str]) -> dict:
     """Three steps of a recipe's head under one kind of engine: the third is measured."""
     engine_fields = [] if kind == "accelerate" else ["--engine.kind", "deepspeed", "--engine.zero-stage", kind[-1]]
     experiment = parse_experiment(recipe, [*fields, *engine_fields])
-    train_set = experiment.data.build_train()
+    training = train_set(experiment.data)
     built = build_backbone(experiment, group, experiment.mesh.tensor)
-    backbone, heads = join_heads(experiment, built, train_set.classes)
+    backbone, heads = join_heads(experiment, built, training.classes)
     (head,) = heads.values()
     frozen = built if experiment.backbone.frozen else torch.nn.Module()
     del built
@@ -158,7 +159,7 @@ def measure(group, recipe: str, kind: str, fields: list[str]) -> dict:
 
     def next_batches():
         return [
-            collate([train_set[SampleKey(0, 0, next(keys) % len(train_set))] for _ in range(size)])
+            collate([training[SampleKey(0, 0, next(keys) % len(training))] for _ in range(size)])
             for _ in range(accumulation)
         ]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from permafrost.data.detection.config import ShapesWorld
 from permafrost.data.stream.sampler import GlobalStream
+from permafrost.data.worlds.config import ShapesWorld
 from permafrost.data.worlds.shapes_files import SHAPES
 
 pytestmark = pytest.mark.slow  # groups of processes, started for minutes in all

@@ -17,8 +17,9 @@ from torch import nn
 
 import permafrost.launcher.run.session as session
 import permafrost.launcher.train as loop
-from permafrost.data.detection.config import CocoDataConfig, JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.data.detection.config import CocoDataConfig, JitterConfig
 from permafrost.data.detection.types import DetectionResult
+from permafrost.data.worlds.config import ShapesDataConfig, ShapesWorld
 from permafrost.heads.base import Head, world_mean_counts
 from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
 from permafrost.heads.necks.config import FPNConfig

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from permafrost.data.detection.config import CocoDataConfig, JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.data.detection.config import CocoDataConfig, JitterConfig
 from permafrost.data.detection.types import DetectionResult
+from permafrost.data.worlds.config import ShapesDataConfig, ShapesWorld
 from permafrost.heads.base import Head, world_mean_counts
 from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
 from permafrost.heads.necks.config import FPNConfig

@@ -11,7 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import permafrost.launcher
-from permafrost.data.detection.config import ShapesDataConfig, ShapesWorld
+from permafrost.data.build import located
+from permafrost.data.worlds.config import ShapesDataConfig, ShapesWorld
 from permafrost.model.swin.v2 import SwinV2
 from permafrost.model.swin.weights import draw_weights
 
@@ -77,7 +78,7 @@ def machines(tmp_path):
     """Two folders with the same files in them: a small COCO data set and a backbone's weights."""
     first, second = tmp_path / "machine0", tmp_path / "machine1"
     world = ShapesWorld(num_train=12, num_val=5, image_side=64, objects=(1, 4))
-    ShapesDataConfig(root=str(first / "world"), image_size=64, world=world).located()
+    located(ShapesDataConfig(root=str(first / "world"), image_size=64, world=world))
     network = SwinV2("swinv2_nano", window_size=8)
     save_file(dict(draw_weights(network, seed=0)), first / "weights.safetensors")
     shutil.copytree(first, second)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from permafrost.data.detection.config import JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.data.detection.config import JitterConfig
+from permafrost.data.worlds.config import ShapesDataConfig, ShapesWorld
 from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
 from permafrost.heads.necks.config import FPNConfig
 from permafrost.launcher.experiment import Experiment, HeadExperiment, LoopConfig, OptimizerConfig, ScheduleConfig

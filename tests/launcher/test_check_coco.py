@@ -105,7 +105,7 @@ def test_semantic_maps_are_looked_at_too(folder) -> None:
     assert "holds 200" in damaged.what
     assert (missing.path, missing.fatal) == (str(maps / "3.png"), True)
     assert count_kinds([damaged, missing]) == [f"1 warning at images in {maps}", f"1 error at images in {maps}"]
-    assert [finding.path for finding in check_coco(config, decode_images=False)] == [missing.path]
+    assert [finding.path for finding in check_coco(config, decode=False)] == [missing.path]
     (nowhere,) = check_coco(CocoDataConfig(root=str(root), semantic="nowhere"))
     assert nowhere.fatal
     assert "there is no folder" in nowhere.what

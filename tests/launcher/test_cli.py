@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from permafrost.data.build import located
 from permafrost.launcher import cli
 from permafrost.launcher.cli import COMMANDS, main
 from permafrost.launcher.recipes.find import list_recipes
@@ -261,8 +262,8 @@ def test_module_entry_point_and_interrupt_of_a_real_run(here: Path) -> None:
 
 def world(folder: Path) -> list[str]:
     """Arguments naming a recipe on a copy of the tiny world in `folder`, as a user's own COCO data."""
-    located = parse_experiment(RECIPE, []).data.located()
-    shutil.copytree(located.root, folder)
+    there = located(parse_experiment(RECIPE, []).data)
+    shutil.copytree(there.root, folder)
     recipe = folder.parent / "own.py"
     recipe.write_text(
         "import dataclasses\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from permafrost.data.build import located
 from permafrost.data.detection.config import EvaluationConfig, MultiScaleConfig
 from permafrost.heads.detection.config import HTCConfig, SemanticBranchConfig
 from permafrost.heads.necks.config import BiFPNConfig
@@ -48,7 +49,7 @@ def test_htc_trains_on_a_share_of_images_of_many_sizes(htc, tmp_path: Path) -> N
     metrics = train(experiment)
     assert 0 <= metrics["detection"]["bbox/AP"] <= 1
     ids = json.loads((tmp_path / "run" / "train_images.json").read_text())
-    everything = json.loads(next(Path(experiment.data.located().root).glob("annotations/*train*")).read_text())
+    everything = json.loads(next(Path(located(experiment.data).root).glob("annotations/*train*")).read_text())
     assert len(ids) == 6
     assert set(ids) < {image["id"] for image in everything["images"]}
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

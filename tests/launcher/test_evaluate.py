@@ -18,7 +18,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from permafrost.data.detection.config import JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.data.build import located, val_set
+from permafrost.data.detection.config import JitterConfig
+from permafrost.data.worlds.config import ShapesDataConfig, ShapesWorld
 from permafrost.heads.necks.config import FPNConfig
 from permafrost.launcher.cli import main
 from permafrost.launcher.errors import CheckpointError, RunFolderError
@@ -104,7 +106,7 @@ def trained_run(
 
 def plain_pycocotools(experiment: Experiment, results: list[dict], kind: str) -> dict[str, float]:
     """AP by pycocotools' own documented calls on the files on disk."""
-    root = Path(experiment.data.located().root)
+    root = Path(located(experiment.data).root)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(root / experiment.data.val_annotations))
         evaluation = COCOeval(truth, truth.loadRes(results), kind)
@@ -163,9 +165,11 @@ def test_several_views_of_an_image_are_one_result(
             assert content["metrics"]["detection"][f"{kind}/{name}"] == pytest.approx(value, abs=2e-3), (kind, name)
     assert content["metrics"]["detection"]["bbox/AP"] > 0.1
     # Views of an image stay on one rank, so ranks agree with one process.
-    dataset = dataclasses.replace(
-        experiment.data, evaluation=dataclasses.replace(experiment.data.evaluation, sizes=(64, 96), flip=True)
-    ).build_val()
+    dataset = val_set(
+        dataclasses.replace(
+            experiment.data, evaluation=dataclasses.replace(experiment.data.evaluation, sizes=(64, 96), flip=True)
+        )
+    )
     loop = LoopConfig(evaluation_batch=3, num_workers=0)
 
     parts = [load_trained(run, ProcessGroup(0, 1, 0, torch.device("cpu"))) for _ in range(2)]
@@ -184,7 +188,7 @@ def test_shares_of_ranks_make_the_same_result(
 ) -> None:
     experiment, expected = trained_run
     loop = LoopConfig(evaluation_batch=batch_size, num_workers=0)
-    dataset = experiment.data.build_val()
+    dataset = val_set(experiment.data)
     single = ProcessGroup(0, 1, 0, torch.device("cpu"))
     parts = [load_trained(experiment.output, single) for _ in range(world_size)]
 
@@ -258,7 +262,7 @@ def test_evaluation_changes_no_weight_and_no_mode(tiny: Callable[..., Experiment
     evaluate_heads(
         trained.heads,
         trained.backbone,
-        experiment.data.build_val(),
+        val_set(experiment.data),
         ProcessGroup(0, 1, 0, torch.device("cpu")),
         experiment.loop,
     )

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from permafrost.data.detection.config import CocoDataConfig, ShapesDataConfig
-from permafrost.data.video.config import KineticsDataConfig, MotionDataConfig
+from permafrost.data.detection.config import CocoDataConfig
+from permafrost.data.video.config import KineticsDataConfig
+from permafrost.data.worlds.config import MotionDataConfig, ShapesDataConfig
 from permafrost.heads.detection.config import CascadeConfig, HTCConfig, MaskRCNNConfig
 from permafrost.heads.segmentation.config import Mask2FormerConfig
 from permafrost.heads.video.config import GlobalVideoConfig, LinearVideoConfig, TemporalVideoConfig

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from permafrost.data.build import located, submission_set, val_set
 from permafrost.data.detection.server import server_files
 from permafrost.launcher.cli import main
 from permafrost.launcher.recipes.overrides import parse_experiment
@@ -25,7 +26,7 @@ NAME = "detections_test-dev2017_swinv2g.htc_results"
 def run(tmp_path_factory):
     """A finished run whose data has a test set, and the data's root."""
     folder = tmp_path_factory.mktemp("run")
-    root = parse_experiment(RECIPE, []).data.located().root
+    root = located(parse_experiment(RECIPE, []).data).root
     shutil.copytree(root, folder / "data")
     write_info(folder / "data", lambda content: None)
     arguments = ["--output", str(folder / "run"), "--loop.num-steps", "2", "--loop.image-every", "0"]
@@ -79,8 +80,8 @@ def test_annotations_of_a_test_set_are_not_looked_at(run):
     """The built-in world has no test set and takes its validation images for one."""
     _, root = run
     data = parse_experiment(RECIPE, ["--data.root", str(root)]).data
-    dataset = data.build_test(Path("here"))
-    assert len(dataset) == len(data.build_val())
+    dataset = submission_set(data, Path("here"))
+    assert len(dataset) == len(val_set(data))
     assert not any(record["annotations"] for record in dataset.records)
     evaluator = dataset.evaluator()
     evaluator.merge([])

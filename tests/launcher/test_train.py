@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import permafrost.launcher.run.checkpoint
 import permafrost.launcher.run.session
 import permafrost.launcher.train as loop
+from permafrost.data.build import located
 from permafrost.data.detection.config import CocoDataConfig
 from permafrost.data.detection.types import DetectionResult
 from permafrost.data.errors import DataError
@@ -414,7 +415,7 @@ def test_when_no_head_is_left_the_run_ends(
 def own_world(tmp_path: Path, make_data: Callable) -> tuple[object, list[Path]]:
     """Data on files of the test's own: (configuration, the training images)."""
     config = make_data(root=str(tmp_path / "world"))
-    images = sorted((Path(config.located().root) / "train2017").iterdir())
+    images = sorted((Path(located(config).root) / "train2017").iterdir())
     assert len(images) == NUM_TRAIN
     return config, images
 

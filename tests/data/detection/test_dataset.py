@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from permafrost.data.build import check_data, train_set, val_set
 from permafrost.data.detection.check import check_coco
 from permafrost.data.detection.dataset import inference_sample
 from permafrost.data.errors import DataError
@@ -20,7 +21,7 @@ from permafrost.data.types import SampleKey
 
 
 def test_labels_are_contiguous_by_category_id(hand_made):
-    dataset = hand_made.config().build_val()
+    dataset = val_set(hand_made.config())
     assert dataset.classes == ["apple", "fig", "pear"]
     assert dataset.category_ids == [5, 9, 70]
     labels = {entry["id"]: entry["category_id"] for entry in hand_made.content["val"]["annotations"]}
@@ -37,7 +38,7 @@ def test_labels_are_contiguous_by_category_id(hand_made):
 
 def test_an_unscaled_sample_equals_the_file(hand_made):
     """64 pixels fit the 64 x 48 image as it is: pixels, boxes, masks and the crowd must come through untouched."""
-    dataset = hand_made.config().build_val()
+    dataset = val_set(hand_made.config())
     index = sorted([12, 3, 40, 7, 21, 33]).index(21)
     sample = dataset[SampleKey(0, 0, index)]
     stored = np.asarray(Image.open(dataset.image_path(index)))
@@ -53,7 +54,7 @@ def test_an_unscaled_sample_equals_the_file(hand_made):
 
 
 def test_run_lengths_and_crowds(hand_made):
-    dataset = hand_made.config(image_size=40).build_val()
+    dataset = val_set(hand_made.config(image_size=40))
     index = sorted([12, 3, 40, 7, 21, 33]).index(12)
     target = dataset[SampleKey(0, 0, index)].target
     assert target.original_size == (30, 40)
@@ -68,11 +69,11 @@ def test_empty_images_are_left_out_of_training_only(hand_made):
         content = hand_made.content[split]
         content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] != 7]
     config = hand_made.write()
-    train, val = config.build_train(), config.build_val()
+    train, val = train_set(config), val_set(config)
     assert (len(train), len(val)) == (5, 6)
     assert any("1 of 6 images" in note for note in train.notes)
     assert val.notes == []
-    assert len(hand_made.config(train_empty_images=True).build_train()) == 6
+    assert len(train_set(hand_made.config(train_empty_images=True))) == 6
     target = val[SampleKey(0, 0, 1)].target
     assert target.image_id == 7
     assert target.boxes.shape == (0, 4)
@@ -80,18 +81,18 @@ def test_empty_images_are_left_out_of_training_only(hand_made):
 
 
 def test_max_val_images_takes_the_first_by_id(hand_made):
-    dataset = hand_made.config(max_val_images=2).build_val()
+    dataset = val_set(hand_made.config(max_val_images=2))
     assert [record["id"] for record in dataset.records] == [3, 7]
     assert set(dataset.evaluator().records) == {3, 7}
 
 
 def test_fingerprint_follows_the_annotations(hand_made):
-    first = hand_made.config().build_train().fingerprint
-    assert first == hand_made.config().build_train().fingerprint
-    assert first != hand_made.config().build_val().fingerprint
+    first = train_set(hand_made.config()).fingerprint
+    assert first == train_set(hand_made.config()).fingerprint
+    assert first != val_set(hand_made.config()).fingerprint
     hand_made.content["train"]["annotations"][0]["bbox"][0] += 0.5
-    assert hand_made.write().build_train().fingerprint != first
-    whole, part = hand_made.config().build_val(), hand_made.config(max_val_images=2).build_val()
+    assert train_set(hand_made.write()).fingerprint != first
+    whole, part = val_set(hand_made.config()), val_set(hand_made.config(max_val_images=2))
     assert whole.fingerprint != part.fingerprint
 
 
@@ -111,7 +112,7 @@ def test_missing_root_says_the_layout(tmp_path):
 
     config = CocoDataConfig(root=str(tmp_path / "nothing"))
     with pytest.raises(DataError) as error:
-        config.build_train()
+        train_set(config)
     for part in (str(tmp_path / "nothing"), "annotations/instances_train2017.json", "train2017/*.jpg", "val2017/*.jpg"):
         assert part in str(error.value)
 
@@ -119,11 +120,11 @@ def test_missing_root_says_the_layout(tmp_path):
 def test_missing_annotations_and_folder_are_named(hand_made):
     shutil.move(hand_made.root / "train2017", hand_made.root / "elsewhere")
     with pytest.raises(DataError, match="train2017: there is no such folder of images; expected COCO's layout"):
-        hand_made.config().build_train()
-    assert len(hand_made.config(train_images="elsewhere").build_train()) == 6
+        train_set(hand_made.config())
+    assert len(train_set(hand_made.config(train_images="elsewhere"))) == 6
     hand_made.json("val").unlink()
     with pytest.raises(DataError, match=r"instances_val2017\.json: there is no such annotation file"):
-        hand_made.config().build_val()
+        val_set(hand_made.config())
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_missing_annotations_and_folder_are_named(hand_made):
 def test_malformed_json_names_the_file(hand_made, text, message):
     hand_made.json("train").write_text(text)
     with pytest.raises(DataError, match=message) as error:
-        hand_made.config().build_train()
+        train_set(hand_made.config())
     assert str(hand_made.json("train")) in str(error.value)
     assert any(finding.fatal for finding in check_coco(hand_made.config()))
 
@@ -150,7 +151,7 @@ def test_malformed_json_names_the_file(hand_made, text, message):
 def test_binary_json_is_refused(hand_made):
     hand_made.json("train").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(DataError, match="not valid JSON"):
-        hand_made.config().build_train()
+        train_set(hand_made.config())
 
 
 def _set(entries: str, position: int, **values: Any) -> Callable[[dict], None]:
@@ -249,14 +250,14 @@ def test_bad_entries_are_refused_with_file_and_path(hand_made, case):
     config = hand_made.write()
     before = hand_made.json().read_bytes()
     with pytest.raises(DataError) as error:
-        config.build_train()
+        train_set(config)
     assert f"{hand_made.json()}: {where}: " in str(error.value)
     assert what in str(error.value)
-    found = [finding for finding in check_coco(config, decode_images=False) if where in finding.path]
+    found = [finding for finding in check_coco(config, decode=False) if where in finding.path]
     assert len(found) == 1
     assert found[0].fatal
     assert what in found[0].what
-    config.build_val()
+    val_set(config)
     assert hand_made.json().read_bytes() == before
 
 
@@ -266,7 +267,7 @@ def test_single_bad_annotations_can_be_left_out(hand_made, case):
     change(hand_made.content["train"])
     hand_made.write()
     config = hand_made.config(bad_annotations="drop")
-    dataset = config.build_train()
+    dataset = train_set(config)
     assert len(dataset.notes) == 1
     assert "1 annotations are left out" in dataset.notes[0]
     assert where in dataset.notes[0]
@@ -283,7 +284,7 @@ def test_broken_files_are_refused_under_drop_too(hand_made, case):
     change(hand_made.content["train"])
     hand_made.write()
     with pytest.raises(DataError) as error:
-        hand_made.config(bad_annotations="drop").build_train()
+        train_set(hand_made.config(bad_annotations="drop"))
     assert where in str(error.value)
 
 
@@ -292,7 +293,7 @@ def test_many_problems_are_counted(hand_made):
         entry["bbox"][2] = 0
     count = len(hand_made.content["train"]["annotations"])
     with pytest.raises(DataError, match=rf"{count} problems in the data:") as error:
-        hand_made.write().build_train()
+        train_set(hand_made.write())
     assert "annotations[0].bbox" in str(error.value)
     assert f"and {count - 8} more" in str(error.value)
     assert "data.bad_annotations drop" in str(error.value)
@@ -300,7 +301,7 @@ def test_many_problems_are_counted(hand_made):
 
 def test_small_overhang_is_rounding(hand_made):
     hand_made.content["train"]["annotations"][0]["bbox"] = [-0.4, 3, 41.5, 5]
-    assert len(hand_made.write().build_train()) == 6
+    assert len(train_set(hand_made.write())) == 6
 
 
 def test_annotation_id_0_is_told_but_harmless(hand_made):
@@ -308,21 +309,21 @@ def test_annotation_id_0_is_told_but_harmless(hand_made):
     config = hand_made.write()
     findings = [finding for finding in check_coco(config) if finding.path.endswith("annotations[0].id")]
     assert [finding.fatal for finding in findings] == [False]
-    config.build_val()
+    val_set(config)
 
 
 def test_nothing_to_learn_is_refused(hand_made):
     hand_made.content["train"]["annotations"] = []
     with pytest.raises(DataError, match="not one object"):
-        hand_made.write().build_train()
+        train_set(hand_made.write())
 
 
 def test_missing_image_files_are_refused_at_once(hand_made):
     hand_made.image("train", "train_040.jpg").unlink()
-    for finding in (check_coco(hand_made.config(), decode_images=False), check_coco(hand_made.config())):
+    for finding in (check_coco(hand_made.config(), decode=False), check_coco(hand_made.config())):
         assert [(one.path.endswith("train_040.jpg"), one.fatal) for one in finding] == [(True, True)]
     with pytest.raises(DataError, match=r"train2017/train_040\.jpg: there is no such image file"):
-        hand_made.config().build_train()
+        train_set(hand_made.config())
 
 
 def test_file_names_may_hold_folders(hand_made):
@@ -330,7 +331,7 @@ def test_file_names_may_hold_folders(hand_made):
     name = hand_made.content["train"]["images"][0]["file_name"]
     shutil.move(hand_made.image("train", name), hand_made.image("train", f"sub/{name}"))
     hand_made.content["train"]["images"][0]["file_name"] = f"sub/{name}"
-    dataset = hand_made.write().build_train()
+    dataset = train_set(hand_made.write())
     assert dataset[SampleKey(0, 0, 2)].replaced == []
     assert check_coco(hand_made.config()) == []
 
@@ -342,17 +343,17 @@ def _damage(path) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "page"])
 def test_corrupt_training_image_is_replaced_by_the_next(hand_made, kind):
-    clean = hand_made.config().build_train()
+    clean = train_set(hand_made.config())
     path = clean.image_path(2)
     neighbour = clean[SampleKey(5, 1, 3)]
     path.write_bytes(_damage(path)[kind])
     damaged = path.read_bytes()
-    dataset = hand_made.config().build_train()
+    dataset = train_set(hand_made.config())
     sample = dataset[SampleKey(5, 1, 2)]
     assert sample.target.image_id == neighbour.target.image_id
     assert [name for name, _ in sample.replaced] == [str(path)]
     assert sample.key == SampleKey(5, 1, 2)
-    again = hand_made.config().build_train()[SampleKey(5, 1, 2)]
+    again = train_set(hand_made.config())[SampleKey(5, 1, 2)]
     assert torch.equal(sample.image, again.image)
     assert sample.replaced == again.replaced
     assert path.read_bytes() == damaged
@@ -363,7 +364,7 @@ def test_corrupt_training_image_is_replaced_by_the_next(hand_made, kind):
 
 
 def test_replacement_wraps_around_and_gives_up_when_nothing_is_readable(hand_made):
-    dataset = hand_made.config().build_train()
+    dataset = train_set(hand_made.config())
     for index in (4, 5):
         dataset.image_path(index).write_bytes(b"")
     sample = dataset[SampleKey(0, 0, 4)]
@@ -376,7 +377,7 @@ def test_replacement_wraps_around_and_gives_up_when_nothing_is_readable(hand_mad
 
 
 def test_corrupt_validation_image_is_an_error(hand_made):
-    dataset = hand_made.config().build_val()
+    dataset = val_set(hand_made.config())
     dataset.image_path(1).write_bytes(b"<html>")
     with pytest.raises(DataError, match=r"val_007\.jpg: it is not an image"):
         dataset[SampleKey(0, 0, 1)]
@@ -386,7 +387,7 @@ def test_corrupt_validation_image_is_an_error(hand_made):
 
 
 def test_image_of_another_size_is_no_use(hand_made):
-    dataset = hand_made.config().build_train()
+    dataset = train_set(hand_made.config())
     Image.new("RGB", (48, 24)).save(dataset.image_path(0))
     with Image.open(dataset.image_path(0)) as image:
         assert image.size == (48, 24)
@@ -396,7 +397,7 @@ def test_image_of_another_size_is_no_use(hand_made):
 
 
 def test_ten_images_are_always_tolerated(hand_made):
-    tracker = hand_made.config().build_train().tracker()
+    tracker = train_set(hand_made.config()).tracker()
     tracker.update([(f"{number}.jpg", "x") for number in range(10)])
     with pytest.raises(DataError):
         tracker.update([("10.jpg", "x")])
@@ -407,8 +408,8 @@ def test_check_of_a_good_folder_finds_nothing_and_counts(hand_made, shapes_confi
     seen = []
     assert check_coco(hand_made.config(), on_progress=lambda done, total: seen.append((done, total))) == []
     assert seen == [(6, 6), (6, 6)]
-    assert check_coco(shapes_config) == []
-    hand_made.config().build_train()[SampleKey(0, 0, 0)]
+    assert check_data(shapes_config) == []
+    train_set(hand_made.config())[SampleKey(0, 0, 0)]
     assert file_bytes(hand_made.root) == before
 
 

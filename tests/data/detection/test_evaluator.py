@@ -17,6 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from torch.nn import functional
 from torchvision.ops import roi_align
 
+from permafrost.data.build import val_set
 from permafrost.data.detection.config import EvaluationConfig
 from permafrost.data.detection.dataset import CocoDetection
 from permafrost.data.detection.evaluator import STATISTICS, CocoEvaluator
@@ -105,7 +106,7 @@ def direct(annotation_file, results_json: list[dict], kind: str) -> COCOeval:
 
 
 def test_truth_as_prediction_scores_1(shapes_config):
-    dataset = shapes_config.build_val()
+    dataset = val_set(shapes_config)
     evaluator = dataset.evaluator()
     evaluator.update([result_of(target) for target in targets_of(dataset)])
     metrics = evaluator.compute()
@@ -118,7 +119,7 @@ def test_truth_as_prediction_scores_1(shapes_config):
 @pytest.mark.parametrize("scale", [0.25, 1.0, 2.0, 8.0])
 def test_boxes_and_masks_are_scaled_back_to_the_file(shapes_config, scale):
     """The annotations at another network size come back exactly: boxes to the bit, masks as far as 28 x 28 cells hold them."""
-    dataset = shapes_config.build_val()
+    dataset = val_set(shapes_config)
     evaluator = dataset.evaluator()
     evaluator.update(exact_results(dataset, scale))
     metrics = evaluator.compute()
@@ -128,7 +129,7 @@ def test_boxes_and_masks_are_scaled_back_to_the_file(shapes_config, scale):
 
 def test_boxes_of_an_image_that_is_not_square(hand_made):
     """48 x 64 fitted into 32: size (24, 32), so everything doubles on the way back."""
-    dataset = hand_made.config(image_size=32).build_val()
+    dataset = val_set(hand_made.config(image_size=32))
     target = next(target for target in targets_of(dataset) if target.image_id == 21)
     evaluator = dataset.evaluator()
     boxes = torch.tensor([[1.0, 2.0, 11.0, 7.5], [30.0, 20.0, 40.0, 30.0]])
@@ -144,7 +145,7 @@ def test_boxes_of_an_image_that_is_not_square(hand_made):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_numbers_are_those_of_pycocotools(shapes_config, seed):
-    dataset = shapes_config.build_val()
+    dataset = val_set(shapes_config)
     evaluator = dataset.evaluator()
     evaluator.update(noisy_results(dataset, seed))
     # Through text, as `predict` writes it. The boxes there are rounded to a thousandth of a pixel.
@@ -165,18 +166,18 @@ def test_numbers_are_those_of_pycocotools(shapes_config, seed):
 
 
 def test_max_val_images_scores_those_only(shapes_config):
-    part = replace(shapes_config, max_val_images=6).build_val()
+    part = val_set(replace(shapes_config, max_val_images=6))
     evaluator = part.evaluator()
     evaluator.update([result_of(target) for target in targets_of(part)])
     assert evaluator.compute()["bbox/AP"] == pytest.approx(1.0)
     # The same six against all 24 leave the others' objects unfound.
-    whole = shapes_config.build_val().evaluator()
+    whole = val_set(shapes_config).evaluator()
     whole.update([result_of(target) for target in targets_of(part)])
     assert whole.compute()["bbox/AP"] < 0.6
 
 
 def test_no_predictions_score_0(shapes_config):
-    dataset = shapes_config.build_val()
+    dataset = val_set(shapes_config)
     assert dataset.evaluator().compute()["bbox/AP"] == 0.0
     evaluator = dataset.evaluator()
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
@@ -189,7 +190,7 @@ def test_no_predictions_score_0(shapes_config):
 
 
 def test_a_head_without_masks_has_no_mask_scores(shapes_config):
-    dataset = shapes_config.build_val()
+    dataset = val_set(shapes_config)
     evaluator = dataset.evaluator()
     evaluator.update([result_of(target, with_masks=False) for target in targets_of(dataset)])
     metrics = evaluator.compute()
@@ -203,7 +204,7 @@ def test_a_head_without_masks_has_no_mask_scores(shapes_config):
     [("scores", float("nan"), "score that is not a number"), ("boxes", float("inf"), "box that is not finite")],
 )
 def test_numbers_that_are_none_name_the_image(shapes_config, field, value, message):
-    dataset = shapes_config.build_val()
+    dataset = val_set(shapes_config)
     target = next(target for target in targets_of(dataset) if len(target.boxes))
     result = result_of(target)
     getattr(result, field).view(-1)[0] = value
@@ -213,7 +214,7 @@ def test_numbers_that_are_none_name_the_image(shapes_config, field, value, messa
 
 
 def test_unknown_and_repeated_images_are_refused(shapes_config):
-    dataset = shapes_config.build_val()
+    dataset = val_set(shapes_config)
     target = targets_of(dataset)[0]
     evaluator = dataset.evaluator()
     with pytest.raises(DataError, match="image 5, which is not among the 24"):
@@ -226,7 +227,7 @@ def test_unknown_and_repeated_images_are_refused(shapes_config):
 def test_ranks_together_score_as_one(shapes_config):
     import pickle
 
-    dataset = shapes_config.build_val()
+    dataset = val_set(shapes_config)
     results = noisy_results(dataset, seed=3)
     alone, parts = dataset.evaluator(), [dataset.evaluator() for _ in range(3)]
     alone.update(results)
@@ -245,7 +246,7 @@ def test_annotation_ids_from_0_lose_nothing(hand_made):
     """pycocotools alone never counts the annotation with id 0 as found."""
     for number, entry in enumerate(hand_made.content["val"]["annotations"]):
         entry["id"] = number
-    dataset = hand_made.write().build_val()
+    dataset = val_set(hand_made.write())
     evaluator = dataset.evaluator()
     evaluator.update(exact_results(dataset))
     assert evaluator.compute()["bbox/AP"] == pytest.approx(1.0)
@@ -257,7 +258,7 @@ def test_annotations_without_area_and_crowd_flag(hand_made):
         del entry["area"]
         if not entry["iscrowd"]:
             del entry["iscrowd"]
-    dataset = hand_made.write().build_val()
+    dataset = val_set(hand_made.write())
     evaluator = dataset.evaluator()
     evaluator.update(exact_results(dataset))
     metrics = evaluator.compute()
@@ -267,7 +268,7 @@ def test_annotations_without_area_and_crowd_flag(hand_made):
 
 
 def test_detections_on_crowds_are_not_counted_as_wrong(hand_made):
-    dataset = hand_made.config().build_val()
+    dataset = val_set(hand_made.config())
     scores = {}
     for label in (0, 2):
         evaluator = dataset.evaluator()
@@ -287,7 +288,7 @@ def test_detections_on_crowds_are_not_counted_as_wrong(hand_made):
 
 
 def test_computing_prints_nothing(shapes_config, capfd):
-    dataset = shapes_config.build_val()
+    dataset = val_set(shapes_config)
     evaluator = dataset.evaluator()
     evaluator.update(noisy_results(dataset, 0))
     capfd.readouterr()
@@ -348,7 +349,7 @@ def test_pasting_touches_only_the_box():
 
 @pytest.mark.parametrize("with_masks", [True, False])
 def test_the_faster_scorer_gives_the_same_numbers(shapes_config, with_masks):
-    dataset = shapes_config.build_val()
+    dataset = val_set(shapes_config)
     results = [replace(one, masks=one.masks if with_masks else None) for one in noisy_results(dataset, 0)]
     found = {}
     for name in ("pycocotools", "faster_coco_eval"):

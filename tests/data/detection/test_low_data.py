@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from permafrost.data.build import train_set, val_set
 from permafrost.data.detection.config import CocoDataConfig, EvaluationConfig, JitterConfig, MultiScaleConfig
 from permafrost.data.detection.copy_paste import paste
 from permafrost.data.detection.transforms import FitTransform, MultiScaleTransform, Scene, boxes_of_masks
@@ -33,11 +34,11 @@ def test_shares_are_exact_nested_and_of_the_seed_alone():
 
 def test_a_share_is_taken_of_all_images_and_said(hand_made):
     config = hand_made.config(train_share=0.5, train_share_seed=3)
-    dataset, again = config.build_train(), config.build_train()
+    dataset, again = train_set(config), train_set(config)
     assert sorted(dataset.image_ids) == sorted(choose_share([12, 3, 40, 7, 21, 33], 0.5, 3))
     assert any("3 of 6 images" in note and "seed 3" in note for note in dataset.notes)
-    assert dataset.fingerprint == again.fingerprint != hand_made.config().build_train().fingerprint
-    assert len(config.build_val()) == 6
+    assert dataset.fingerprint == again.fingerprint != train_set(hand_made.config()).fingerprint
+    assert len(val_set(config)) == 6
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_images_of_different_sizes_become_one_batch(hand_made):
     config = hand_made.config(
         jitter=MultiScaleConfig(short_sides=(20, 60), max_side=90), semantic="instances", semantic_classes=4
     )
-    dataset = config.build_train()
+    dataset = train_set(config)
     samples = [dataset[SampleKey(0, 0, index)] for index in range(6)]
     assert len({tuple(sample.image.shape) for sample in samples}) > 1
     batch = collate(samples)
@@ -143,14 +144,14 @@ def write_maps(hand_made, change=None):
 def test_semantic_maps_come_along(hand_made):
     write_maps(hand_made)
     config = hand_made.config(jitter=JitterConfig(scale_range=(1.0, 1.0), flip=0.0), semantic="stuff/train2017")
-    dataset = config.build_train()
+    dataset = train_set(config)
     for index in range(len(dataset)):
         target = dataset[SampleKey(0, 0, index)].target
         assert target.semantic.shape == (64, 64)
         inside = target.semantic[: target.size[0], : target.size[1]]
         assert set(inside.unique().tolist()) == {target.image_id % 90, 255}
         assert (target.semantic[target.size[0] :] == NO_CLASS).all()
-    assert config.build_val()[SampleKey(0, 0, 0)].target.semantic is None
+    assert val_set(config)[SampleKey(0, 0, 0)].target.semantic is None
 
 
 def test_faulty_semantic_maps(hand_made):
@@ -167,7 +168,7 @@ def test_faulty_semantic_maps(hand_made):
         "the semantic map is 5 x 5": Image.fromarray(np.zeros((5, 5), dtype=np.uint8)),
         "is of mode RGB": Image.fromarray(np.zeros((*size[::-1], 3), dtype=np.uint8)),
     }
-    dataset = config.build_train()
+    dataset = train_set(config)
     index = dataset.image_ids.index(int(files[0].stem.split("_")[1]))
     for message, image in faults.items():
         image.save(files[0])
@@ -179,16 +180,16 @@ def test_faulty_semantic_maps(hand_made):
     assert "cannot be read" in dataset[SampleKey(0, 0, index)].replaced[0][1]
     files[0].unlink()
     with pytest.raises(DataError, match=rf"{files[0].name}: there is no such image file"):
-        config.build_train()
+        train_set(config)
     with pytest.raises(DataError, match=r"data.semantic is 'nowhere': there is no folder"):
-        hand_made.config(semantic="nowhere").build_train()
+        train_set(hand_made.config(semantic="nowhere"))
 
 
 def test_maps_painted_from_instances(hand_made):
     config = hand_made.config(
         jitter=JitterConfig(scale_range=(1.0, 1.0), flip=0.0), semantic="instances", semantic_classes=4
     )
-    dataset = config.build_train()
+    dataset = train_set(config)
     target = dataset[SampleKey(0, 0, dataset.image_ids.index(12))].target
     expected = torch.full((64, 64), 3, dtype=torch.uint8)
     for mask, label in zip(target.masks, target.labels):
@@ -196,7 +197,7 @@ def test_maps_painted_from_instances(hand_made):
     height, width = target.size
     assert torch.equal(target.semantic[:height, :width], expected[:height, :width])
     with pytest.raises(DataError, match="3 classes and the background: set it to 4"):
-        hand_made.config(semantic="instances").build_train()
+        train_set(hand_made.config(semantic="instances"))
 
 
 def test_pasted_objects_cover_what_lies_below():
@@ -227,7 +228,7 @@ def test_pasted_objects_cover_what_lies_below():
 
 
 def test_copy_paste_is_a_function_of_the_key(hand_made):
-    plain, pasted = hand_made.config().build_train(), hand_made.config(copy_paste=1.0).build_train()
+    plain, pasted = train_set(hand_made.config()), train_set(hand_made.config(copy_paste=1.0))
     more = 0
     for index in range(6):
         for epoch in range(3):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from pycocotools import mask as mask_api
 
-from permafrost.data.detection.config import EvaluationConfig, JitterConfig, ShapesDataConfig, ShapesWorld
+from permafrost.data.build import train_set, val_set
+from permafrost.data.detection.config import EvaluationConfig, JitterConfig
 from permafrost.data.detection.evaluator import CocoEvaluator
 from permafrost.data.detection.masks import paste_mask
 from permafrost.data.detection.types import DetectionResult, DetectionView
@@ -16,6 +17,7 @@ from permafrost.data.detection.views import merge_views, on_disk, resample
 from permafrost.data.errors import DataError
 from permafrost.data.stream.loader import val_loader
 from permafrost.data.types import SampleKey
+from permafrost.data.worlds.config import ShapesDataConfig, ShapesWorld
 
 SIDE = 64
 
@@ -54,7 +56,7 @@ def small_world():
 
 
 def test_views_of_an_image_follow_one_another(small_world):
-    data = small_world(sizes=(64, 96), flip=True).build_val()
+    data = val_set(small_world(sizes=(64, 96), flip=True))
     assert (len(data), data.num_views, data.groups) == (12, 4, [4, 4, 4])
     samples = [data[SampleKey(0, 0, index)] for index in range(12)]
     assert [sample.target.image_id for sample in samples] == [i for i in data.image_ids for _ in range(4)]
@@ -67,22 +69,22 @@ def test_views_of_an_image_follow_one_another(small_world):
     torch.testing.assert_close(flipped.target.masks, plain.target.masks.flip(-1))
     assert data.image_path(11) == data.image_path(8) != data.image_path(7)
     # A batch holds views of one image and one size only, so what is found does not depend on it.
-    batches = list(val_loader(data, batch_size=3, rank=0, world_size=1, groups=data.groups))
+    batches = list(val_loader(data, batch_size=3, rank=0, world_size=1, groups=data.groups, max_batch=data.max_batch))
     assert [len(batch.targets) for batch in batches] == [2] * 6
     assert all(len({(target.image_id, target.size) for target in batch.targets}) == 1 for batch in batches)
 
 
 def test_without_sizes_and_flip_nothing_changes(small_world):
-    data = small_world().build_val()
+    data = val_set(small_world())
     assert (len(data), data.num_views) == (3, 1)
     assert data[SampleKey(0, 0, 0)].target.view is None
     # Training knows no views.
-    assert small_world(sizes=(64, 96), flip=True).build_train().num_views == 1
+    assert train_set(small_world(sizes=(64, 96), flip=True)).num_views == 1
 
 
 def test_short_sides_and_their_limit_grow_together(small_world):
     config = EvaluationConfig(resize="short_side", short_side=32, max_side=40, sizes=(32, 64))
-    data = dataclasses.replace(small_world(), evaluation=config).build_val()
+    data = val_set(dataclasses.replace(small_world(), evaluation=config))
     assert [data[SampleKey(0, 0, i)].target.size for i in range(2)] == [(32, 32), (64, 64)]
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from permafrost.data.build import submission_set, train_set, val_set
 from permafrost.data.errors import DataError
 from permafrost.data.findings import count_kinds
 from permafrost.data.pictures.geometry import NO_CLASS, PAD_COLOR
@@ -65,12 +66,12 @@ def test_the_150_names_are_known_and_a_table_of_the_data_set_goes_first(root) ->
         "conveyer belt",
         "flag",
     ]
-    assert config_of(root).build_train().classes == list(ADE20K_CLASSES)
+    assert train_set(config_of(root)).classes == list(ADE20K_CLASSES)
     # The official table: blanks around some cells, several names each.
     (root / "objectInfo150.txt").write_text(
         "Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t1\t1\tbed \n2 \t.1\t1\t1\tsofa, couch\n"
     )
-    assert config_of(root).build_train().classes == ["bed", "sofa"]
+    assert train_set(config_of(root)).classes == ["bed", "sofa"]
 
 
 @pytest.mark.parametrize(
@@ -94,20 +95,20 @@ def test_a_table_of_another_form_is_refused(tmp_path, text, problem) -> None:
 
 def test_other_layouts_are_named(tmp_path, root) -> None:
     with pytest.raises(DataError, match="no such folder; expected the layout"):
-        config_of(tmp_path / "nowhere").build_train()
+        train_set(config_of(tmp_path / "nowhere"))
     (tmp_path / "ADEChallengeData2016").mkdir()
     with pytest.raises(DataError, match=r"is .*ADEChallengeData2016 meant"):
-        config_of(tmp_path).build_val()
+        val_set(config_of(tmp_path))
     for number, made in enumerate(("index_ade20k.pkl", "ADE20K_2021_17_01/images/ADE/training")):
         full = tmp_path / f"full{number}"
         (full / made).mkdir(parents=True)
         with pytest.raises(DataError, match=r"full release of ADE20K.*SceneParsing"):
-            config_of(full).build_train()
+            train_set(config_of(full))
     old = tmp_path / "old" / "images" / "training" / "a" / "abbey"
     old.mkdir(parents=True)
     (old / "ADE_train_00000970_seg.png").touch()
     with pytest.raises(DataError, match="full release"):
-        config_of(tmp_path / "old").build_train()
+        train_set(config_of(tmp_path / "old"))
     assert not is_full_release(root)
 
 
@@ -115,9 +116,9 @@ def test_missing_pairs_stop_a_run_and_are_counted(root) -> None:
     photo_path(root, "training", 1).unlink()
     label_path(root, "validation", 0).unlink()
     with pytest.raises(DataError, match="no photo of this name"):
-        config_of(root).build_train()
+        train_set(config_of(root))
     with pytest.raises(DataError, match="with its labels"):
-        config_of(root).build_val()
+        val_set(config_of(root))
     findings = check_ade20k(config_of(root))
     assert all(finding.fatal for finding in findings)
     assert sorted(count_kinds(findings)) == ["1 error: labels without a photo", "1 error: photos without labels"]
@@ -220,7 +221,7 @@ def test_check_counts_everything_bad(root, folder) -> None:
     for finding in findings:
         assert finding.fatal == (folder == "validation" and finding.kind not in is_usable), finding
     assert (8, 8) in seen
-    assert not check_ade20k(config_of(root), decode_images=False)
+    assert not check_ade20k(config_of(root), decode=False)
 
 
 def test_a_good_data_set_has_no_findings(root) -> None:
@@ -229,7 +230,7 @@ def test_a_good_data_set_has_no_findings(root) -> None:
 
 def test_training_replaces_bad_pairs_and_says_so(root) -> None:
     spoil(root, "training")
-    dataset = config_of(root).build_train()
+    dataset = train_set(config_of(root))
     sample = dataset[SampleKey(0, 0, 6)]
     # 6 and 7 cannot be used, then 0, 1 and 2 not either; 3 has a palette.
     assert sample.target.image_id == 3
@@ -246,7 +247,7 @@ def test_training_replaces_bad_pairs_and_says_so(root) -> None:
 
 def test_evaluation_needs_every_pair(root) -> None:
     save_label(root, np.full((90, 50), 151, dtype=np.uint8), "validation", 1)
-    dataset = config_of(root).build_val()
+    dataset = val_set(config_of(root))
     with pytest.raises(DataError, match=r"ADE_val_00000001.*151.*evaluation needs every image"):
         dataset[SampleKey(0, 0, 1)]
 
@@ -255,7 +256,7 @@ def test_evaluation_needs_every_pair(root) -> None:
 
 
 def test_a_sample_is_a_function_of_its_key(root) -> None:
-    dataset, again = config_of(root).build_train(), config_of(root).build_train()
+    dataset, again = train_set(config_of(root)), train_set(config_of(root))
     for index in range(4):
         one, other = dataset[SampleKey(3, 1, index)], again[SampleKey(3, 1, index)]
         assert torch.equal(one.image, other.image)
@@ -385,7 +386,7 @@ def test_a_view_shows_its_part(root) -> None:
 
 def test_evaluation_has_a_sample_for_each_view_and_keeps_a_photo_on_one_rank(root) -> None:
     evaluation = SegmentationEvaluationConfig(mode="slide", scales=(1.0, 1.5), flip=True)
-    dataset = config_of(root, evaluation=evaluation).build_val()
+    dataset = val_set(config_of(root, evaluation=evaluation))
     assert len(dataset.groups) == 3
     assert len(set(dataset.groups)) > 1
     assert len(dataset) == sum(dataset.groups)
@@ -408,28 +409,28 @@ def test_evaluation_has_a_sample_for_each_view_and_keeps_a_photo_on_one_rank(roo
 
 
 def test_a_batch_of_several_sizes_is_padded(root) -> None:
-    dataset = config_of(root).build_val()
+    dataset = val_set(config_of(root))
     batch = collate([dataset[SampleKey(0, 0, index)] for index in range(2)])
     assert batch.images.shape[-2:] == batch.targets[0].semantic.shape == batch.targets[1].semantic.shape
     assert (batch.targets[0].semantic[:, batch.targets[0].size[1] :] == NO_CLASS).all()
 
 
 def test_a_part_of_the_validation_images_is_spread_evenly(root) -> None:
-    dataset = config_of(root, max_val_images=2).build_val()
+    dataset = val_set(config_of(root, max_val_images=2))
     assert [dataset.image_path(index).stem for index in range(2)] == ["ADE_val_00000000", "ADE_val_00000002"]
-    assert dataset.fingerprint != config_of(root).build_val().fingerprint
+    assert dataset.fingerprint != val_set(config_of(root)).fingerprint
 
 
 def test_photos_without_labels(root, tmp_path) -> None:
     with pytest.raises(DataError, match=r"data\.test_images"):
-        config_of(root).build_test(tmp_path / "labels")
-    dataset = config_of(root, test_images=str(root / "images" / "validation")).build_test(tmp_path / "labels")
+        submission_set(config_of(root), tmp_path / "labels")
+    dataset = submission_set(config_of(root, test_images=str(root / "images" / "validation")), tmp_path / "labels")
     assert isinstance(dataset, SceneParsing)
     assert dataset.num_images == 3
     assert (dataset[SampleKey(0, 0, 0)].target.semantic == NO_CLASS).all()
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no photo"):
-        config_of(root, test_images=str(tmp_path / "empty")).build_test(tmp_path / "labels")
+        submission_set(config_of(root, test_images=str(tmp_path / "empty")), tmp_path / "labels")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from permafrost.data.build import val_set
 from permafrost.data.errors import DataError
 from permafrost.data.pictures.geometry import NO_CLASS
 from permafrost.data.segmentation import merging
@@ -234,7 +235,7 @@ def test_a_data_set_scores_itself(tmp_path) -> None:
     root = write_scenes(tmp_path, num_classes=3)
     (root / "objectInfo150.txt").write_text("Idx\tName\n1\tsky\n2\twall\n3\ttree\n")
     evaluation = SegmentationEvaluationConfig(mode="slide", flip=True)
-    dataset = ADE20KDataConfig(root=str(root), image_size=64, evaluation=evaluation).build_val()
+    dataset = val_set(ADE20KDataConfig(root=str(root), image_size=64, evaluation=evaluation))
     ours = dataset.evaluator()
     for index in range(len(dataset)):
         target = dataset[SampleKey(0, 0, index)].target

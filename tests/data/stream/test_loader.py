@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from permafrost.data.build import train_set
 from permafrost.data.detection.config import JitterConfig
 from permafrost.data.errors import DataError
 from permafrost.data.stream.loader import WorkerError, train_loader, val_loader
@@ -44,7 +45,7 @@ def assert_equal(first: Batch, second: Batch) -> None:
 @pytest.fixture(scope="module")
 def augmented(shapes_config):
     shapes_config.jitter = JitterConfig(scale_range=(0.5, 1.5), color=0.3)
-    return shapes_config.build_train()
+    return train_set(shapes_config)
 
 
 # torch advises fewer workers on a machine with one core; two are the point here.
@@ -78,7 +79,7 @@ def test_resuming_and_splitting_give_the_same_samples(augmented):
 
 
 def test_replaced_files_travel_with_the_batch(hand_made):
-    dataset = hand_made.config().build_train()
+    dataset = train_set(hand_made.config())
     dataset.image_path(2).write_bytes(b"")
     batches = list(train_loader(dataset, GlobalStream(6, 0), global_batch=3, num_steps=2, num_workers=1))
     assert [path for batch in batches for path, _ in batch.replaced] == [str(dataset.image_path(2))]

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import video_files
 
 from permafrost.data import ClipConfig, DataError, GlobalStream, KineticsDataConfig, SampleKey, train_loader, val_loader
+from permafrost.data.build import train_set, val_set
 from permafrost.data.video.transforms import random_crop
 
 CLASSES = ("jump", "run left", "run right")
@@ -59,7 +60,7 @@ def config_of(root, *, clip=None, **fields):
 
 
 def numbers(config, split):
-    dataset = config.build_train() if split == "train" else config.build_val()
+    dataset = train_set(config) if split == "train" else val_set(config)
     return dataset, [dataset.records[index] for index in range(len(dataset.records))]
 
 
@@ -96,7 +97,7 @@ def test_the_three_layouts_list_the_same_videos(make_root, tmp_path):
 
 def test_clips_are_pure_functions_of_their_keys(make_root):
     config = config_of(make_root())
-    one, other = config.build_train(), config.build_train()
+    one, other = train_set(config), train_set(config)
     for key in (SampleKey(0, 0, 3), SampleKey(0, 1, 3), SampleKey(7, 0, 5)):
         first = one[key]
         other[SampleKey(1, 1, 1)]
@@ -109,7 +110,7 @@ def test_clips_are_pure_functions_of_their_keys(make_root):
 
 
 def test_batches_do_not_depend_on_workers(make_root):
-    dataset = config_of(make_root()).build_train()
+    dataset = train_set(config_of(make_root()))
     found = []
     for workers in (0, 2):
         loader = train_loader(dataset, GlobalStream(6, 3), global_batch=3, num_steps=4, num_workers=workers, timeout=60)
@@ -128,7 +129,7 @@ def test_flips_swap_directions_and_spare_classes(make_root):
         "plain": config_of(root, clip=always),
         "aware": config_of(root, clip={**always, "flip_swaps": (("run left", "run right"),), "never_flip": ("jump",)}),
     }
-    clips = {name: config.build_train() for name, config in options.items()}
+    clips = {name: train_set(config) for name, config in options.items()}
     for index in range(3):
         key = SampleKey(0, 0, index)
         straight, flipped, aware = (clips[name][key] for name in options)
@@ -141,11 +142,11 @@ def test_flips_swap_directions_and_spare_classes(make_root):
             assert torch.equal(aware.image, flipped.image)
             assert int(aware.target.label) == 3 - index
     with pytest.raises(DataError, match="names hop, but the classes are jump, run left"):
-        config_of(root, clip={"never_flip": ("hop",)}).build_train()
+        train_set(config_of(root, clip={"never_flip": ("hop",)}))
 
 
 def test_every_view_of_every_video_comes_once(make_root):
-    dataset = config_of(make_root(), clip={"test_short_side": 40}).build_val()
+    dataset = val_set(config_of(make_root(), clip={"test_short_side": 40}))
     assert len(dataset) == 6 * 2 * 3
     seen = []
     for batch in val_loader(dataset, batch_size=3):
@@ -189,7 +190,7 @@ def test_random_crops_have_the_stated_shares_of_area_and_ratios(scale):
 
 
 def test_segment_sampling_covers_the_video(make_root):
-    dataset = config_of(make_root(), clip={"sampling": "segment", "test_clips": 1, "test_crops": 1}).build_val()
+    dataset = val_set(config_of(make_root(), clip={"sampling": "segment", "test_clips": 1, "test_crops": 1}))
     clip = dataset[SampleKey(0, 0, 0)].image
     assert len({frame.numpy().tobytes() for frame in clip}) == 4
 
@@ -200,13 +201,13 @@ def test_missing_videos_are_counted_and_tolerated_up_to_a_share(make_root):
     with pytest.raises(
         DataError, match=r"1 of 6 videos are not in .*10\.0% are tolerated \(data\.missing_share\)[^+]*4\.mp4"
     ):
-        config_of(root).build_val()
-    dataset = config_of(root, missing_share=0.2).build_val()
+        val_set(config_of(root))
+    dataset = val_set(config_of(root, missing_share=0.2))
     assert len(dataset.records) == 5
     assert dataset.notes == ["1 of 6 validation videos are missing, the first: 4.mp4"]
     evaluator = dataset.evaluator()
     assert (evaluator.num_missing, len(evaluator.labels)) == (1, 5)
-    full = config_of(root).build_train()
+    full = train_set(config_of(root))
     assert full.notes == []
 
 
@@ -214,7 +215,7 @@ def test_a_broken_video_is_replaced_in_training_and_counted_in_evaluation(make_r
     root = make_root()
     for split in ("train", "val"):
         (root / split / "2.mp4").write_bytes(b"broken")
-    train, val = config_of(root).build_train(), config_of(root).build_val()
+    train, val = train_set(config_of(root)), val_set(config_of(root))
     sample = train[SampleKey(0, 0, 2)]
     assert sample.target.video_id == 3
     ((path, reason),) = sample.replaced
@@ -253,7 +254,7 @@ def test_bad_lists_are_named(make_root, break_it, message):
     root = make_root()
     break_it(root)
     with pytest.raises(DataError, match=message):
-        config_of(root).build_train()
+        train_set(config_of(root))
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_bad_tables_are_named(tmp_path, text, message):
     (tmp_path / "train.csv").write_text(text)
     config = KineticsDataConfig(root=str(tmp_path), layout="csv", train_list="train.csv")
     with pytest.raises(DataError, match=message):
-        config.build_train()
+        train_set(config)
 
 
 def test_a_class_of_the_validation_table_alone_is_refused(tmp_path):
@@ -279,7 +280,7 @@ def test_a_class_of_the_validation_table_alone_is_refused(tmp_path):
         (tmp_path / f"{split}.csv").write_text(f"label,youtube_id,time_start,time_end\n{name},x,0,10\n")
     config = KineticsDataConfig(root=str(tmp_path), layout="csv", train_list="train.csv", val_list="val.csv")
     with pytest.raises(DataError, match=r"val.csv: line 2 has the class 'b', which the training file does not have"):
-        config.build_val()
+        val_set(config)
 
 
 def test_a_class_of_the_validation_split_alone_is_refused(tmp_path, plain):
@@ -288,10 +289,10 @@ def test_a_class_of_the_validation_split_alone_is_refused(tmp_path, plain):
         shutil.copy(plain, tmp_path / place / "v.mp4")
     config = KineticsDataConfig(root=str(tmp_path), layout="folders")
     with pytest.raises(DataError, match=r"val/c: the training split in .* has no such class"):
-        config.build_val()
+        val_set(config)
     shutil.rmtree(tmp_path / "train" / "b")
     with pytest.raises(DataError, match="all videos are of one class"):
-        config.build_train()
+        train_set(config)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +330,7 @@ def test_160_damaged_videos_hold_no_run_and_are_all_reported(make_root, plain, m
             lines.append(f"stuck{index}.mp4 0")
         (root / f"{split}.txt").write_text("\n".join(lines) + "\n")
     config = config_of(root, clip={"test_clips": 1, "test_crops": 1}, corrupt_share=1.0, decode_timeout=3.0)
-    val = config.build_val()
+    val = val_set(config)
     val.decoder._options["reader"] = "stuck_reader:open_video"
     longest, last, unreadable, readable = 0.0, time.monotonic(), {}, set()
     for batch in val_loader(val, batch_size=5, num_workers=2, timeout=30):
@@ -353,7 +354,7 @@ def test_160_damaged_videos_hold_no_run_and_are_all_reported(make_root, plain, m
     certain = {line.split()[0] for line in damaged if line.startswith(("truncated", "header", "stuck"))}
     assert len(certain) == 82
     (root / "train.txt").write_text("".join(f"{line}\n0.mp4 0\n" for line in damaged))
-    train = config.build_train()
+    train = train_set(config)
     train.decoder._options["reader"] = "stuck_reader:open_video"
     longest, last, replaced, seen = 0.0, time.monotonic(), {}, 0
     stream = GlobalStream(2 * 162, 3)
@@ -373,7 +374,7 @@ def test_a_video_shorter_than_the_window_is_looped(make_root):
     root = make_root()
     # The video has 30 frames.
     for num_frames, stride in ((31, 1), (16, 2)):
-        dataset = config_of(root, clip={"num_frames": num_frames, "frame_stride": stride, "test_clips": 1}).build_val()
+        dataset = val_set(config_of(root, clip={"num_frames": num_frames, "frame_stride": stride, "test_clips": 1}))
         clip = dataset[SampleKey(0, 0, 0)].image
         assert torch.equal(clip[-1], clip[0])
         assert len({frame.numpy().tobytes() for frame in clip}) == num_frames - 1
@@ -385,7 +386,7 @@ def test_a_stuck_video_is_waited_for_once_and_not_in_each_of_its_views(make_root
     root = make_root()
     (root / "val" / "2.mp4").rename(root / "val" / "stuck.mp4")
     (root / "val.txt").write_text((root / "val.txt").read_text().replace("2.mp4", "stuck.mp4"))
-    val = config_of(root, clip={"test_clips": 4}, decode_timeout=3.0).build_val()
+    val = val_set(config_of(root, clip={"test_clips": 4}, decode_timeout=3.0))
     val.decoder._options["reader"] = "stuck_reader:open_video"
     val[SampleKey(0, 0, 0)]
     start = time.monotonic()
@@ -402,4 +403,4 @@ def test_a_stuck_video_is_waited_for_once_and_not_in_each_of_its_views(make_root
 
 def test_the_corrupt_share_reaches_the_tracker(make_root):
     config = dataclasses.replace(config_of(make_root()), corrupt_share=0.5)
-    assert config.build_train().tracker().limit == 10
+    assert train_set(config).tracker().limit == 10

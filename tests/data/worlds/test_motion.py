@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from permafrost.data import DataError, MotionDataConfig, MotionWorld, SampleKey
+from permafrost.data.build import train_set, val_set
 from permafrost.data.video.reader import open_video
 from permafrost.data.worlds import motion_files
+from permafrost.data.worlds.files import WorldFiles
 from permafrost.data.worlds.motion import APPEARANCE, CLASSES, ORDER_PAIRS, render_clip
 from permafrost.data.worlds.motion_files import MOTION
-from permafrost.data.worlds.world_files import WorldFiles
 
 TINY = MotionWorld(num_train=10, num_val=10, side=64, num_frames=8)
 
@@ -86,12 +87,12 @@ def test_equal_parameters_give_equal_bytes_however_many_processes(tiny_folder, t
 def test_it_is_rendered_once_and_read_like_kinetics(tiny_folder, monkeypatch):
     monkeypatch.setattr(WorldFiles, "write", lambda *_: pytest.fail("rendered again"))
     config = MotionDataConfig(root=str(tiny_folder), world=TINY)
-    train, val = config.build_train(), config.build_val()
+    train, val = train_set(config), val_set(config)
     assert train.classes == list(CLASSES) == val.classes
     assert [int(val[SampleKey(0, 0, i)].target.label) for i in range(10)] == list(range(10))
     train.decoder.close(), val.decoder.close()
     with pytest.raises(DataError, match="world of other parameters"):
-        MotionDataConfig(root=str(tiny_folder), world=dataclasses.replace(TINY, seed=1)).build_train()
+        train_set(MotionDataConfig(root=str(tiny_folder), world=dataclasses.replace(TINY, seed=1)))
 
 
 @pytest.mark.parametrize(

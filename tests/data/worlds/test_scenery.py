@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from permafrost.data.build import check_data, located, submission_set, train_set, val_set
 from permafrost.data.errors import DataError
-from permafrost.data.segmentation.check import check_ade20k
-from permafrost.data.segmentation.config import SceneryDataConfig, SceneryWorld
 from permafrost.data.types import SampleKey
+from permafrost.data.worlds.config import SceneryDataConfig, SceneryWorld
 from permafrost.data.worlds.scenery import CLASSES, render_labelled
 from permafrost.data.worlds.scenery_files import SCENERY
 from permafrost.data.worlds.shapes import TEXTURES, render_scene
@@ -36,8 +36,8 @@ def test_equal_parameters_give_equal_bytes_whatever_the_number_of_processes(tmp_
 
 def test_the_files_are_a_data_set_without_faults(permafrost_cache, tmp_path) -> None:
     config = SceneryDataConfig(image_size=64, world=TINY)
-    assert check_ade20k(config) == []
-    train, val = config.build_train(), config.build_val()
+    assert check_data(config) == []
+    train, val = train_set(config), val_set(config)
     assert train.classes == val.classes == list(CLASSES)
     assert (train.num_images, val.num_images) == (5, 3)
     sample = val[SampleKey(0, 0, 1)]
@@ -45,7 +45,7 @@ def test_the_files_are_a_data_set_without_faults(permafrost_cache, tmp_path) -> 
     # 0 - 1 is 255 in a byte: ignored.
     assert np.array_equal(sample.target.semantic.numpy(), labels - np.uint8(1))
     assert np.abs(sample.image.permute(1, 2, 0).numpy().astype(int) - picture).mean() < 12, "a JPEG of it"
-    assert config.build_test(tmp_path).num_images == 3
+    assert submission_set(config, tmp_path).num_images == 3
     assert SCENERY.ensure(TINY) == SCENERY.ensure(TINY)
 
 
@@ -77,6 +77,6 @@ def test_the_picture_is_another_one_than_that_of_shapes() -> None:
 def test_a_folder_of_something_else_is_left_alone(tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match="something other than a scenery world"):
-        SceneryDataConfig(root=str(tmp_path), world=TINY).located()
+        located(SceneryDataConfig(root=str(tmp_path), world=TINY))
     with pytest.raises(DataError, match=r"data\.world\.regions"):
         SceneryWorld(regions=(0, 2))

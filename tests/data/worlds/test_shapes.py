@@ -12,24 +12,25 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_api
 
+from permafrost.data.build import located
 from permafrost.data.detection.annotations import load_coco_file
-from permafrost.data.detection.config import ShapesDataConfig, ShapesWorld
 from permafrost.data.detection.masks import encode_segmentation
 from permafrost.data.errors import DataError
-from permafrost.data.worlds import world_files
+from permafrost.data.worlds import files as world_files
+from permafrost.data.worlds.config import ShapesDataConfig, ShapesWorld
+from permafrost.data.worlds.files import WorldFiles
 from permafrost.data.worlds.shapes import CLASSES, TEXTURES, outline, render_scene, texture_field
 from permafrost.data.worlds.shapes_files import (
     CATEGORY_IDS,
     SHAPES,
     _run_lengths,
 )
-from permafrost.data.worlds.world_files import WorldFiles
 
 TINY = ShapesWorld(num_train=5, num_val=3, image_side=64, crowd_share=0.5)
 
 
 def _load(config: ShapesDataConfig, split: str) -> dict:
-    return json.loads(config.located().paths[split][0].read_text())
+    return json.loads(located(config).paths[split][0].read_text())
 
 
 def test_equal_parameters_give_equal_bytes(tmp_path, file_bytes):
@@ -87,7 +88,7 @@ def test_splits_share_no_image(shapes_config):
 
 
 def test_files_follow_the_official_layout(shapes_config):
-    root = Path(shapes_config.located().root)
+    root = Path(located(shapes_config).root)
     for split, count in (("train", 40), ("val", 24)):
         content = _load(shapes_config, split)
         assert [category["name"] for category in content["categories"]] == list(CLASSES)
@@ -102,7 +103,7 @@ def test_files_follow_the_official_layout(shapes_config):
 
 def test_our_own_reader_finds_nothing_wrong(shapes_config):
     for split in ("train", "val"):
-        assert load_coco_file(shapes_config.located().paths[split][0]).findings == []
+        assert load_coco_file(located(shapes_config).paths[split][0]).findings == []
 
 
 def test_boxes_and_areas_are_those_of_the_masks(shapes_config):
@@ -262,12 +263,12 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path, monkeypatch):
 def test_the_cache_is_written_once_with_one_line(permafrost_cache, capsys):
     world = dataclasses.replace(TINY, seed=77)
     config = ShapesDataConfig(world=world)
-    root = Path(config.located().root)
+    root = Path(located(config).root)
     assert root == SHAPES.folder(world)
     assert root.parent == permafrost_cache
     assert capsys.readouterr().out.count("\n") == 1
     before = (root / "world.json").stat().st_mtime_ns
-    assert config.located().root == str(root)
+    assert located(config).root == str(root)
     assert capsys.readouterr().out == ""
     assert (root / "world.json").stat().st_mtime_ns == before
     assert SHAPES.folder(dataclasses.replace(world, noise=0.03)) != root
@@ -276,12 +277,12 @@ def test_the_cache_is_written_once_with_one_line(permafrost_cache, capsys):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match="holds something other than a shapes world"):
-        ShapesDataConfig(root=str(tmp_path), world=TINY).located()
+        located(ShapesDataConfig(root=str(tmp_path), world=TINY))
     assert (tmp_path / "thesis.txt").read_text() == "mine"
     other = tmp_path / "world"
-    assert ShapesDataConfig(root=str(other), world=TINY).located().root == str(other)
+    assert located(ShapesDataConfig(root=str(other), world=TINY)).root == str(other)
     with pytest.raises(DataError, match="a world of other parameters"):
-        ShapesDataConfig(root=str(other), world=dataclasses.replace(TINY, seed=5)).located()
+        located(ShapesDataConfig(root=str(other), world=dataclasses.replace(TINY, seed=5)))
 
 
 @pytest.mark.parametrize(

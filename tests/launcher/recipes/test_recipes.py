@@ -10,8 +10,8 @@ import pytest
 
 from permafrost._nearest import nearest
 from permafrost.configs import coco, quickstart, vitdet
-from permafrost.data.detection.config import ShapesDataConfig, ShapesWorld
 from permafrost.data.errors import DataError
+from permafrost.data.worlds.config import ShapesDataConfig, ShapesWorld
 from permafrost.heads.necks.config import FPNConfig, SimplePyramidConfig
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import Experiment
@@ -23,7 +23,7 @@ from permafrost.launcher.recipes.serialise import experiment_from_json, to_json
 OWN = '''
 from __future__ import annotations
 from dataclasses import dataclass
-from permafrost.data.detection.config import ShapesDataConfig
+from permafrost.data.worlds.config import ShapesDataConfig
 from permafrost.launcher.experiment import Experiment, HeadExperiment
 from permafrost.model.config import BackboneConfig
 

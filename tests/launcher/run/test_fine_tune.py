@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import permafrost.launcher.train as loop
+from permafrost.data.build import train_set, val_set
 from permafrost.data.stream.loader import collate
 from permafrost.data.types import Batch, SampleKey
 from permafrost.heads.base import world_mean_counts
@@ -56,7 +57,7 @@ def saved(run: str | Path, step: int) -> dict[str, Tensor]:
 
 def make_batch(experiment: Experiment, num_images: int, side: int) -> Batch:
     """Training images in the middle of a larger one: of a size that timm's network was built for."""
-    dataset = experiment.data.build_train()
+    dataset = train_set(experiment.data)
     batch = collate([dataset[SampleKey(0, 0, index)] for index in range(num_images)])
     images = torch.zeros(num_images, 3, side, side, dtype=torch.uint8)
     images[..., : batch.images.shape[-2], : batch.images.shape[-1]] = batch.images
@@ -194,7 +195,7 @@ def test_evaluation_and_prediction_use_the_trained_backbone(run: Path, tmp_path:
         assert torch.equal(tensor, content[f"head/{name}"]), name
     final = json.loads((run / "final.json").read_text())["metrics"]
     assert evaluate_run(run, device="cpu", say=lambda text: None) == final
-    dataset = trained.experiment.data.build_val()
+    dataset = val_set(trained.experiment.data)
     options = {"score_threshold": 0.0, "device": "cpu", "say": lambda text: None}
     done = predict_run(run, [str(dataset.image_path(0))], tmp_path / "out", **options)
     batch = collate([dataset[SampleKey(0, 0, 0)]])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from permafrost.data.build import located
 from permafrost.data.detection.config import CocoDataConfig, JitterConfig
 from permafrost.heads.necks.config import BiFPNConfig
 from permafrost.launcher.cli import main
@@ -54,9 +55,9 @@ def start(tiny, head, source, **options):
 
 def fewer_classes(data, folder: Path, keep: int) -> CocoDataConfig:
     """The same pictures with the first `keep` categories only."""
-    located = data.located()
+    there = located(data)
     (folder / "annotations").mkdir(parents=True)
-    for split, (file, images) in located.paths.items():
+    for split, (file, images) in there.paths.items():
         content = json.loads(file.read_text())
         content["categories"] = sorted(content["categories"], key=lambda one: one["id"])[:keep]
         ids = {one["id"] for one in content["categories"]}

@@ -1,0 +1,217 @@
+"""Configurations of the built-in worlds, and of the data sets that are read from their files: values only, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+from permafrost.data.detection.config import CocoDataConfig
+from permafrost.data.errors import DataError
+from permafrost.data.segmentation.config import ADE20KDataConfig
+from permafrost.data.task import SampleExtent, TaskDataConfig
+from permafrost.data.video.config import ClipConfig, KineticsDataConfig
+
+TEXTURES = ("stripes", "checkers", "noise", "gradient")
+
+
+@dataclass
+class ShapesWorld:
+    """Size and difficulty of the built-in world `shapes`. Other values are another world, in another cache folder."""
+
+    classes: ClassVar[tuple[str, ...]] = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent")
+
+    num_train: int = 2000
+    num_val: int = 300
+    image_side: int = 160
+    """Side of the square images, pixels."""
+    objects: tuple[int, int] = (2, 5)
+    """Fewest and most objects tried in an image; one that finds no place is left out."""
+    object_size: tuple[float, float] = (0.15, 0.45)
+    """Diameter of an object as a share of the image's side, drawn log-uniformly."""
+    min_visible: float = 0.4
+    """Share of its area that every object keeps visible; 1 allows no occlusion."""
+    stretch: float = 1.25
+    """Largest ratio of an object's two axes; 1 never stretches."""
+    rotation: float = 1.0
+    """Share of a half turn that objects are rotated by, to either side; 0 keeps all upright."""
+    contrast: float = 0.3
+    """Least difference of an object's colour from the ground below it, in the clearest of R, G and B (0..1)."""
+    background_contrast: float = 0.4
+    """Difference of the two colours of a background's texture, as a share of that between two random colours."""
+    textured_share: float = 0.5
+    """Share of objects filled with a texture instead of one colour."""
+    clutter: int = 4
+    """Most distracting strokes in an image."""
+    crowd_share: float = 0.08
+    """Share of images with a crowd: one region of many tiny shapes, annotated iscrowd."""
+    noise: float = 0.02
+    """Standard deviation of the pixel noise; pixels are in 0..1."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_train", "num_val"):
+            if not 1 <= getattr(self, name) <= 1_000_000:
+                raise DataError(f"data.world.{name} is {getattr(self, name)}: give 1 to 1000000 images")
+        if not 32 <= self.image_side <= 4096:
+            raise DataError(f"data.world.image_side is {self.image_side}: give 32 to 4096 pixels")
+        if not 1 <= self.objects[0] <= self.objects[1]:
+            raise DataError(f"data.world.objects is {self.objects}: give fewest and most, at least 1")
+        if not 0 < self.object_size[0] <= self.object_size[1] <= 1:
+            raise DataError(
+                f"data.world.object_size is {self.object_size}: give two rising shares of the side within 0..1"
+            )
+        if self.stretch < 1:
+            raise DataError(f"data.world.stretch is {self.stretch}: a ratio of axes is at least 1")
+        if self.clutter < 0 or self.seed < 0:
+            raise DataError("data.world.clutter and data.world.seed cannot be negative")
+        for name in ("rotation", "contrast", "background_contrast", "textured_share", "crowd_share", "noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise DataError(f"data.world.{name} is {getattr(self, name)}: give a value between 0 and 1")
+        if not 0 < self.min_visible <= 1:
+            raise DataError(f"data.world.min_visible is {self.min_visible}: give a share above 0 and up to 1")
+
+
+@dataclass
+class SceneryWorld(ShapesWorld):
+    """The built-in world `scenery`: the objects of `shapes` on backgrounds of several stuff-like regions. Other values are another
+    world, in another cache folder."""
+
+    classes: ClassVar[tuple[str, ...]] = (*ShapesWorld.classes, *TEXTURES)
+    """In the order of the labels, which count from 1."""
+
+    regions: tuple[int, int] = (1, 3)
+    """Fewest and most regions of a background; each has a texture of its own, which is its class."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.regions[0] <= self.regions[1] <= 4:
+            raise DataError(f"data.world.regions is {self.regions}: give fewest and most, within 1 to 4")
+
+
+@dataclass
+class MotionWorld:
+    """Size and difficulty of the built-in world `motion`. Other values are another world, in another cache folder.
+
+    The difficulty (object_size, contrast, clutter) follows the rule of benchmarks/motion_calibration.py.
+    """
+
+    classes: ClassVar[tuple[str, ...]] = (
+        "moves_right",
+        "moves_left",
+        "grows",
+        "shrinks",
+        "speeds_up",
+        "slows_down",
+        "passes_before",
+        "passes_behind",
+        "turns_star",
+        "turns_cross",
+    )
+    num_train: int = 800
+    num_val: int = 200
+    side: int = 64
+    """Side of the square frames, pixels; even."""
+    num_frames: int = 24
+    rate: int = 12
+    """Frames per second."""
+    object_size: tuple[float, float] = (0.33, 0.45)
+    """Diameter of the moving object as a share of the side."""
+    clutter: int = 0
+    """Most resting shapes in the background."""
+    contrast: float = 0.6
+    """Least difference of the moving object's colour from the background's mean, in the clearest of R, G and B."""
+    noise: float = 0.02
+    """Standard deviation of the pixel noise; pixels are in 0..1."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_train", "num_val"):
+            if not 1 <= getattr(self, name) <= 1_000_000:
+                raise DataError(f"data.world.{name} is {getattr(self, name)}: give 1 to 1000000 videos")
+        if not 32 <= self.side <= 1024 or self.side % 2:
+            raise DataError(f"data.world.side is {self.side}: give an even number of pixels from 32 to 1024")
+        if not 4 <= self.num_frames <= 1000 or not 1 <= self.rate <= 120:
+            raise DataError(
+                f"data.world: {self.num_frames} frames at {self.rate} a second: give 4 to 1000 frames at 1 to 120"
+            )
+        if not 0.05 <= self.object_size[0] <= self.object_size[1] <= 0.45:
+            raise DataError(f"data.world.object_size is {self.object_size}: give two rising shares within 0.05..0.45")
+        if self.clutter < 0 or self.seed < 0:
+            raise DataError("data.world.clutter and data.world.seed cannot be negative")
+        for name in ("contrast", "noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise DataError(f"data.world.{name} is {getattr(self, name)}: give a value between 0 and 1")
+
+
+class _Rendered(TaskDataConfig):
+    """A data set that is rendered once, into `root` or the cache folder."""
+
+    @property
+    def fills_cache(self) -> bool:
+        """Tell whether `root` names no folder."""
+        return not self.place
+
+    def required_paths(self) -> list[Path]:
+        """Return none: whoever lacks the world renders it."""
+        return []
+
+
+@dataclass
+class ShapesDataConfig(_Rendered, CocoDataConfig):
+    """The built-in world `shapes`: rendered once into a cache folder, then read like any COCO data set."""
+
+    root: str = ""
+    """Folder of the files; empty is a folder under $PERMAFROST_CACHE or ~/.cache/permafrost."""
+    test_annotations: str = "annotations/instances_val2017.json"
+    test_images: str = "val2017"
+    image_size: int = 160
+    world: ShapesWorld = field(default_factory=ShapesWorld)
+
+    def extent(self) -> SampleExtent:
+        """Return what the world's parameters say."""
+        return SampleExtent(self.image_size, num_classes=len(self.world.classes), objects=self.world.objects[1])
+
+
+@dataclass
+class SceneryDataConfig(_Rendered, ADE20KDataConfig):
+    """The built-in world `scenery`: rendered once into a cache folder, then read like any data set in ADE20K's layout."""
+
+    root: str = ""
+    """Folder of the files; empty is a folder under $PERMAFROST_CACHE or ~/.cache/permafrost."""
+    test_images: str = "images/validation"
+    class_info: str = "objectInfo.txt"
+    image_size: int = 160
+    world: SceneryWorld = field(default_factory=SceneryWorld)
+
+    def extent(self) -> SampleExtent:
+        """Return what the world's parameters say."""
+        num_classes = len(self.world.classes)
+        most = min(self.world.objects[1] + self.world.regions[1], num_classes)
+        return SampleExtent(self.image_size, num_classes=num_classes, objects=most)
+
+
+@dataclass
+class MotionDataConfig(_Rendered, KineticsDataConfig):
+    """The built-in world `motion`: rendered once into a cache folder as MP4 files with lists, then read like Kinetics."""
+
+    root: str = ""
+    """Folder of the files; empty is a folder under $PERMAFROST_CACHE or ~/.cache/permafrost."""
+    class_names: str = "classes.txt"
+    clip: ClipConfig = field(
+        default_factory=lambda: ClipConfig(
+            num_frames=8,
+            frame_stride=3,
+            crop_size=64,
+            crop_scale=(0.8, 1.0),
+            test_short_side=64,
+            test_clips=1,
+            test_crops=1,
+            flip_swaps=(("moves_left", "moves_right"),),
+        )
+    )
+    world: MotionWorld = field(default_factory=MotionWorld)
+
+    def extent(self) -> SampleExtent:
+        """Return the clip's side and frames, and the world's classes."""
+        return replace(super().extent(), num_classes=len(self.world.classes))
