@@ -1,4 +1,4 @@
-"""What a user can get wrong about a run. The command line prints these without a traceback and exits with 2."""
+"""Errors of a run that a user can mend: the command line prints them without a traceback and exits with 2."""
 
 from permafrost.data.errors import DataError
 from permafrost.heads.errors import HeadError

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from permafrost.data.errors import DataError
 from permafrost.launcher.errors import CheckpointError, RunFolderError
+from permafrost.launcher.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from permafrost.launcher.run.restore import TrainedRun
@@ -66,21 +68,21 @@ def predict_run(
         RunFolderError: the folder holds no run, or the output cannot be written.
         CheckpointError: no such head, or no valid checkpoint of it.
     """
-    from permafrost.launcher.run.folder import RunFolder
-
-    data = RunFolder(run).experiment().data
+    trained_folder = RunFolder(run)
+    data = trained_folder.experiment().data
     files, failures = find_inputs(inputs, data.input_suffixes, data.input_kind)
     done = Predictions(failures=failures)
     if not files:
         return done
     folder = _prepare_output(Path(output))
 
+    # Only now: a mistyped name is answered without waiting for torch.
     from permafrost.launcher.ranks.process_group import join_process_group
     from permafrost.launcher.run.restore import load_trained
 
     group = join_process_group(device)
     try:
-        trained = load_trained(run, group, heads=None if head is None else [head], which=which)
+        trained = load_trained(trained_folder, group, heads=None if head is None else [head], which=which)
         if len(trained.heads) > 1:
             raise CheckpointError(f"{trained.folder} has the heads {', '.join(trained.heads)}: say which with --head")
         ((name, path),) = trained.checkpoints.items()
@@ -186,8 +188,6 @@ def _predict_files(
     done: Predictions,
     say: Callable[[str], None],
 ) -> None:
-    from permafrost.data.errors import DataError
-
     reader, inputs = trained.reader, {file.resolve() for file in files}
     for index, (file, name) in enumerate(zip(files, picture_names(files, reader.suffix))):
         target = folder / name

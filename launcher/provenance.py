@@ -1,4 +1,4 @@
-"""Where a run comes from: versions, commit, command and machine, for its folder and for comparing ranks. No torch in here."""
+"""The provenance of a run: versions, commit, command and machine, for its folder and for comparing ranks. No torch in here."""
 
 from __future__ import annotations
 

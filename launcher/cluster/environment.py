@@ -1,4 +1,4 @@
-"""Which of the launcher's variables its ranks on other nodes get. Imports no torch."""
+"""The variables of the launcher's that its ranks on other nodes get. Imports no torch."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def forwarded(environ: Mapping[str, str], requests: Sequence[str]) -> dict[str, 
 
 
 def requested(environ: Mapping[str, str], requests: Sequence[str]) -> dict[str, str]:
-    """What --export alone asks for; see `forwarded`."""
+    """Return the variables that --export alone asks for, as `forwarded` does."""
     found = {}
     for request in requests:
         name, equals, value = request.partition("=")

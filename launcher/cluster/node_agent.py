@@ -79,7 +79,7 @@ def end_launch(launch: str, node: str, *, limit: float = 10.0) -> list[int]:
 
 
 class Agent:
-    """Answers the launcher's requests; see the methods called do_*."""
+    """Answers the launcher's requests, each by the method do_<request>."""
 
     def __init__(self) -> None:
         self._requests: queue.Queue = queue.Queue()

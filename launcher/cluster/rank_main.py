@@ -1,4 +1,4 @@
-"""What a launcher starts once per rank: `python -m permafrost.launcher.cluster.rank_main WORD`.
+"""The program that a launcher starts once per rank: `python -m permafrost.launcher.cluster.rank_main WORD`.
 
 The word names, for each node, a folder there, as base64: letters, digits, `-`, `_` and `=` alone, so no shell, and no
 program that passes it on to one, can change a byte. In the node's folder the launcher has left the assignment: arguments,

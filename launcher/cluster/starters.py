@@ -1,4 +1,4 @@
-"""What starts the ranks: DeepSpeed's launcher over pdsh on several nodes, this process itself on one machine.
+"""Starters of the ranks: DeepSpeed's launcher over pdsh on several nodes, this process itself on one machine.
 
 Either way every rank is `python -m permafrost.launcher.cluster.rank_main WORD`, and everything that is started carries the
 launch's number in its environment, by which node agents find and end it.
@@ -57,7 +57,7 @@ class Starter(Protocol):
 
 
 class LocalRanks:
-    """Every rank a child of this process."""
+    """A Starter of which every rank is a child of this process."""
 
     ends_siblings = False
 
@@ -83,16 +83,14 @@ class LocalRanks:
         ]
 
     def poll(self) -> int | None:
-        """See Starter."""
         return _first_code(self._processes)
 
     def end(self) -> None:
-        """See Starter."""
         _end(self._processes)
 
 
 class DeepSpeedRanks:
-    """`deepspeed --hostfile ... --launcher pdsh`, in an environment that holds nothing a shell could change."""
+    """A Starter that runs `deepspeed --hostfile ... --launcher pdsh`, in an environment that holds nothing a shell could change."""
 
     ends_siblings = True
 
@@ -108,11 +106,9 @@ class DeepSpeedRanks:
         )
 
     def poll(self) -> int | None:
-        """See Starter."""
         return _first_code([self._process])
 
     def end(self) -> None:
-        """See Starter."""
         _end([self._process])
 
 

@@ -1,4 +1,4 @@
-"""Watching a launch: what every node's agent reports, and how the launch ends. Imports no torch."""
+"""Watch a launch by the reports of every node's agent, and decide how it ends. Imports no torch."""
 
 from __future__ import annotations
 

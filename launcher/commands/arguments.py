@@ -1,4 +1,4 @@
-"""What several commands share: options of their own before or among a recipe's fields. Imports no torch."""
+"""Arguments that several commands share: options of their own before or among a recipe's fields. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`permafrost check-data`: what is wrong with a recipe's data, and how its training samples look."""
+"""`permafrost check-data`: find faults in a recipe's data, and draw its training samples."""
 
 from __future__ import annotations
 

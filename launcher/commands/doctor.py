@@ -1,4 +1,4 @@
-"""`permafrost doctor`: what is here and what is missing."""
+"""`permafrost doctor`: report what is here and what is missing."""
 
 from __future__ import annotations
 

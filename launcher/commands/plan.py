@@ -1,4 +1,4 @@
-"""`permafrost plan`: what a recipe's step will hold, send and take on GPUs that need not be here."""
+"""`permafrost plan`: predict what a recipe's step holds, sends and takes on GPUs that need not be here."""
 
 from __future__ import annotations
 

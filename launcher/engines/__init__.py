@@ -1,1 +1,1 @@
-"""The two engines; `permafrost.launcher.engines.base.build_engine` picks one and imports only that one."""
+"""The two engines, behind the interface of base.py; choose.py picks one."""

@@ -1,4 +1,4 @@
-"""Which engine trains a head, and its construction. The one file that knows both engines."""
+"""The choice of an engine for a head, and its construction: the one file that knows both engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed keeps to itself: a ZeRO engine's full weights and moments, read out, put back, and its gradients
+"""The state that DeepSpeed keeps to itself: a ZeRO engine's full weights and moments, read out, put back, and its gradients
 dropped.
 
 DeepSpeed's own checkpoints hold a partition per rank and belong to one stage and one number of ranks. The functions

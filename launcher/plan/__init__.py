@@ -1,1 +1,1 @@
-"""`permafrost plan`: what a step will hold, send and cost, found out without the machines."""
+"""`permafrost plan`: predict what a step holds, sends and costs, without the machines."""

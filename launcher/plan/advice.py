@@ -1,4 +1,4 @@
-"""Which layout of a plan to take, and what makes one fit that does not."""
+"""Advice on a plan: the layout to take, and what makes one fit that does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a frozen base network will hold, compute and send, found out on the meta device: no weights are needed."""
+"""The plan of a frozen base network, which runs on the meta device: no weights are needed."""
 
 from __future__ import annotations
 

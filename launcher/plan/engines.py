@@ -1,4 +1,4 @@
-"""What the engines hold for a head and send between ranks, as the code of DeepSpeed 0.19 and torch's DDP has it.
+"""The plan of an engine, what it holds for a head and sends between ranks, as the code of DeepSpeed 0.19 and torch's DDP has it.
 
 Head parameters are float32. n is the number of ranks, P the head's parameters in bytes.
 

@@ -1,4 +1,4 @@
-"""A device that is full: what the run was planned to take, and what would take less."""
+"""The error of a full device, with what the run was planned to take and what would take less."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from permafrost.launcher.errors import OutOfDeviceMemory
+from permafrost.launcher.plan.advice import remedies
+from permafrost.launcher.plan.planner import Machines, Planner
 
 if TYPE_CHECKING:
     from permafrost.launcher.experiment import Experiment
@@ -53,9 +55,6 @@ def advice(experiment: Experiment, group: ProcessGroup) -> str:
 
 
 def _from_plan(experiment: Experiment, group: ProcessGroup) -> tuple[str, list[str]]:
-    from permafrost.launcher.plan.advice import remedies
-    from permafrost.launcher.plan.planner import Machines, Planner
-
     is_cuda = group.device.type == "cuda"
     memory = torch.cuda.get_device_properties(group.device).total_memory if is_cuda else None
     here = int(os.environ.get("LOCAL_WORLD_SIZE", group.world_size))

@@ -1,4 +1,4 @@
-"""Memory and FLOPs of real code without its cost: what `permafrost plan` counts with.
+"""Count the memory and FLOPs of real code without its cost, for `permafrost plan`.
 
 The code runs under a dispatch mode that sees every operator below autograd. It keeps a tally of the storages that are
 alive, and of what the operators compute. On the meta device nothing has memory. On a CPU, where a head must run for

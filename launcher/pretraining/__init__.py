@@ -1,1 +1,1 @@
-"""`permafrost pretrain`: how the backbone that ships with the repository was made."""
+"""`permafrost pretrain`: the pretraining that made the backbone in the repository."""

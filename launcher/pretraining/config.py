@@ -1,4 +1,4 @@
-"""What a pretraining run is made of, as plain values; imports no torch."""
+"""The configuration of a pretraining run. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the processes of one training do together, and how they end."""
+"""The processes of one training: what they tell each other, and how they end."""

@@ -1,4 +1,4 @@
-"""Ranks that would train on different things are refused before the first step, with the field in which they differ."""
+"""Refuse ranks that would train on different things, before the first step and with the field in which they differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a program of ours ends: everything written, then at once.
+"""End a program of ours with everything written, and then at once.
 
 gloo's threads outlive their process group as long as anything holds it, and much does: torch.distributed.nn.functional
 as a default argument, DDP, DeepSpeed's parameters. One of them that frees its last message while the interpreter takes

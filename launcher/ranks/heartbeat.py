@@ -43,7 +43,7 @@ MISSED = 3
 
 @dataclass(frozen=True)
 class Beat:
-    """What one rank said last; see the module."""
+    """The last words of one rank, in the fields that this file begins with."""
 
     rank: int
     world_size: int

@@ -1,4 +1,4 @@
-"""What a rank does about the others while it trains: it beats, and when it waits in vain it says for whom."""
+"""Watch over the other ranks while one trains: it beats, and when it waits in vain it says for whom."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding recipes: the shipped ones by short name, a user's own by module or file. Imports no torch.
+"""Find recipes: the shipped ones by short name, a user's own by module or file. Imports no torch.
 
 A recipe is a function without required arguments that returns an Experiment (or a pretraining one); its docstring's
 first line is its summary. Names:

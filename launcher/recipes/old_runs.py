@@ -1,4 +1,4 @@
-"""What a run meant that was written before a field existed.
+"""The meaning of runs that were written before a field existed.
 
 A field that is added with another default than what the code did before would change old runs in silence: a resumed run, an
 evaluation. Whoever adds a field to a configuration writes a row here, whatever its default is; a test finds a field without one.

@@ -40,7 +40,7 @@ class FineTuned(Head):
     def forward(
         self, features: Sequence[Tensor], batch: Batch, counts: LossCounts = world_mean_counts
     ) -> dict[str, Tensor] | list[Any]:
-        """See Head; `features` is the images alone, (B, 3, H, W) as a backbone takes them."""
+        """Run the head on the backbone's maps; `features` is the images alone, (B, 3, H, W) as a backbone takes them."""
         (images,) = features
         generators = [key.generator(PURPOSE) for key in batch.keys] if self.training else None
         return self.head(self.backbone(images, generators), batch, counts)

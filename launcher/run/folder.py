@@ -2,7 +2,7 @@
 
 - recipe.json: the resolved Experiment
 - provenance.jsonl: one line per start: versions, git commit, command, world, batch, learning rates, where it resumed
-- heartbeats/: one small file per rank, see the heartbeat module
+- heartbeats/: one small file per rank, see ranks/heartbeat.py
 - metrics.jsonl, tensorboard/: one line, or point, per logged step
 - evaluations.jsonl: one line per evaluation; final.json: the last one, once the run has ended
 - checkpoints/step_00000100/; latest and best say which is the newest, and which the best of each head
@@ -55,7 +55,7 @@ FREE_FIELDS = (
 
 
 class RunFolder:
-    """Paths and small files of one run; the heavy ones belong to the checkpoint and monitor modules.
+    """Paths and small files of one run; checkpoint.py and monitor.py write the heavy ones.
 
     Only the main rank writes. Every file that is replaced is replaced atomically.
     """
@@ -74,6 +74,7 @@ class RunFolder:
         self.best = self.path / "best"
         self._lock: int | None = None
         self._is_new = False
+        self._experiment: Experiment | None = None
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -177,16 +178,18 @@ class RunFolder:
             self.path.rmdir()
 
     def experiment(self) -> Experiment:
-        """The Experiment this run was started with.
+        """Return the Experiment this run was started with; it is read once.
 
         Raises:
             RunFolderError: there is none, or it cannot be read.
         """
-        content = self._recipe_json()
-        try:
-            return experiment_from_json(content)
-        except ValueError as error:
-            raise RunFolderError(f"{self.recipe}: {error}") from None
+        if self._experiment is None:
+            content = self._recipe_json()
+            try:
+                self._experiment = experiment_from_json(content)
+            except ValueError as error:
+                raise RunFolderError(f"{self.recipe}: {error}") from None
+        return self._experiment
 
     def record_start(self, facts: dict[str, Any]) -> None:
         """Append one line to provenance.jsonl: the surroundings of this start and what the loop chose."""

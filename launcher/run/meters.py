@@ -1,4 +1,4 @@
-"""What is measured between two log lines: losses, where the time went, memory."""
+"""Measurements between two log lines: losses, where the time went, memory."""
 
 from __future__ import annotations
 

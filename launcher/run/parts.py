@@ -15,11 +15,11 @@ from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import Experiment
 from permafrost.launcher.ranks.agreement import require_agreement
 from permafrost.launcher.ranks.process_group import ProcessGroup
+from permafrost.launcher.run.fine_tune import ImagesOn, join
 
 if TYPE_CHECKING:
     from permafrost.data.task import TaskDataset
     from permafrost.heads.base import Head
-    from permafrost.launcher.run.fine_tune import ImagesOn
     from permafrost.model.frozen import FrozenBackbone
     from permafrost.model.spec import FeatureSpec
     from permafrost.model.trainable import TrainableBackbone
@@ -86,8 +86,6 @@ def join_heads(
     heads = build_heads(experiment, backbone.spec, classes)
     if experiment.backbone.frozen:
         return backbone, heads
-    from permafrost.launcher.run.fine_tune import join
-
     return join(backbone, heads, learning_rate_factor=experiment.backbone.learning_rate_factor)
 
 

@@ -217,7 +217,11 @@ def load_run(
 
 
 def load_trained(
-    run: str | os.PathLike[str], group: ProcessGroup, *, heads: Sequence[str] | None = None, which: str = "best"
+    run: str | os.PathLike[str] | RunFolder,
+    group: ProcessGroup,
+    *,
+    heads: Sequence[str] | None = None,
+    which: str = "best",
 ) -> TrainedRun:
     """Rebuild a run from its folder. Collective.
 
@@ -225,7 +229,7 @@ def load_trained(
     run had.
 
     Args:
-        run: the run folder.
+        run: the run folder; of a RunFolder that has read its recipe it is not read again.
         group: whose device the heads and the backbone go to.
         heads: names; None takes all of the recipe.
         which: "best" (of each head, by its metric) or "latest".
@@ -235,7 +239,7 @@ def load_trained(
         CheckpointError: no such head, no valid checkpoint, or one of another backbone or head.
         LaunchError: the processes do not divide into the run's tensor groups.
     """
-    folder = RunFolder(run)
+    folder = run if isinstance(run, RunFolder) else RunFolder(run)
     experiment = group.on_main(folder.experiment)
     names = list(experiment.heads) if heads is None else list(heads)
     unknown = [name for name in names if name not in experiment.heads]

@@ -1,4 +1,4 @@
-"""Scoring heads: one frozen forward per batch for all of them, each rank its share of the images, one result."""
+"""Score heads: one frozen forward per batch for all of them, each rank its share of the images, one result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says once at its start, and writes into its folder: everything that was chosen, and why."""
+"""The announcement of a run at its start, printed and written into its folder: everything that was chosen, and why."""
 
 from __future__ import annotations
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +20,14 @@ from permafrost.data.build import located
 from permafrost.data.detection.config import CocoDataConfig
 from permafrost.data.detection.inputs import DetectionInputs
 from permafrost.data.detection.types import DetectionResult
+from permafrost.data.pictures import read
 from permafrost.data.pictures.draw import class_color
 from permafrost.data.task import IMAGE_SUFFIXES
 from permafrost.launcher.cli import main
 from permafrost.launcher.errors import CheckpointError, RunFolderError
 from permafrost.launcher.predict import find_inputs, picture_names, predict_run
 from permafrost.launcher.recipes.overrides import parse_experiment
+from permafrost.launcher.run import folder as run_folder
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")
 
@@ -183,6 +188,27 @@ def test_picture_names_differ(files: list[str], expected: list[str] | None) -> N
     assert all(name.endswith(".png") and "/" not in name for name in names)
     if expected is not None:
         assert names == [f"{name}.png" for name in expected]
+
+
+def test_the_recipe_and_every_file_are_read_once(
+    run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: Counter[str] = Counter()
+
+    def counted(place: Any, name: str, called: Callable[..., str]) -> None:
+        original = getattr(place, name)
+
+        def count(*arguments: Any, **keywords: Any) -> Any:
+            reads[called(*arguments)] += 1
+            return original(*arguments, **keywords)
+
+        monkeypatch.setattr(place, name, count)
+
+    counted(read, "read_image", lambda path, *_: Path(path).name)
+    counted(run_folder, "experiment_from_json", lambda *_: "recipe")
+    done = predict_run(run, [str(images)], tmp_path / "out", say=lambda _: None)
+    assert len(done.pictures) == 5
+    assert reads == {"recipe": 1} | {path.name: 1 for path in images.iterdir()}
 
 
 def test_inputs_are_files_folders_and_patterns_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
