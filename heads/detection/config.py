@@ -249,6 +249,9 @@ class SemanticBranchConfig:
     num_convs: int = 4
     weight: float = 0.2
     """What its loss is multiplied by."""
+    resize: Literal["before", "after"] = "before"
+    """When the other levels are brought to that level's size: before their 1x1 convolution and ReLU, as in the public code, or after
+    them, as in runs of before 2026-11-29. The two do not commute."""
 
     def __post_init__(self) -> None:
         require_counts("semantic.", self, "num_classes", "level", "num_convs", least=0)

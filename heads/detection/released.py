@@ -55,6 +55,10 @@ _OTHERS = (
     (r"rpn_head\.rpn_conv\.", "rpn.convs.0."),
     (r"rpn_head\.rpn_cls\.", "rpn.objectness."),
     (r"rpn_head\.rpn_reg\.", "rpn.regressor."),
+    (r"roi_head\.semantic_head\.lateral_convs\.(\d+)\.conv\.", r"semantic.lateral.\1."),
+    (r"roi_head\.semantic_head\.convs\.(\d+)\.conv\.", r"semantic.convs.\1."),
+    (r"roi_head\.semantic_head\.conv_embedding\.conv\.", "semantic.embedding."),
+    (r"roi_head\.semantic_head\.conv_logits\.", "semantic.classifier."),
 )
 _BRANCH = re.compile(r"roi_head\.(bbox|mask)_head\.(?:(\d+)\.)?(.+)")
 _BATCH_NORM = re.compile(r"(.+)\.bn\.(weight|bias|running_mean|running_var|num_batches_tracked)")
@@ -143,7 +147,7 @@ def from_released(tensors: Mapping[str, Tensor]) -> RenamedHead:
         more = f" and {len(unknown) - MAX_LISTED} more" if len(unknown) > MAX_LISTED else ""
         raise HeadError(
             f"a released detector with tensors that have no place in our heads: {', '.join(sorted(unknown)[:MAX_LISTED])}{more}; "
-            "Mask R-CNN, Cascade Mask R-CNN and their HTC without a semantic branch, with an FPN, can be read"
+            "Mask R-CNN, Cascade Mask R-CNN and their HTC, with an FPN, can be read"
         )
     return RenamedHead(found, _count_classes(found), folded)
 

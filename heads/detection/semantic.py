@@ -22,7 +22,7 @@ IGNORED = 255
 
 
 class SemanticBranch(nn.Module):
-    """1x1 convolutions of all levels, resized to one of them and summed; 3x3 convolutions; a class per cell; an embedding.
+    """All levels, resized to one of them, by 1x1 convolutions and summed; 3x3 convolutions; a class per cell; an embedding.
 
     The embedding is pooled for every region and added to what the box and mask branches see of it.
 
@@ -61,14 +61,17 @@ class SemanticBranch(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(B, K, H, W) logits and the (B, C, H, W) embedding of all levels of the pyramid."""
-        size = pyramid[self.config.level].shape[-2:]
+        """Return (B, K, H, W) logits and the (B, C, H, W) embedding of all levels of the pyramid, (B, C, H_i, W_i) each."""
+        fused = pyramid[self.config.level].shape[-2:]
+
+        def resized(level: Tensor) -> Tensor:
+            same = level.shape[-2:] == fused
+            return level if same else F.interpolate(level, size=fused, mode="bilinear", align_corners=True)
+
         x: Tensor | float = 0.0
-        for i, (conv, level) in enumerate(zip(self.lateral, pyramid, strict=True)):
-            level = F.relu(conv(level))
-            if i != self.config.level:
-                level = F.interpolate(level, size=size, mode="bilinear", align_corners=True)
-            x = x + level
+        for conv, level in zip(self.lateral, pyramid, strict=True):
+            # Each (B, C, H_i, W_i) becomes (B, C, H, W).
+            x = x + (F.relu(conv(resized(level))) if self.config.resize == "before" else resized(F.relu(conv(level))))
         for conv in self.convs:
             x = F.relu(conv(x))
         return self.classifier(x), F.relu(self.embedding(x)).contiguous()

@@ -28,7 +28,9 @@ class OldValue:
     value: Any
 
 
-OLD_VALUES: list[OldValue] = []
+OLD_VALUES: list[OldValue] = [
+    OldValue("heads.SemanticBranchConfig", "resize", "2026-11-29", "after"),
+]
 """Every field that was added after 2026-11-29."""
 
 

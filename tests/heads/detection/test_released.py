@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from permafrost.heads.build import build_head
-from permafrost.heads.detection.config import BoxHeadConfig, CascadeConfig, HTCConfig, MaskHeadConfig, RPNConfig
+from permafrost.heads.detection.config import (
+    BoxHeadConfig,
+    CascadeConfig,
+    HTCConfig,
+    MaskHeadConfig,
+    RPNConfig,
+    SemanticBranchConfig,
+)
 from permafrost.heads.detection.released import COCO_CLASSES, from_released
 from permafrost.heads.errors import HeadError
 from permafrost.heads.necks.config import FPNConfig
@@ -17,8 +26,9 @@ C, K, POOL, MASK, FC = 16, 3, 5, 6, 24
 WIDTHS = (8, 12, 16, 20)
 
 
-def released(*, stages=0, convs=0, num_fc=2, agnostic=False, flows=False, seed=0):
-    """A state dict as the released files have it; `stages` 0 is Mask R-CNN, `flows` is HTC's mask information flow."""
+def released(*, stages=0, convs=0, num_fc=2, agnostic=False, flows=False, semantic=0, seed=0):
+    """A state dict as the released files have it; `stages` 0 is Mask R-CNN, `flows` is HTC's mask information flow, `semantic` the
+    number of classes of its semantic branch."""
     random = torch.Generator().manual_seed(seed)
     state = {}
 
@@ -59,6 +69,14 @@ def released(*, stages=0, convs=0, num_fc=2, agnostic=False, flows=False, seed=0
         layer(f"{mask}.conv_logits", K, C, 1, 1)
         if flows and stage:
             layer(f"{mask}.conv_res.conv", C, C, 1, 1)
+    if semantic:
+        head = "roi_head.semantic_head"
+        for i in range(5):
+            layer(f"{head}.lateral_convs.{i}.conv", C, C, 1, 1)
+        for i in range(4):
+            layer(f"{head}.convs.{i}.conv", C, C, 3, 3)
+        layer(f"{head}.conv_embedding.conv", C, C, 1, 1)
+        layer(f"{head}.conv_logits", semantic, C, 1, 1)
     return state
 
 
@@ -232,10 +250,61 @@ def _rename(state, old, new):
     state[new] = state.pop(old)
 
 
+def public_semantic_branch(state, pyramid, level):
+    """The public code's FusedSemanticHead, from its description: every level is resized to one, then 1x1 convolution and ReLU;
+    the sum goes through 3x3 convolutions; logits and an embedding come of it."""
+    state = {name: tensor.double() for name, tensor in state.items()}
+
+    def conv(name, x, padding=0):
+        full = f"roi_head.semantic_head.{name}"
+        return F.conv2d(x, state[f"{full}.weight"], state[f"{full}.bias"], padding=padding)
+
+    height, width = pyramid[level].shape[-2:]
+    x = conv(f"lateral_convs.{level}.conv", pyramid[level]).clamp(min=0)
+    for i, own in enumerate(pyramid):
+        if i == level:
+            continue
+        # Bilinear with aligned corners, written out: the first and last cells of both grids coincide.
+        rows = torch.linspace(0, own.shape[-2] - 1, height, dtype=torch.float64)
+        columns = torch.linspace(0, own.shape[-1] - 1, width, dtype=torch.float64)
+        weights = [
+            (1 - (at[:, None] - torch.arange(size)).abs()).clamp(min=0)
+            for at, size in zip((rows, columns), own.shape[-2:])
+        ]
+        resized = torch.einsum("yh,bchw,xw->bcyx", weights[0], own, weights[1])
+        x = x + conv(f"lateral_convs.{i}.conv", resized).clamp(min=0)
+    for i in range(4):
+        x = conv(f"convs.{i}.conv", x, padding=1).clamp(min=0)
+    return conv("conv_logits", x), conv("conv_embedding.conv", x).clamp(min=0)
+
+
+def test_the_semantic_branch_of_a_hybrid_task_cascade_is_the_public_one(small_config, spec, inputs):
+    state = released(stages=3, agnostic=True, flows=True, semantic=7)
+    own = config(small_config, HTCConfig, class_agnostic=True)
+    head = loaded(dataclasses.replace(own, semantic=SemanticBranchConfig(num_classes=7)), spec, state)
+    features, _, _ = inputs
+    pyramid = [level.detach().requires_grad_() for level in head.neck([x.double() for x in features])]
+    labels = torch.randint(0, 7, (len(pyramid[0]), *pyramid[1].shape[-2:]), generator=torch.Generator().manual_seed(0))
+    found, expected = head.semantic(pyramid), public_semantic_branch(state, pyramid, level=1)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    gradients = [
+        torch.autograd.grad(F.cross_entropy(logits, labels) + embedding.square().mean(), pyramid)
+        for logits, embedding in (found, expected)
+    ]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+    # The order of runs of before: it is another function.
+    before = dataclasses.replace(own, semantic=SemanticBranchConfig(num_classes=7, resize="after"))
+    other = loaded(before, spec, state).semantic(pyramid)[0]
+    assert (other - found[0]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda s: s.update({"roi_head.semantic_head.lateral_convs.0.conv.weight": torch.zeros(1)}), "no place.*semantic"),
+        (lambda s: s.update({"roi_head.semantic_head.norms.0.weight": torch.zeros(1)}), "no place.*semantic"),
         (lambda s: s.update({"mask_feature.weight": torch.zeros(1)}), "no place.*mask_feature"),
         (lambda s: s.pop("roi_head.bbox_head.shared_convs.0.bn.running_var"), "without running_var"),
         (lambda s: s.pop("rpn_head.rpn_cls.weight"), "not the tensors of a released detector"),
