@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -279,6 +278,9 @@ def _import_file(path: Path) -> ModuleType:
         raise RecipeError(
             f"there is no recipe file {path}" + (f": did you mean {' or '.join(close)}?" if close else "")
         )
+    # Here, as its library takes as long to load as twenty recipes to build.
+    import hashlib
+
     path = path.resolve()
     module_name = f"permafrost_recipe_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if module_name in sys.modules:

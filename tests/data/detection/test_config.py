@@ -1,0 +1,20 @@
+"""What a detection data set's configuration refuses, and where its files are."""
+
+from __future__ import annotations
+
+import pytest
+
+from permafrost.data import CocoDataConfig, DataError, ShapesDataConfig
+
+
+@pytest.mark.parametrize(("field", "value"), [("image_size", 8), ("max_val_images", 0), ("corrupt_share", 1.5)])
+def test_impossible_fields_are_named(field, value):
+    with pytest.raises(DataError, match=f"data.{field}"):
+        CocoDataConfig(**{field: value})
+
+
+def test_paths_follow_the_fields():
+    paths = CocoDataConfig(root="~/x", val_images="elsewhere").paths
+    assert paths["val"][1].name == "elsewhere"
+    assert "~" not in str(paths["train"][0])
+    assert ShapesDataConfig().root == ""
