@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from permafrost.data.pictures.geometry import NO_CLASS
-from permafrost.data.pictures.read import ImageError
+from permafrost.data.pictures.read import ImageError, open_image
 
 INSTANCES = "instances"
 
@@ -64,7 +63,7 @@ def read_map(path: Path, size: tuple[int, int], num_classes: int) -> np.ndarray:
         ImageError: there is none, or it is of another size or holds other values.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if image.mode not in ("L", "P"):
                 raise ImageError(f"the semantic map is of mode {image.mode}, expected one channel of 8 bits")
             if (image.height, image.width) != tuple(size):

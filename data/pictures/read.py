@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,8 +25,21 @@ MAX_ASPECT = 100
 """Largest ratio of the sides: a strip of 1 x 65535 is no photograph, and vanishes when it is fitted into a square."""
 
 
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is tried on a file, whatever its name says. Left to itself PIL would hand PostScript, which is a program, to Ghostscript."""
+
+
 class ImageError(ValueError):
     """One image file cannot be used. Training replaces it; evaluation and `check-data` report it."""
+
+
+def open_image(source: Path | BinaryIO) -> Image.Image:
+    """Open an image file of one of FORMATS; its header alone is read.
+
+    Raises:
+        OSError: it is none, or cannot be read; and whatever else PIL's plug-ins raise on damaged files.
+    """
+    return Image.open(source, formats=FORMATS)
 
 
 def size_problem(width: int, height: int) -> str | None:
@@ -44,7 +57,7 @@ def read_image(path: Path, expected_size: tuple[int, int] | None = None) -> Tens
     """Decode an image file.
 
     Args:
-        path: Any format that PIL reads. Grayscale, palette, CMYK and 16-bit pictures are converted; transparency is
+        path: One of FORMATS. Grayscale, palette, CMYK and 16-bit pictures are converted; transparency is
             dropped.
         expected_size: (height, width) that the annotations were made for; None takes any.
 
@@ -61,7 +74,7 @@ def read_image(path: Path, expected_size: tuple[int, int] | None = None) -> Tens
             # PIL warns of large headers and odd metadata; sizes have their own check below, and the pixels are all we
             # take.
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 _check_header(image, expected_size)
                 pixels = _rgb_pixels(image)
     except ImageError:
@@ -127,7 +140,7 @@ def to_pixels(given: Any) -> Tensor:
 def _reason(error: Exception) -> str:
     text = str(error).split("\n")[0]
     if "cannot identify image file" in text:
-        return "it is not an image that PIL can identify"
+        return f"it is not an image of a kind that is read ({', '.join(FORMATS)})"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

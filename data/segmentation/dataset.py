@@ -16,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from permafrost.data.errors import DataError
 from permafrost.data.findings import Finding, raise_fatal
 from permafrost.data.pictures.geometry import NO_CLASS
-from permafrost.data.pictures.read import ImageError, read_image
+from permafrost.data.pictures.read import ImageError, open_image, read_image
 from permafrost.data.segmentation.classes import read_classes
 from permafrost.data.segmentation.config import ADE20KDataConfig
 from permafrost.data.segmentation.drawing import draw_classes
@@ -103,7 +102,7 @@ class SceneParsing(TaskDataset):
         for photo in photos:
             # How many windows there are depends on the photo's size, which its header says.
             try:
-                with Image.open(photo) as image:
+                with open_image(photo) as image:
                     size = (image.height, image.width)
             except Exception as error:
                 raise DataError(f"{photo}: {error}; evaluation needs every image") from error

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from permafrost.data.pictures.geometry import NO_CLASS
-from permafrost.data.pictures.read import ImageError, size_problem
+from permafrost.data.pictures.read import ImageError, open_image, size_problem
 
 PALETTE = "label PNGs with a palette"
 SIXTEEN_BIT = "label PNGs of 16 bits"
@@ -63,7 +63,7 @@ def read_labels(path: Path, size: tuple[int, int] | None, num_classes: int) -> L
         LabelError: missing, damaged, of another size, or with values that are no labels.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if size is not None and (image.height, image.width) != tuple(size):
                 raise LabelError(
                     SIZE, f"the labels are {image.width} x {image.height}, their photo is {size[1]} x {size[0]}"

@@ -27,6 +27,7 @@ from PIL import Image
 
 from permafrost.data.cache import cache_folder
 from permafrost.data.errors import DataError
+from permafrost.data.pictures.read import open_image
 from permafrost.data.worlds import drawing, outlines
 
 # First word of every seed of this world: no other world uses it.
@@ -235,7 +236,7 @@ def _degraded(rng: np.random.Generator, image: np.ndarray, difficulty: float) ->
     if rng.random() < 0.25:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=int(rng.integers(35, 90)))
-        pixels = np.asarray(Image.open(buffer))
+        pixels = np.asarray(open_image(buffer))
     return pixels
 
 

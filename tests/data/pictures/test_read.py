@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
+from permafrost.data.detection.semantic import read_map
 from permafrost.data.pictures.read import MAX_PIXELS, ImageError, read_image, size_problem
+from permafrost.data.segmentation.labels import LabelError, read_labels
 
 GRAY = (np.arange(12 * 10).reshape(12, 10) * 2).astype(np.uint8)
 
@@ -135,3 +140,48 @@ def test_size_limits():
     assert size_problem(100, 1) is None
     assert "strip" in size_problem(101, 1)
     assert size_problem(0, 5) is not None
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n{} loop\n%%EOF\n"
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "photo.eps"])
+def test_postscript_is_not_handed_to_ghostscript(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its name says: PIL by itself would run the program that the file is."""
+    interpreter = tmp_path / "bin" / "gs"
+    interpreter.parent.mkdir()
+    interpreter.write_text(f"#!/bin/sh\ntouch {tmp_path / 'it_ran'}\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{interpreter.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    (tmp_path / name).write_bytes(EPS)
+    with pytest.raises(ImageError, match="it is not an image of a kind that is read"):
+        read_image(tmp_path / name)
+    with pytest.raises(LabelError, match="the labels cannot be read"):
+        read_labels(tmp_path / name, None, 150)
+    with pytest.raises(ImageError, match="the semantic map cannot be read"):
+        read_map(tmp_path / name, (64, 64), 183)
+    assert not (tmp_path / "it_ran").exists()
+    # The trap itself works.
+    with contextlib.suppress(OSError, ValueError), Image.open(tmp_path / name) as image:
+        image.load()
+    assert (tmp_path / "it_ran").exists()
+
+
+def test_every_image_is_opened_with_the_one_list_of_formats(root: Path) -> None:
+    calls = [
+        f"{file.relative_to(root)}: {line.strip()}"
+        for folder in ("configs", "data", "heads", "launcher", "model", "permafrost")
+        for file in (root / folder).rglob("*.py")
+        for line in file.read_text().splitlines()
+        if "Image.open(" in line
+    ]
+    assert calls == ["data/pictures/read.py: return Image.open(source, formats=FORMATS)"]
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"])
+def test_every_format_of_the_list_is_read_under_any_name(kind: str, tmp_path: Path) -> None:
+    pixels = np.full((40, 50, 3), (10, 200, 90), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.jpg", kind)
+    found = read_image(tmp_path / "picture.jpg").permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(found - pixels).max() <= (40 if kind == "GIF" else 6)
