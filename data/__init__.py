@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         input_reader as input_reader,
         located as located,
         submission_set as submission_set,
+        target_type as target_type,
         train_set as train_set,
         val_set as val_set,
     )

@@ -15,17 +15,21 @@ from permafrost.data.detection.check import check_coco
 from permafrost.data.detection.config import CocoDataConfig
 from permafrost.data.detection.dataset import CocoDetection
 from permafrost.data.detection.inputs import DetectionInputs
+from permafrost.data.detection.types import DetectionTarget
 from permafrost.data.errors import DataError
 from permafrost.data.findings import Finding
 from permafrost.data.segmentation.check import check_ade20k
 from permafrost.data.segmentation.config import ADE20KDataConfig
 from permafrost.data.segmentation.dataset import SceneParsing
 from permafrost.data.segmentation.inputs import SegmentationInputs
+from permafrost.data.segmentation.types import SegmentationTarget
 from permafrost.data.task import InputReader, Progress, TaskDataConfig, TaskDataset
+from permafrost.data.types import Target
 from permafrost.data.video.check import check_kinetics
 from permafrost.data.video.config import KineticsDataConfig
 from permafrost.data.video.dataset import KineticsClips
 from permafrost.data.video.inputs import VideoInputs
+from permafrost.data.video.types import ClipTarget
 from permafrost.data.worlds.config import MotionDataConfig, SceneryDataConfig, ShapesDataConfig
 from permafrost.data.worlds.files import WorldFiles
 from permafrost.data.worlds.motion_files import MOTION
@@ -41,18 +45,20 @@ class Kind:
         dataset: dataset(config, split), and of what has a test set dataset(config, "test", submission=folder).
         check: check(config, decode=, on_progress=).
         inputs: inputs(config, classes, category_ids).
+        target: the type of its samples' targets.
         world: of a built-in one, what writes its files.
     """
 
     dataset: Callable[..., TaskDataset]
     check: Callable[..., list[Finding]]
     inputs: Callable[..., InputReader]
+    target: type[Target]
     world: WorldFiles | None = None
 
 
-_COCO = Kind(CocoDetection, check_coco, DetectionInputs)
-_ADE20K = Kind(SceneParsing, check_ade20k, SegmentationInputs)
-_KINETICS = Kind(KineticsClips, check_kinetics, VideoInputs)
+_COCO = Kind(CocoDetection, check_coco, DetectionInputs, DetectionTarget)
+_ADE20K = Kind(SceneParsing, check_ade20k, SegmentationInputs, SegmentationTarget)
+_KINETICS = Kind(KineticsClips, check_kinetics, VideoInputs, ClipTarget)
 KINDS: dict[type[TaskDataConfig], Kind] = {
     CocoDataConfig: _COCO,
     ShapesDataConfig: replace(_COCO, world=SHAPES),
@@ -151,3 +157,13 @@ def input_reader(config: TaskDataConfig, classes: Sequence[str], category_ids: S
     """
     kind = KINDS.get(type(config))
     return config.inputs(classes, category_ids) if kind is None else kind.inputs(config, classes, category_ids)
+
+
+def target_type(config: TaskDataConfig) -> type[Target]:
+    """Return the type of its samples' targets.
+
+    Raises:
+        DataError: nothing builds this configuration.
+    """
+    kind = KINDS.get(type(config))
+    return config.target_type() if kind is None else kind.target

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from permafrost.data.findings import Finding
     from permafrost.data.stream.records import ReplacementTracker
-    from permafrost.data.types import Sample, SampleKey
+    from permafrost.data.types import Sample, SampleKey, Target
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))
 """Which files of a folder are taken for images."""
@@ -42,8 +42,8 @@ class SampleExtent:
         side: pixels, of the square that the network sees.
         num_frames: T of a clip; None: the sample is an image.
         num_classes: K; None: only the files say.
-        objects: most that an image has to tell apart: annotated objects (detection), classes that occur (segmentation); None: only
-            the files say. Of a clip nothing is told apart: 1.
+        objects: most that an image has to tell apart, see `TaskDataConfig.objects_are`; None: only the files say. Of a clip nothing is
+            told apart: 1.
     """
 
     side: int
@@ -68,6 +68,13 @@ class TaskDataConfig:
     """Which files of a folder it takes. A file that is named itself may have any name."""
     has_test_set: ClassVar[bool] = False
     """There are samples without public labels, for whose results a benchmark server takes files (`--submission`)."""
+
+    many_classes: ClassVar[int] = 1
+    """K that a plan assumes where neither the data nor the user says."""
+    many_objects: ClassVar[int] = 1
+    """What it assumes that an image has to tell apart, a crowded one."""
+    objects_are: ClassVar[str] = "objects"
+    """What that is, in a word."""
 
     @property
     def fills_cache(self) -> bool:
@@ -127,6 +134,10 @@ class TaskDataConfig:
             submission: the folder that they are written to.
         """
         self._refuse("build_test")
+
+    def target_type(self) -> type[Target]:
+        """Return the type of its samples' targets."""
+        self._refuse("target_type")
 
     def check(self, *, decode: bool = True, on_progress: Progress | None = None) -> list[Finding]:
         """Return what is wrong with both splits; a run cannot start with the fatal findings.

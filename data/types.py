@@ -52,6 +52,23 @@ class Tensors:
 class Target(Tensors):
     """Base of what is known about a sample: what batches and plans ask of the targets of any task."""
 
+    @classmethod
+    def made_up(cls, key: SampleKey, *, side: int, num_classes: int, objects: int) -> Self:
+        """Return a target for `permafrost plan`, which needs its shapes; equal arguments give equal targets.
+
+        Args:
+            key: of the sample.
+            side: of the square image, pixels.
+            num_classes: K.
+            objects: what the image has to tell apart; see `TaskDataConfig.objects_are`.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def pixel_bytes(cls, objects: int) -> int:
+        """Return the bytes of a target on the device for each pixel of its image; what does not grow with the image does not count."""
+        return 0
+
     def padded(self, canvas: tuple[int, int]) -> Self:
         """Return the same for an image that lies at the upper left of a larger (height, width); nothing changes by default."""
         return self

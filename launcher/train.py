@@ -286,7 +286,7 @@ def step_head(
     trainee.skipped += 1
     trainee.in_a_row += 1
     samples = [
-        {"epoch": key.epoch, "index": key.index} | {k: v for k, v in vars(target).items() if k.endswith("_id")}
+        {"epoch": key.epoch, "index": key.index} | target.ids()
         for batch in micro_batches
         for key, target in zip(batch.keys, batch.targets)
     ]

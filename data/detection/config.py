@@ -105,6 +105,9 @@ class CocoDataConfig(TaskDataConfig):
 
     task: ClassVar[str] = "detection"
     has_test_set: ClassVar[bool] = True
+    many_classes: ClassVar[int] = 80
+    many_objects: ClassVar[int] = 100
+    """No training image of COCO has more than 93."""
 
     root: str = "data/coco"
     train_annotations: str = "annotations/instances_train2017.json"

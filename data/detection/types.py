@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from permafrost.data.pictures.geometry import NO_CLASS, pad_to
-from permafrost.data.types import Target, Tensors
+from permafrost.data.types import SampleKey, Target, Tensors
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,32 @@ class DetectionTarget(Target):
     original_size: tuple[int, int]
     semantic: Tensor | None = None
     view: DetectionView | None = None
+
+    @classmethod
+    def made_up(cls, key: SampleKey, *, side: int, num_classes: int, objects: int) -> Self:
+        """Return objects of all sizes, everywhere: diameters of 4 % to 60 % of the image, most of them small, as in photographs."""
+        generator = key.generator("plan")
+        sides = side * 0.04 * 15 ** torch.rand(objects, 2, generator=generator).prod(dim=1, keepdim=True).expand(-1, 2)
+        corner = torch.rand(objects, 2, generator=generator) * (side - sides)
+        boxes = torch.cat([corner, corner + sides], dim=1)
+        masks = torch.zeros(objects, side, side, dtype=torch.bool)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist()):
+            mask[top : bottom + 1, left : right + 1] = True
+        return cls(
+            image_id=key.index,
+            boxes=boxes,
+            labels=torch.randint(num_classes, (objects,), generator=key.generator("plan/labels")),
+            masks=masks,
+            ignore_boxes=torch.zeros(0, 4),
+            size=(side, side),
+            original_size=(side, side),
+            semantic=torch.zeros(side, side, dtype=torch.uint8),
+        )
+
+    @classmethod
+    def pixel_bytes(cls, objects: int) -> int:
+        """Return those of the masks."""
+        return objects
 
     def padded(self, canvas: tuple[int, int]) -> Self:
         """Return the same with masks and map of a larger (height, width)."""

@@ -91,6 +91,9 @@ class ADE20KDataConfig(TaskDataConfig):
 
     task: ClassVar[str] = "segmentation"
     has_test_set: ClassVar[bool] = True
+    many_classes: ClassVar[int] = 150
+    many_objects: ClassVar[int] = 30
+    objects_are: ClassVar[str] = "classes"
 
     root: str = "data/ADEChallengeData2016"
     train_images: str = "images/training"

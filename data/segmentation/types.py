@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from permafrost.data.pictures.geometry import NO_CLASS, pad_to
-from permafrost.data.types import Target, Tensors
+from permafrost.data.types import SampleKey, Target, Tensors
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,19 @@ class SegmentationTarget(Target):
     size: tuple[int, int]
     original_size: tuple[int, int]
     view: SegmentationView | None = None
+
+    @classmethod
+    def made_up(cls, key: SampleKey, *, side: int, num_classes: int, objects: int) -> Self:
+        """Return as many classes as there are to be, in upright stripes."""
+        count = min(objects, num_classes)
+        stripes = torch.arange(side) * count // side
+        semantic = stripes.to(torch.uint8).expand(side, side).contiguous()
+        return cls(key.index, torch.arange(min(count, side)), semantic, size=(side, side), original_size=(side, side))
+
+    @classmethod
+    def pixel_bytes(cls, objects: int) -> int:
+        """Return those of the map."""
+        return 1
 
     def padded(self, canvas: tuple[int, int]) -> Self:
         """Return the same with a map of a larger (height, width)."""

@@ -72,6 +72,7 @@ class KineticsDataConfig(TaskDataConfig):
     """Videos with one class each, in one of Kinetics' three layouts; see data/video/lists.py."""
 
     task: ClassVar[str] = "video"
+    many_classes: ClassVar[int] = 400
     input_kind: ClassVar[str] = "video"
     input_suffixes: ClassVar[frozenset[str]] = frozenset(EXTENSIONS)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
+import torch
 from torch import Tensor
 
-from permafrost.data.types import Target, Tensors
+from permafrost.data.types import SampleKey, Target, Tensors
 
 
 @dataclass
@@ -24,6 +26,12 @@ class ClipTarget(Target):
     view: int
     label: Tensor
     is_readable: bool = True
+
+    @classmethod
+    def made_up(cls, key: SampleKey, *, side: int, num_classes: int, objects: int) -> Self:
+        """Return a clip of some class."""
+        label = torch.randint(num_classes, (1,), generator=key.generator("plan/labels"))[0]
+        return cls(video_id=key.index, view=0, label=label)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from permafrost.data.build import target_type
 from permafrost.launcher.engines.base import parameter_groups, resolve_precision
 from permafrost.launcher.engines.choose import choose_engine
 from permafrost.launcher.engines.deepspeed_json import merge_settings, read_settings
@@ -31,11 +32,6 @@ from permafrost.launcher.run.fine_tune import FineTuned
 from permafrost.launcher.run.parts import build_heads
 
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
-MANY_OBJECTS: dict[str, int] = {"detection": 100, "segmentation": 30, "video": 1}
-"""Objects of an image, or classes that occur in one, that are planned for where the data does not say: no training image of COCO has
-more than 93 objects."""
-MANY_CLASSES: dict[str, int] = {"detection": 80, "segmentation": 150, "video": 400}
-"""Of COCO, ADE20K and Kinetics-400."""
 RESERVED = 0.08
 """Share of a GPU's memory that is left for CUDA's context, its libraries' workspaces and the allocator's gaps."""
 NODE_BANDWIDTH = 300e9
@@ -124,8 +120,8 @@ class Planner:
     Args:
         experiment: The recipe's.
         machines: What it is to run on.
-        objects: In each image (of segmentation: classes that occur in one); None: what the data can have, else MANY_OBJECTS.
-        num_classes: K; None: what the data says, else MANY_CLASSES.
+        objects: In each image (see data.task.TaskDataConfig.objects_are); None: what the data can have, or is assumed.
+        num_classes: K; None: what the data says, or is assumed.
 
     Raises:
         LaunchError: The global batch, or the recipe's tensor groups, do not divide over the ranks.
@@ -173,20 +169,20 @@ class Planner:
         self._heads: dict[tuple[str, int, OffloadMode], HeadPlan] = {}
 
     def _describe_data(self) -> None:
-        task, extent = self.experiment.data.task, self.experiment.data.extent()
+        data, extent = self.experiment.data, self.experiment.data.extent()
         self.num_classes = self.num_classes or extent.num_classes
         if self.num_classes is None:
-            self.num_classes = MANY_CLASSES[task]
+            self.num_classes = data.many_classes
             self.notes.append(f"{self.num_classes} classes are assumed; --classes N says otherwise")
         self.objects = self.objects or extent.objects
         if self.objects is None:
-            self.objects = MANY_OBJECTS[task]
-            what = "classes" if task == "segmentation" else "objects"
+            self.objects = data.many_objects
             self.notes.append(
-                f"{self.objects} {what} in every image are assumed, a crowded one: memory grows with them; --objects N says otherwise"
+                f"{self.objects} {data.objects_are} in every image are assumed, a crowded one: memory grows with them; "
+                "--objects N says otherwise"
             )
         maps = None if extent.num_frames is None else extent.num_frames // self.experiment.backbone.patch_frames
-        self.data = PlannedData(task, self.num_classes, self.objects, extent.num_frames, maps)
+        self.data = PlannedData(target_type(data), self.num_classes, self.objects, extent.num_frames, maps)
         self._side = extent.side
 
     @cached_property

@@ -15,6 +15,7 @@ from permafrost.data.build import (
     input_reader,
     located,
     submission_set,
+    target_type,
     train_set,
     val_set,
 )
@@ -30,6 +31,7 @@ BUILDERS: dict[str, Callable[[Any], object]] = {
     "build_val": val_set,
     "build_test": lambda config: submission_set(config, Path("here")),
     "check": check_data,
+    "target_type": target_type,
     "inputs": lambda config: input_reader(config, ["a"], [1]),
 }
 

@@ -16,6 +16,7 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
+from permafrost.data.detection.types import DetectionTarget
 from permafrost.heads.build import build_head
 from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, RPNConfig
 from permafrost.heads.necks.config import FPNConfig
@@ -97,7 +98,7 @@ def head_run() -> HeadRun:
     torch.manual_seed(0)
     head = build_head(HEAD, spec=NANO, classes=[str(i) for i in range(8)]).train()
     return HeadRun(
-        head, NANO, torch.float32, "float32", PlannedData("detection", 8, 6), offload="off", device_type="cpu"
+        head, NANO, torch.float32, "float32", PlannedData(DetectionTarget, 8, 6), offload="off", device_type="cpu"
     )
 
 

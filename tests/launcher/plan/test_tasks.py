@@ -12,7 +12,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from permafrost.data.segmentation.config import ADE20KDataConfig
+from permafrost.data.segmentation.types import SegmentationTarget
 from permafrost.data.task import SampleExtent
+from permafrost.data.video.types import ClipTarget
 from permafrost.heads.build import build_head
 from permafrost.heads.config import HeadConfig
 from permafrost.heads.segmentation.config import (
@@ -33,8 +35,8 @@ from permafrost.model.config import BackboneConfig
 from permafrost.model.spec import SWINV2_SIZES
 
 NANO = SWINV2_SIZES["swinv2_nano"].spec
-SCENES = PlannedData("segmentation", num_classes=12, objects=5)
-CLIPS = PlannedData("video", num_classes=10, objects=1, num_frames=8, maps=8)
+SCENES = PlannedData(SegmentationTarget, num_classes=12, objects=5)
+CLIPS = PlannedData(ClipTarget, num_classes=10, objects=1, num_frames=8, maps=8)
 MASK2FORMER = Mask2FormerConfig(
     pixel_decoder=PixelDecoderConfig(channels=32, num_heads=4, ffn_channels=64),
     transformer_decoder=TransformerDecoderConfig(num_queries=20, num_heads=4, ffn_channels=64),
@@ -129,7 +131,7 @@ def test_a_trained_network_takes_clips() -> None:
 
 
 def test_stripes_are_all_classes_there_are_to_be() -> None:
-    batch = PlannedData("segmentation", num_classes=3, objects=7).batch(2, 32)
+    batch = PlannedData(SegmentationTarget, num_classes=3, objects=7).batch(2, 32)
     assert batch.targets[0].labels.tolist() == batch.targets[0].semantic.unique().tolist() == [0, 1, 2]
 
 
