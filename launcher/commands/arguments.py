@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from permafrost._nearest import nearest
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.recipes.overrides import without_local_rank
+
+PROGRESS_SECONDS = 10.0
 
 
 def device_name(text: str) -> str:
@@ -38,22 +41,85 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help=help_text)
 
 
-def num_workers(text: str) -> int:
-    """For argparse: how many data workers, from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of workers: give 0 or more")
+def number(what: str, least: int = 1) -> Callable[[str], int]:
+    """Return a type for argparse: a whole number of something ("GPUs"), from `least`."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and int(text) >= least):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what}: give {least} or more")
+        return int(text)
+
+    return parse
+
+
+def port(text: str) -> int:
+    """Read a port for argparse."""
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: give 1 to 65535")
     return int(text)
+
+
+def amount(unit: str, least: float | None = None) -> Callable[[str], float]:
+    """Return a type for argparse: a finite number of a unit, from `least`; None: above 0."""
+
+    def parse(text: str) -> float:
+        value = _float(text)
+        if value == float("inf") or not (value > 0 if least is None else value >= least):
+            limit = "a number above 0" if least is None else f"{least:g} or more"
+            raise argparse.ArgumentTypeError(f"{text!r} is no amount of {unit}: give {limit}")
+        return value
+
+    return parse
 
 
 def probability(text: str) -> float:
     """For argparse: a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = _float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return value
+
+
+def _float(text: str) -> float:
+    """Return what a text says, or NaN, which is in no range."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def progress_printer(shown: str) -> Callable[[int, int], None]:
+    """Return a function that prints, every few seconds, how many are done of how many: `shown` has a {} for each."""
+    last = time.monotonic()
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_SECONDS:
+            last = time.monotonic()
+            print(shown.format(done, total), flush=True)
+
+    return on_progress
+
+
+def recipe_parser(command: str, *, usage: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """Return a parser for `split_recipe`, to be told the command's own options.
+
+    Args:
+        command: its name.
+        usage: what follows the recipe's name.
+        description: printed above the options by --help.
+        epilog: printed below them as it is.
+    """
+    return argparse.ArgumentParser(
+        prog=f"permafrost {command}",
+        usage=f"permafrost {command} RECIPE {usage}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # What it does not know is a field of the recipe, and --help after a recipe is about the recipe.
+        add_help=False,
+        allow_abbrev=False,
+    )
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -74,8 +140,7 @@ def split_recipe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[
     """Parse a command line of the form `[options] RECIPE [--field value | options ...]`.
 
     Args:
-        parser: knows the command's own options and was made with add_help=False and allow_abbrev=False: what it does
-            not know is a field of the recipe, and --help after a recipe is about the recipe.
+        parser: of `recipe_parser`, with the command's own options.
         argv: the arguments after the command.
 
     Returns:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from permafrost.data.errors import DataError
 from permafrost.data.findings import count_kinds
-from permafrost.launcher.commands.arguments import split_recipe
+from permafrost.launcher.commands.arguments import number, progress_printer, recipe_parser, split_recipe
 from permafrost.launcher.recipes.overrides import parse_experiment
 
 if TYPE_CHECKING:
     from permafrost.launcher.experiment import Experiment
 
 LISTED = 100
-PROGRESS_SECONDS = 10.0
 COLUMNS = 4
 EPILOG = """Exit code 0: a run can start, though there may be warnings; 2: it cannot.
 
@@ -26,19 +24,16 @@ EPILOG = """Exit code 0: a run can start, though there may be warnings; 2: it ca
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Options of the command itself."""
-    parser = argparse.ArgumentParser(
-        prog="permafrost check-data",
-        usage="permafrost check-data RECIPE [--field.sub value ...] [--draw N] [--output FILE.png] [--quick] [--all]",
+    """Return a parser of the command's own options."""
+    parser = recipe_parser(
+        "check-data",
+        usage="[--field.sub value ...] [--draw N] [--output FILE.png] [--quick] [--all]",
         description="Look for faults in the labels and files of a recipe's two splits. It changes none of them.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--draw",
-        type=positive,
+        type=number("samples"),
         metavar="N",
         help="draw the first N augmented training samples with their labels on a sheet",
     )
@@ -60,7 +55,9 @@ def run(argv: Sequence[str]) -> int:
 
     from permafrost.data import build
 
-    findings = build.check_data(experiment.data, decode=not options.quick, on_progress=progress_printer())
+    findings = build.check_data(
+        experiment.data, decode=not options.quick, on_progress=progress_printer("checked {} of {} files")
+    )
     fatal = [finding for finding in findings if finding.fatal]
     for line in count_kinds(findings):
         print(line)
@@ -111,26 +108,6 @@ def draw_samples(experiment: Experiment, num_samples: int, target: Path) -> None
         Image.fromarray(contact_sheet(pictures, columns=COLUMNS)).save(target)
     except OSError as error:
         raise DataError(f"--output {target} cannot be written: {error.strerror or error}") from None
-
-
-def progress_printer() -> Callable[[int, int], None]:
-    """A function that prints how many files are checked, every few seconds."""
-    last = time.monotonic()
-
-    def on_progress(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= PROGRESS_SECONDS:
-            last = time.monotonic()
-            print(f"checked {done} of {total} files", flush=True)
-
-    return on_progress
-
-
-def positive(text: str) -> int:
-    """For argparse: a number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of samples: give 1 or more")
-    return int(text)
 
 
 def png_file(text: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from permafrost.launcher.commands.arguments import add_checkpoint, add_device, num_workers, parse
+from permafrost.launcher.commands.arguments import add_checkpoint, add_device, number, parse
 
 
 def run(argv: Sequence[str]) -> int:
@@ -17,7 +17,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="a run folder, as `permafrost train` printed it")
     add_checkpoint(parser)
     parser.add_argument(
-        "--num-workers", type=num_workers, metavar="N", help="data workers (default: as in the run's recipe)"
+        "--num-workers", type=number("workers", 0), metavar="N", help="data workers (default: as in the run's recipe)"
     )
     parser.add_argument(
         "--sizes",

@@ -12,7 +12,15 @@ from permafrost.launcher.cluster.environment import forwarded, requested
 from permafrost.launcher.cluster.hostfile import read_hostfile
 from permafrost.launcher.cluster.launch import Launch, run_launch
 from permafrost.launcher.cluster.slurm import batch_script
-from permafrost.launcher.commands.arguments import add_device, add_resume, split_recipe
+from permafrost.launcher.commands.arguments import (
+    add_device,
+    add_resume,
+    amount,
+    number,
+    port,
+    recipe_parser,
+    split_recipe,
+)
 from permafrost.launcher.errors import LaunchError
 from permafrost.launcher.machine import num_gpus
 from permafrost.launcher.ranks.division import micro_batch_size, require_mesh
@@ -39,21 +47,21 @@ signal N. Another code is the ranks' own. --max-restarts answers 1 and 3."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Options of the command itself."""
-    parser = argparse.ArgumentParser(
-        prog="permafrost launch",
-        usage="permafrost launch RECIPE [--field.sub value ...] [--hostfile FILE] [options]",
+    """Return a parser of the command's own options."""
+    parser = recipe_parser(
+        "launch",
+        usage="[--field.sub value ...] [--hostfile FILE] [options]",
         description="Train a recipe on every GPU of this machine, or of the machines of a hostfile.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--hostfile", type=Path, metavar="FILE", help="one node a line, `node01 slots=8`; the first holds rank 0"
     )
     parser.add_argument(
-        "--num-procs", type=_count, metavar="N", help="processes on this machine (default: its GPUs, else 1)"
+        "--num-procs",
+        type=number("processes"),
+        metavar="N",
+        help="processes on this machine (default: its GPUs, else 1)",
     )
     parser.add_argument("--dry-run", action="store_true", help="look at the nodes, say what would run, start nothing")
     parser.add_argument(
@@ -65,24 +73,25 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-restarts",
-        type=_number,
+        type=number("restarts", 0),
         default=0,
         metavar="N",
         help="start again from the last checkpoint after a fault, up to N times (default 0)",
     )
     parser.add_argument(
         "--patience",
-        type=_seconds,
+        # Reports come once a second.
+        type=amount("seconds", 5),
         default=60.0,
         metavar="SECONDS",
         help="how long a node or rank may be silent, or stopped, before all are ended (default 60)",
     )
     parser.add_argument("--interface", metavar="NAME", help="network interface for messages between ranks")
-    parser.add_argument("--master-port", type=_port, default=0, metavar="PORT", help="where ranks meet (default: free)")
+    parser.add_argument("--master-port", type=port, default=0, metavar="PORT", help="where ranks meet (default: free)")
     parser.add_argument("--ssh-config", type=Path, metavar="FILE", help="configuration for ssh instead of the user's")
     parser.add_argument(
         "--min-free",
-        type=_gibibytes,
+        type=amount("GiB", 0),
         default=1.0,
         metavar="GIB",
         help="room that the disks of run folder and cache must have (default 1)",
@@ -92,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write a batch script for sbatch instead (- is standard output); nothing is started",
     )
-    parser.add_argument("--num-nodes", type=_count, metavar="N", help="nodes of the batch script (default 1)")
+    parser.add_argument("--num-nodes", type=number("nodes"), metavar="N", help="nodes of the batch script (default 1)")
     add_resume(parser)
     add_device(parser)
     return parser
@@ -174,43 +183,3 @@ def _write_script(options: argparse.Namespace, experiment, recipe: str, fields: 
         raise LaunchError(f"--slurm {options.slurm} cannot be written: {error.strerror or error}") from None
     print(f"{options.slurm} is written; `sbatch {options.slurm}` submits it")
     return 0
-
-
-def _number(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number: give 0 or more")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if _number(text) < 1:
-        raise argparse.ArgumentTypeError("give 1 or more")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    if not 1 <= _number(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port: give 1 to 65535")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    value = _float(text)
-    # Reports come once a second.
-    if not 5 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: give 5 seconds or more")
-    return value
-
-
-def _gibibytes(text: str) -> float:
-    value = _float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: give 0 or more GiB")
-    return value
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 
-from permafrost.launcher.commands.arguments import add_device, add_resume, split_recipe
+from permafrost.launcher.commands.arguments import add_device, add_resume, recipe_parser, split_recipe
 from permafrost.launcher.pretraining.config import PretrainExperiment
 from permafrost.launcher.recipes.overrides import parse_recipe
 
@@ -17,15 +17,12 @@ Its fields are options: `permafrost pretrain RECIPE --help` shows each with its 
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Options of the command itself."""
-    parser = argparse.ArgumentParser(
-        prog="permafrost pretrain",
-        usage="permafrost pretrain RECIPE [--field value ...] [--output DIR] [--resume ...] [--device ...]",
+    """Return a parser of the command's own options."""
+    parser = recipe_parser(
+        "pretrain",
+        usage="[--field value ...] [--output DIR] [--resume ...] [--device ...]",
         description="Train a backbone by classification; `backbone.weights` of other recipes names its weights.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
     )
     add_resume(parser)
     add_device(parser)

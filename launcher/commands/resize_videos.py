@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from permafrost.launcher.commands.arguments import parse
+from permafrost.launcher.commands.arguments import number, parse, progress_printer
 
 FAILURES = "failures.txt"
 SHOWN = 20
-PROGRESS_SECONDS = 10.0
 
 
 def run(argv: Sequence[str]) -> int:
@@ -28,23 +26,17 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--short-side", type=_pixels, default=256, metavar="N", help="pixels (default: 256)")
     parser.add_argument(
         "--processes",
-        type=_count,
+        type=number("processes"),
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="videos at once (default: cores)",
     )
-    parser.add_argument("--timeout", type=_count, default=600, metavar="S", help="seconds for one video (default: 600)")
+    parser.add_argument(
+        "--timeout", type=number("seconds"), default=600, metavar="S", help="seconds for one video (default: 600)"
+    )
     options = parse(parser, argv)
 
     from permafrost.data.video.resize import resize_folder
-
-    last = time.monotonic()
-
-    def on_progress(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= PROGRESS_SECONDS:
-            last = time.monotonic()
-            print(f"{done} of {total} videos", flush=True)
 
     result = resize_folder(
         options.input,
@@ -52,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
         options.short_side,
         num_processes=options.processes,
         timeout=options.timeout,
-        on_progress=on_progress,
+        on_progress=progress_printer("{} of {} videos"),
     )
     print(
         f"{result.num_written} videos written, {result.num_present} were there already, {len(result.failures)} cannot be decoded"
@@ -71,11 +63,4 @@ def _pixels(text: str) -> int:
     """For argparse: an even number of pixels from 32."""
     if not text.isdecimal() or int(text) < 32 or int(text) % 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not a side: give an even number of pixels from 32")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    """For argparse: a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
     return int(text)

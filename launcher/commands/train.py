@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from permafrost.launcher.commands.arguments import add_device, add_resume, split_recipe
+from permafrost.launcher.commands.arguments import add_device, add_resume, recipe_parser, split_recipe
 from permafrost.launcher.recipes.overrides import parse_experiment
 from permafrost.launcher.run.folder import RunFolder
 
@@ -26,16 +26,13 @@ stopped, 2 a mistake in command, recipe or files, 75 saved on a signal, 130 Ctrl
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Options of the command itself."""
-    parser = argparse.ArgumentParser(
-        prog="permafrost train",
-        usage="permafrost train RECIPE [--field.sub value ...] [--output DIR] [--init-head RUN] [--resume ...]\n"
+    """Return a parser of the command's own options."""
+    parser = recipe_parser(
+        "train",
+        usage="[--field.sub value ...] [--output DIR] [--init-head RUN] [--resume ...]\n"
         "                        [--device ...]",
         description="Train the heads of a recipe on its frozen backbone.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
     )
     add_resume(parser)
     add_device(parser)
