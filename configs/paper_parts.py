@@ -89,7 +89,7 @@ class Protocol:
         metrics: what is published.
         learning_rate_factor: the fine-tuned network's learning rate, as a multiple of the head's.
         fine_tuned_accumulation: how many times as many micro-batches fine-tuning takes.
-        remark: sentences for every row.
+        remark: a line for every row.
     """
 
     base: Callable[[], Experiment]
@@ -155,10 +155,11 @@ def _docstring(name: str, table: str, row: Row, protocol: Protocol, of: str, ful
     learning, values = ("fine-tuned", row.fine_tuned) if full else ("frozen", row.frozen)
     figures = " and ".join(f"{value} {metric}" for value, metric in zip(values, protocol.metrics, strict=True))
     title = f"{table} and {row.also}" if row.also else table
-    weights = f"Weights: {row.network.weights}, {row.network.source}."
-    notes = " ".join(filter(None, (weights, row.remark, protocol.remark)))
+    notes = textwrap.fill(
+        f"Weights: {row.network.weights}, {row.network.source}. {row.remark}", 120, break_on_hyphens=False
+    )
     return (
         f"{title}, {row.what}: {learning}{of}, {figures}.\n\n"
         f"    {protocol.command.replace('NAME', name)}\n\n"
-        f"{textwrap.fill(notes, 120, break_on_hyphens=False)}"
+        f"{notes}\n{protocol.remark}".rstrip()
     )

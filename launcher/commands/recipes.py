@@ -14,7 +14,7 @@ COLUMNS = ("recipe", "command", "data", "backbone", "trainable", "result", "abou
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print the table; returns 0."""
+    """Print the table and return 0."""
     parser = argparse.ArgumentParser(
         prog="permafrost recipes", description="List the recipes that come with permafrost."
     )

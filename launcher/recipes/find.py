@@ -69,7 +69,7 @@ class RecipeInfo:
 
 
 def find_recipe(name: str) -> Recipe:
-    """The function that a recipe's name stands for.
+    """Return the function that a recipe's name stands for.
 
     Args:
         name: one of the forms in this module's docstring.
@@ -100,7 +100,7 @@ def find_recipe(name: str) -> Recipe:
 
 
 def build_recipe(recipe: str | Recipe, kind: type = Experiment) -> Any:
-    """The experiment that a recipe returns, before any override.
+    """Return the experiment of a recipe, before any override.
 
     Args:
         recipe: its name, or the function itself.
@@ -129,7 +129,7 @@ def list_recipes() -> list[RecipeInfo]:
 
 
 def summary_of(recipe: Recipe) -> str:
-    """The docstring's first sentence, passing over a first line that is the command itself."""
+    """Return the docstring's first sentence, passing over a first line that is the command itself."""
     paragraphs = re.split(r"\n\s*\n", inspect.getdoc(recipe) or "")
     texts = [
         " ".join(paragraph.split()) for paragraph in paragraphs if not paragraph.lstrip().startswith("permafrost ")
@@ -174,7 +174,7 @@ def _config_modules() -> list[str]:
 
 
 def _recipes_in(module: ModuleType) -> dict[str, Recipe]:
-    """Public functions of the module's own that say they return a dataclass and need no argument."""
+    """Return the public functions of the module's own that say they return a dataclass and need no argument."""
     found = {}
     for name, function in vars(module).items():
         if name.startswith("_") or not inspect.isfunction(function) or function.__module__ != module.__name__:
@@ -251,7 +251,7 @@ def _unknown(name: str) -> str:
 
 
 def _import_own(location: str, name: str) -> ModuleType:
-    """A module of the user's, importable or in the current folder."""
+    """Import a module of the user's, installed or in the current folder."""
     if not all(part.isidentifier() for part in location.split(".")):
         raise RecipeError(_unknown(name))
     # At the end, so that a folder called `data` or `test` here hides nothing that is installed. It stays: data workers
@@ -307,7 +307,7 @@ def _import(module: str, *, what: str) -> ModuleType:
 
 @contextmanager
 def _explained(what: str):
-    """Turns any failure of a recipe's own code into a RecipeError that names the line: the text is the user's."""
+    """Turn any failure of a recipe's own code into a RecipeError that names the line: the text is the user's."""
     try:
         yield
     except USER_ERRORS:
