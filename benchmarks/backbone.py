@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from permafrost.model import load_backbone
+from permafrost.model import BackboneConfig, load_backbone
 from permafrost.model.compiled import CompiledNetwork
 from permafrost.model.cuda_graph import CapturedNetwork
 from permafrost.model.fp8 import CAPABILITY, quantise_linears
@@ -153,8 +153,7 @@ def twin(network: SwinV2, **kernels: str) -> SwinV2:
     """A network of its own on the same weights, with other kernels."""
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     other = copy.deepcopy(network, shared)
-    chosen = {"attention": "auto", "residual_norm": "auto", "gelu": "auto"} | kernels
-    other.choose_kernels(**chosen, dtype=next(network.parameters()).dtype, learns=False)
+    other.choose_kernels(BackboneConfig("swinv2_nano", "random", **kernels), dtype=next(network.parameters()).dtype)
     return other
 
 

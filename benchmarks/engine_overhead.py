@@ -41,6 +41,7 @@ def contestants(recipe: str) -> tuple[dict[str, Callable[[], float]], int]:
     from permafrost.launcher.ranks.process_group import join_process_group
     from permafrost.launcher.recipes.overrides import parse_experiment
     from permafrost.launcher.run.parts import build_heads
+    from permafrost.model import build_backbone
 
     experiment = parse_experiment(recipe, [])
     ((name, config),) = experiment.heads.items()
@@ -49,7 +50,7 @@ def contestants(recipe: str) -> tuple[dict[str, Callable[[], float]], int]:
     classes = [str(index) for index in range(8)]
     batch = make_batch(images, side, objects=8, num_classes=len(classes)).to(group.device)
     batch.images.random_(0, 256)
-    backbone = experiment.backbone.build(group.device)
+    backbone = build_backbone(experiment.backbone, group.device)
     features = backbone(batch.images)
 
     def new_head() -> torch.nn.Module:

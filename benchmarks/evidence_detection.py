@@ -204,8 +204,9 @@ def train_cell(values: str) -> None:
 def trainable(experiment: Experiment) -> int:
     """Numbers that a run trains."""
     from permafrost.launcher.run.parts import join_heads
+    from permafrost.model import build_backbone
 
-    backbone = experiment.backbone.build("cpu")
+    backbone = build_backbone(experiment.backbone, "cpu")
     _, heads = join_heads(experiment, backbone, [str(i) for i in range(detection_shapes.NUM_SHAPES)])
     return sum(
         parameter.numel() for head in heads.values() for parameter in head.parameters() if parameter.requires_grad

@@ -125,6 +125,7 @@ def train_cell(values: str) -> None:
     """The child: trains and prints what it measured."""
     from permafrost.launcher.run.parts import join_heads
     from permafrost.launcher.train import train
+    from permafrost.model import build_backbone
 
     described_cell, num_steps, trial, folder = json.loads(values)
     experiment = build(Cell(**described_cell), num_steps, trial=trial)
@@ -133,7 +134,7 @@ def train_cell(values: str) -> None:
     found = train(experiment, device="cpu")["segmentation"]
     measured = costs.columns()
     classes = val_set(experiment.data).classes
-    _, heads = join_heads(experiment, experiment.backbone.build("cpu"), classes)
+    _, heads = join_heads(experiment, build_backbone(experiment.backbone, "cpu"), classes)
     trainable = sum(one.numel() for head in heads.values() for one in head.parameters() if one.requires_grad)
     measured |= {
         "trainable_m": round(trainable / 1e6, 3),

@@ -26,6 +26,7 @@ from permafrost.heads.base import world_mean_counts
 from permafrost.heads.build import build_head
 from permafrost.heads.segmentation.config import Mask2FormerConfig, PixelDecoderConfig, TransformerDecoderConfig
 from permafrost.heads.segmentation.criterion import collect_segments
+from permafrost.model import build_backbone
 from permafrost.model.config import BackboneConfig
 
 RESULTS = Path(__file__).parent / "results" / "segmentation_step.csv"
@@ -49,7 +50,7 @@ def make_batch(size: int) -> Batch:
 def measure(pixel: int, transformer: int, *, backbone_name: str, batch_size: int, repeats: int) -> dict[str, object]:
     """Milliseconds of each part."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone = BackboneConfig(name=backbone_name, weights="random").build(device)
+    backbone = build_backbone(BackboneConfig(name=backbone_name, weights="random"), device)
     torch.manual_seed(0)
     config = Mask2FormerConfig(
         pixel_decoder=PixelDecoderConfig(num_blocks=pixel, kernel="triton" if device.type == "cuda" else "reference"),

@@ -13,9 +13,9 @@ from permafrost.heads.config import HeadConfig
 from permafrost.heads.detection.config import MaskRCNNConfig
 from permafrost.heads.errors import HeadError
 from permafrost.launcher.errors import RecipeError
-from permafrost.model.config import BackboneConfig
+from permafrost.model.config import NOT_SPLIT, BackboneConfig
 from permafrost.model.errors import BackboneError
-from permafrost.model.split.degree import SPLIT_AND_CAPTURED, SPLIT_AND_COMPILED, SPLIT_AND_FP8, check_tensor_degree
+from permafrost.model.split.degree import check_tensor_degree
 
 OffloadMode = Literal["off", "features", "all"]
 
@@ -234,8 +234,7 @@ class Experiment:
         if not self.backbone.frozen:
             self._check_fine_tuning()
         self._check_heads()
-        not_split = {"compile": SPLIT_AND_COMPILED, "cuda_graph": SPLIT_AND_CAPTURED, "fp8": SPLIT_AND_FP8}
-        for name, reason in not_split.items():
+        for name, reason in NOT_SPLIT.items():
             if getattr(self.backbone, name) and self.mesh.tensor > 1:
                 raise RecipeError(f"backbone.{name} is True and mesh.tensor is {self.mesh.tensor}: {reason}")
         try:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from permafrost._lazy import attach
 
 if TYPE_CHECKING:
+    from permafrost.model.build import build_backbone as build_backbone, load_backbone as load_backbone
     from permafrost.model.config import BackboneConfig as BackboneConfig
     from permafrost.model.errors import BackboneError as BackboneError, WeightsError as WeightsError
-    from permafrost.model.frozen import FrozenBackbone as FrozenBackbone, load_backbone as load_backbone
+    from permafrost.model.frozen import FrozenBackbone as FrozenBackbone
     from permafrost.model.spec import FeatureSpec as FeatureSpec
     from permafrost.model.swin.v1 import SwinV1 as SwinV1
     from permafrost.model.swin.v2 import SwinV2 as SwinV2, SwinV2Classifier as SwinV2Classifier

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from permafrost.model.errors import BackboneError
 from permafrost.model.spec import FeatureSpec
 from permafrost.model.swin.parts import PatchEmbed
+
+if TYPE_CHECKING:
+    from permafrost.model.config import BackboneConfig
 
 # Floats clearly outside [0, 1] are pixels in 0..255 or already normalised; resampling may overshoot a little.
 PIXEL_RANGE = (-0.5, 1.5)
@@ -28,6 +31,13 @@ class Network(Protocol):
     def fold(self) -> None:
         """Computes, or arranges to keep, all that depends on the parameters alone; they never change from here on."""
 
+    def set_training(self, config: BackboneConfig) -> dict[str, Any]:
+        """Does what the config asks of a network that learns, and returns it for `describe`. Called before it is trained.
+
+        Raises:
+            BackboneError: If it cannot do it.
+        """
+
     def describe(self) -> dict[str, Any]:
         """What it is, as plain values: windows, tapped layers, ..."""
 
@@ -40,6 +50,7 @@ class Backbone(nn.Module):
 
     Args:
         network: The network (see Network), with its weights, in the dtype it is to compute in.
+        config: What it was asked to be.
         mean: Mean of the network's training images per channel, pixels in [0, 1].
         std: Standard deviation likewise.
         fingerprint: Hash of the source tensors.
@@ -56,6 +67,7 @@ class Backbone(nn.Module):
     def __init__(
         self,
         network: Network,
+        config: BackboneConfig,
         *,
         mean: Sequence[float],
         std: Sequence[float],
@@ -68,8 +80,10 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32, device=device), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32, device=device), persistent=False)
         self._fingerprint = fingerprint
-        self._choices = choices
+        self._choices = dict(choices)
         self._range_checked = False
+        if config.patch_frames > 1:
+            self.inflate_patches(config.patch_frames)
 
     @property
     def spec(self) -> FeatureSpec:

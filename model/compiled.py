@@ -35,6 +35,10 @@ class CompiledNetwork:
         # A copy compiles anew, for the copied network.
         return CompiledNetwork, (self._network,)
 
+    def describe(self) -> dict[str, str]:
+        """Say that it is compiled, for the start-up lines."""
+        return {"compile": f"torch.compile, for each size of images when it first comes, up to {MAX_COMPILED_SIZES}"}
+
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         """As the network's forward, without gradients.
 

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from permafrost.model.errors import BackboneError
-from permafrost.model.spec import check_fields, check_name, given, per_stage
+from permafrost.model.spec import SWIN_V1_SIZES, TIMM_PREFIX, check_name, per_stage
 from permafrost.model.weights.known import find_public
-
-if TYPE_CHECKING:
-    import torch
-
-    from permafrost.model.frozen import FrozenBackbone
-    from permafrost.model.split.fairscale_groups import TensorGroup
-    from permafrost.model.trainable import TrainableBackbone
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 ATTENTION = ("auto", "triton", "cuda", "sdpa", "reference")
 RESIDUAL_NORM = ("auto", "triton", "torch", "reference")
 GELU = ("auto", "epilogue", "exact")
+
+OF_SOME = (
+    *("window_size", "pretrained_window_size", "extra_norm_interval", "taps"),
+    *("attention", "residual_norm", "gelu", "fp8", "patch_frames"),
+)
+"""Fields that mean something for some networks only: all but `taps` for Swins, `taps` for timm models."""
+OF_SWIN_V2 = {"extra_norm_interval": "has extra norms", "residual_norm": "normalises a branch at its end"}
+OF_TRAINING = ("learning_rate_factor", "drop_path_rate", "checkpoint_activations")
+NOT_SPLIT = {
+    "compile": "a backbone that is split over a tensor group is not compiled: its forward waits for the other processes in every "
+    "block. Set backbone.compile to False, or mesh.tensor to 1",
+    "cuda_graph": "a forward that waits for other processes is not captured. Set backbone.cuda_graph to False, or mesh.tensor to 1",
+    "fp8": "a backbone that is split over a tensor group is not quantised. Set backbone.fp8 to False, or mesh.tensor to 1",
+}
+"""Fields that a backbone cannot have which is split over a tensor group, and why."""
 
 
 @dataclass
@@ -127,17 +137,43 @@ class BackboneConfig:
         if self.patch_frames < 1:
             raise BackboneError(f"backbone.patch_frames is {self.patch_frames}: give 1 for each frame by itself, or 2")
         self._check_training()
-        of_some = ("window_size", "pretrained_window_size", "extra_norm_interval", "taps")
-        values = {f"backbone.{field}": getattr(self, field) for field in of_some}
-        values |= {f"backbone.{field}": given(getattr(self, field)) for field in ("attention", "residual_norm", "gelu")}
-        check_fields(
-            self.name,
-            **values,
-            **{
-                "backbone.fp8": self.fp8 or None,
-                "backbone.patch_frames": self.patch_frames if self.patch_frames > 1 else None,
-            },
-        )
+        self._check_kind()
+
+    @property
+    def random_seed(self) -> int | None:
+        """The seed that the weights are drawn with; None: they are read."""
+        drawn = re.fullmatch(r"random(?::(\d+))?", self.weights)
+        return int(drawn[1] or 0) if drawn else None
+
+    @property
+    def file_options(self) -> dict[str, str | None]:
+        """How the file of the weights is read: what `read_weights` takes besides its place."""
+        return {"prefix": self.prefix, "weights_key": self.weights_key}
+
+    def _given(self, names: Iterable[str]) -> list[str]:
+        """Those of the fields that are not at their defaults."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
+    def _check_kind(self) -> None:
+        """Refuses what means nothing for this kind of network."""
+        given = self._given(OF_SOME)
+        if self.name in SWIN_V1_SIZES:
+            for field in (field for field in given if field in OF_SWIN_V2 and getattr(self, field)):
+                raise BackboneError(
+                    f"backbone.{field} is {getattr(self, field)!r}, but {self.name} is a Swin V1, and only SwinV2 "
+                    f"{OF_SWIN_V2[field]}; leave it out."
+                )
+        is_timm = self.name.startswith(TIMM_PREFIX)
+        wrong = [field for field in given if (field == "taps") != is_timm]
+        if wrong:
+            reason = f"the layers of a {TIMM_PREFIX} backbone can be chosen, {self.name} always gives all its stages"
+            if is_timm:
+                reason = f"{self.name} is built as timm defines it, windows and norms included"
+            raise BackboneError(
+                f"backbone.{wrong[0]} is {getattr(self, wrong[0])!r}, but {reason}: leave "
+                f"{' and '.join(f'backbone.{field}' for field in wrong)} out."
+            )
 
     def _check_training(self) -> None:
         if not self.learning_rate_factor > 0 or self.learning_rate_factor == float("inf"):
@@ -166,67 +202,8 @@ class BackboneConfig:
                     "updates would be lost. Leave it at auto; engine.precision decides in what the network computes"
                 )
             return
-        defaults = {field.name: field.default for field in fields(self)}
-        for name in ("learning_rate_factor", "drop_path_rate", "checkpoint_activations"):
-            if getattr(self, name) != defaults[name]:
-                raise BackboneError(
-                    f"backbone.{name} is {getattr(self, name)}, but backbone.frozen is True and nothing of the network is "
-                    "trained: leave it out, or set backbone.frozen to False"
-                )
-
-    def build(
-        self, device: torch.device | str = "cpu", *, tensor_group: TensorGroup | None = None
-    ) -> FrozenBackbone | TrainableBackbone:
-        """Loads the network.
-
-        Args:
-            device: Where it is to run.
-            tensor_group: Processes to split it over; None: this one has all of it. Collective over the group.
-
-        Raises:
-            BackboneError: If the values do not go together.
-            WeightsError: If the weights cannot be read or belong to another network.
-        """
-        import torch
-
-        common = {
-            "weights": self.weights,
-            "window_size": self.window_size,
-            "pretrained_window_size": self.pretrained_window_size,
-            "dtype": None if self.dtype == "auto" else getattr(torch, self.dtype),
-            "device": device,
-            "prefix": self.prefix,
-            "weights_key": self.weights_key,
-            "extra_norm_interval": self.extra_norm_interval,
-            "taps": self.taps,
-            "attention": self.attention,
-            "residual_norm": self.residual_norm,
-            "gelu": self.gelu,
-        }
-        if self.frozen:
-            from permafrost.model.frozen import load_backbone
-
-            if self.cuda_graph:
-                from permafrost.model.cuda_graph import require_graphs
-
-                # Before it is loaded.
-                require_graphs(torch.device(device))
-            backbone = load_backbone(self.name, tensor_group=tensor_group, fp8=self.fp8, **common)
-            backbone.max_images = self.max_images
-            if self.patch_frames > 1:
-                backbone.inflate_patches(self.patch_frames)
-            if self.compile:
-                backbone.compile_forward()
-            if self.cuda_graph:
-                backbone.capture_forward()
-            return backbone
-        if tensor_group is not None:
-            raise BackboneError("A network that is trained is not split over a tensor group: ZeRO 3 shards it.")
-        from permafrost.model.trainable import load_trainable
-
-        trainable = load_trainable(
-            self.name, drop_path_rate=self.drop_path_rate, checkpoint_activations=self.checkpoint_activations, **common
-        )
-        if self.patch_frames > 1:
-            trainable.inflate_patches(self.patch_frames)
-        return trainable
+        for name in self._given(OF_TRAINING):
+            raise BackboneError(
+                f"backbone.{name} is {getattr(self, name)}, but backbone.frozen is True and nothing of the network is "
+                "trained: leave it out, or set backbone.frozen to False"
+            )

@@ -51,6 +51,10 @@ class CapturedNetwork:
         # A copy captures anew, for the copied network.
         return CapturedNetwork, (self._forward,)
 
+    def describe(self) -> dict[str, str]:
+        """Say that it is captured, for the start-up lines."""
+        return {"cuda_graph": f"captured, for each size of images when it first comes, up to {MAX_CAPTURED_SIZES}"}
+
     def clear(self) -> None:
         """Forgets the graphs: the network is elsewhere now."""
         self._captured.clear()

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from permafrost.model.backbone import Backbone, Network
-from permafrost.model.compiled import MAX_COMPILED_SIZES, CompiledNetwork
-from permafrost.model.cuda_graph import MAX_CAPTURED_SIZES, CapturedNetwork, require_graphs
+from permafrost.model.compiled import CompiledNetwork
+from permafrost.model.cuda_graph import CapturedNetwork, require_graphs
 from permafrost.model.errors import BackboneError
-from permafrost.model.fp8 import require_fp8
-from permafrost.model.precision import check_dtype, full_precision
-from permafrost.model.spec import TIMM_PREFIX, check_fields, check_name, given
-from permafrost.model.split.degree import SPLIT_AND_FP8
-from permafrost.model.swin.load import load_swin
-from permafrost.model.weights.read import FLOATING_DTYPES
+from permafrost.model.precision import full_precision
+
+if TYPE_CHECKING:
+    from permafrost.model.config import BackboneConfig
 
 
 class FrozenBackbone(Backbone):
@@ -30,15 +25,15 @@ class FrozenBackbone(Backbone):
     fixed at loading; it can be moved between devices. Use `load_backbone` to make one. Arguments as for Backbone.
     """
 
-    def __init__(self, network: Network, **source: Any) -> None:
-        super().__init__(network, **source)
+    def __init__(self, network: Network, config: BackboneConfig, **source: Any) -> None:
+        super().__init__(network, config, **source)
         for parameter in network.parameters():
             parameter.requires_grad = False
         network.fold()
         super().train(False)
         self._compiled: CompiledNetwork | None = None
         self._captured: CapturedNetwork | None = None
-        self.max_images: int | None = None
+        self.max_images = config.max_images
         """Most images (of clips: frames, or pairs that become one map) in one pass through the network; None: all of a forward's."""
 
     def compile_forward(self) -> None:
@@ -69,12 +64,9 @@ class FrozenBackbone(Backbone):
 
     def describe(self) -> dict[str, Any]:
         """As of Backbone, and whether it is compiled or captured."""
-        when = "for each size of images when it first comes, up to"
         described = super().describe()
-        if self._compiled is not None:
-            described["compile"] = f"torch.compile, {when} {MAX_COMPILED_SIZES}"
-        if self._captured is not None:
-            described["cuda_graph"] = f"captured, {when} {MAX_CAPTURED_SIZES}"
+        for run in (self._compiled, self._captured):
+            described |= {} if run is None else run.describe()
         return described
 
     @torch.no_grad()
@@ -131,7 +123,7 @@ class FrozenBackbone(Backbone):
             BackboneError: If `requires_grad` is true.
         """
         if requires_grad:
-            raise BackboneError("A frozen backbone has no trainable parameters; load_trainable loads one.")
+            raise BackboneError("A frozen backbone has no trainable parameters; load one with frozen=False.")
         return self
 
     def _apply(self, fn, recurse=True):
@@ -142,169 +134,3 @@ class FrozenBackbone(Backbone):
         if self._captured is not None:
             self._captured.clear()
         return super()._apply(fn, recurse)
-
-
-def load_backbone(
-    name: str,
-    *,
-    weights: str | os.PathLike[str],
-    window_size: int | Sequence[int] | None = None,
-    pretrained_window_size: int | Sequence[int] | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    tensor_group: Any = None,
-    prefix: str | None = None,
-    weights_key: str | None = None,
-    extra_norm_interval: int | None = None,
-    taps: Sequence[int] | None = None,
-    attention: str = "auto",
-    residual_norm: str = "auto",
-    gelu: str = "auto",
-    fp8: bool = False,
-) -> FrozenBackbone:
-    """Loads a frozen base network.
-
-    Args:
-        name: A name in the table of sizes (permafrost.model.spec), or `timm/` and a timm model's.
-        weights: A file or folder (see permafrost.model.weights.read), a known name, "random" ("random:SEED"), or, for a timm
-            model, "pretrained".
-        window_size: Window, for all stages or one per stage. None takes the file's configured window; another one
-            than the file's also needs `pretrained_window_size`, and resamples the position tables of a Swin V1. See
-            permafrost.model.weights.windows.
-        pretrained_window_size: The window each stage had in training. None reads it from the file; if given it must
-            be what the file says.
-        dtype: The dtype to compute in; None: bfloat16 on CUDA, float32 elsewhere.
-        device: Where to put it.
-        tensor_group: TensorGroup (permafrost.model.split.fairscale_groups) to split the network over; loading and every
-            forward are then collective over it, see permafrost.model.split.tensor_parallel. None: this process has all of it.
-        prefix: Take only the file's tensors whose names start with this, without it; None finds the prefix.
-        weights_key: The entry of a PyTorch checkpoint that holds the weights ("student"); None finds it.
-        extra_norm_interval: Blocks between extra norms on the main branch of a SwinV2; None: as the file or the table
-            says.
-        taps: Layers of a timm model that are given out; see BackboneConfig.
-        attention: What a Swin attends with: "auto", "triton", "cuda", "sdpa" or "reference"; see BackboneConfig.
-        residual_norm: What a SwinV2 adds its normalised branches with: "auto", "triton", "torch" or "reference"; see BackboneConfig.
-        gelu: How a Swin's MLPs compute their GELU: "auto", "epilogue" or "exact"; see BackboneConfig.
-        fp8: Quantises the linear layers of a Swin; see BackboneConfig.
-
-    Raises:
-        BackboneError: If name, dtype, device, windows or taps make no sense, or the network cannot be split over the
-            group.
-        WeightsError: If the weights cannot be read or belong to another network, on any member of the group.
-        KernelError: If `attention`, `residual_norm` or `gelu` names a kernel that cannot run here.
-    """
-    kind = FrozenBackbone
-    if tensor_group is not None:
-        # Only here: it imports fairscale.
-        from permafrost.model.split.tensor_parallel import SplitBackbone as kind
-    network, source = load_network(
-        name,
-        weights=weights,
-        window_size=window_size,
-        pretrained_window_size=pretrained_window_size,
-        dtype=dtype,
-        device=device,
-        tensor_group=tensor_group,
-        prefix=prefix,
-        weights_key=weights_key,
-        extra_norm_interval=extra_norm_interval,
-        taps=taps,
-        attention=attention,
-        residual_norm=residual_norm,
-        gelu=gelu,
-        fp8=fp8,
-    )
-    return kind(network, **source)
-
-
-def load_network(
-    name: str,
-    *,
-    weights: str | os.PathLike[str],
-    window_size: int | Sequence[int] | None = None,
-    pretrained_window_size: int | Sequence[int] | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    tensor_group: Any = None,
-    prefix: str | None = None,
-    weights_key: str | None = None,
-    extra_norm_interval: int | None = None,
-    taps: Sequence[int] | None = None,
-    attention: str = "auto",
-    residual_norm: str = "auto",
-    gelu: str = "auto",
-    fp8: bool = False,
-    learns: bool = False,
-) -> tuple[Network, dict[str, Any]]:
-    """A network with its weights, and what Backbone takes besides it.
-
-    Arguments as for `load_backbone`, and `learns`: whether it will be trained.
-    """
-    check_name(name)
-    if tensor_group is not None:
-        from permafrost.model.split.tensor_parallel import check_group, load_together
-
-        check_group(name, tensor_group)
-    device = _usable_device(device)
-    dtype, reason = _usable_dtype(dtype, device)
-    check_dtype(dtype, device)
-    if fp8:
-        require_fp8(device, dtype)
-        if tensor_group is not None:
-            raise BackboneError(SPLIT_AND_FP8)
-
-    common = {"weights": weights, "prefix": prefix, "weights_key": weights_key, "dtype": dtype, "device": device}
-    swin = {
-        "window_size": window_size,
-        "pretrained_window_size": pretrained_window_size,
-        "extra_norm_interval": extra_norm_interval,
-    }
-    kernels = {"attention": attention, "residual_norm": residual_norm, "gelu": gelu}
-    chosen = {field: given(value) for field, value in kernels.items()}
-    check_fields(name, **swin, taps=taps, **chosen, fp8=fp8 or None)
-    swin |= kernels | {"learns": learns, "fp8": fp8}
-    if name.startswith(TIMM_PREFIX):
-        # Imported where it is needed: a Swin does without timm.
-        from permafrost.model.timm.backbone import load_timm
-
-        network, source = load_timm(name, taps=taps, **common)
-    elif tensor_group is None:
-        network, source = load_swin(name, tensor_group=None, **swin, **common)
-    else:
-        load = partial(load_swin, name, tensor_group=tensor_group, **swin, **common)
-        network, source = load_together(tensor_group, load)
-    return network, {
-        "mean": source["mean"],
-        "std": source["std"],
-        "fingerprint": source["fingerprint"],
-        "choices": {
-            "name": name,
-            "weights": source["weights"],
-            "dtype": str(dtype).removeprefix("torch."),
-            "dtype_reason": reason,
-            **source["choices"],
-        },
-    }
-
-
-def _usable_device(device: torch.device | str) -> torch.device:
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise BackboneError(f"There is no device {device!r}: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BackboneError(
-            f"The backbone is to run on {device}, but PyTorch sees {torch.cuda.device_count()} CUDA devices."
-        )
-    return device
-
-
-def _usable_dtype(dtype: torch.dtype | None, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype to compute in, and why."""
-    if dtype is None:
-        if device.type == "cuda":
-            return torch.bfloat16, "default on CUDA"
-        return torch.float32, f"default on {device.type}: bfloat16 is slower than float32 on most CPUs"
-    if dtype not in FLOATING_DTYPES:
-        raise BackboneError(f"dtype must be one of {', '.join(map(str, FLOATING_DTYPES))} or None, found {dtype!r}.")
-    return dtype, "as asked for"

@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from permafrost.model.errors import BackboneError
 
+if TYPE_CHECKING:
+    from permafrost.model.config import BackboneConfig
+
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """No autocast on this device, whatever surrounds; the meta device, on which only shapes are computed, has none."""
+    """Turn autocast off on this device, whatever surrounds; the meta device, on which only shapes are computed, has none."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def find_device(device: torch.device | str) -> torch.device:
+    """Return the device of this name.
+
+    Raises:
+        BackboneError: If there is none here.
+    """
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise BackboneError(f"There is no device {device!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackboneError(
+            f"The backbone is to run on {device}, but PyTorch sees {torch.cuda.device_count()} CUDA devices."
+        )
+    return device
+
+
+def choose_dtype(config: BackboneConfig, device: torch.device) -> tuple[torch.dtype, str]:
+    """Return the dtype that a network computes in, or that its parameters have if it learns, and why."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype), "as asked for"
+    if not config.frozen:
+        return torch.float32, "parameters that are trained; engine.precision says in what they compute"
+    if device.type == "cuda":
+        return torch.bfloat16, "default on CUDA"
+    return torch.float32, f"default on {device.type}: bfloat16 is slower than float32 on most CPUs"
 
 
 def check_dtype(dtype: torch.dtype, device: torch.device) -> None:

@@ -168,35 +168,3 @@ def check_name(name: str) -> None:
     close = nearest(name, names, cutoff=0.4)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise BackboneError(f"There is no backbone called {name!r}; the names are {known}.{hint}")
-
-
-def given(choice: str) -> str | None:
-    """A choice of the recipe, or None where it leaves it open."""
-    return None if choice == "auto" else choice
-
-
-def check_fields(name: str, **fields: object) -> None:
-    """Checks that only fields are given which mean something for this base network.
-
-    Args:
-        name: Its name.
-        fields: window_size, pretrained_window_size, extra_norm_interval, taps, attention, residual_norm, gelu, fp8, called
-            as the error is to call them; None is not given.
-
-    Raises:
-        BackboneError: If one belongs to another kind of network, naming it.
-    """
-    for end, what in (("extra_norm_interval", "has extra norms"), ("residual_norm", "normalises a branch at its end")):
-        norms = [field for field, value in fields.items() if value and field.endswith(end)]
-        if norms and name in SWIN_V1_SIZES:
-            raise BackboneError(
-                f"{norms[0]} is {fields[norms[0]]!r}, but {name} is a Swin V1, and only SwinV2 {what}; leave it out."
-            )
-    if name.startswith(TIMM_PREFIX):
-        wrong = [field for field, value in fields.items() if value is not None and not field.endswith("taps")]
-        reason = f"{name} is built as timm defines it, windows and norms included"
-    else:
-        wrong = [field for field, value in fields.items() if value is not None and field.endswith("taps")]
-        reason = f"the layers of a {TIMM_PREFIX} backbone can be chosen, {name} always gives all its stages"
-    if wrong:
-        raise BackboneError(f"{wrong[0]} is {fields[wrong[0]]!r}, but {reason}: leave {' and '.join(wrong)} out.")

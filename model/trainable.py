@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from permafrost.model.backbone import Backbone, Network
 from permafrost.model.errors import BackboneError
-from permafrost.model.frozen import load_network
 from permafrost.model.swin.drop_path import Generators
+
+if TYPE_CHECKING:
+    from permafrost.model.config import BackboneConfig
 
 # They would draw from the global generator, or mix the samples of a batch into statistics that differ from rank to
 # rank: what a sample is worth must not depend on where it is computed. Detectors keep such norms fixed for the same
@@ -24,14 +26,18 @@ class TrainableBackbone(Backbone):
 
     Its parameters are float32 (or better); in what it computes, the autocast around it decides. Nothing is folded: what
     depends on the parameters alone is computed in every forward. Batch norms keep their statistics, and dropout other
-    than drop path is off. Use `load_trainable` to make one. Arguments as for Backbone.
+    than drop path is off. Use `load_backbone` with frozen=False to make one. Arguments as for Backbone.
 
     `fingerprint` is that of the weights it started from.
     """
 
-    def __init__(self, network: Network, **source: Any) -> None:
-        super().__init__(network, **source)
+    def __init__(self, network: Network, config: BackboneConfig, **source: Any) -> None:
+        choices = network.set_training(config)
+        super().__init__(network, config, **source)
+        self._choices |= choices
         self.to(self._patch_weight.dtype)
+        for parameter in self.parameters():
+            parameter.requires_grad = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,46 +80,15 @@ class TrainableBackbone(Backbone):
         return self
 
 
-def load_trainable(
-    name: str,
-    *,
-    drop_path_rate: float = 0.0,
-    checkpoint_activations: bool = False,
-    dtype: torch.dtype | None = None,
-    **kwargs: Any,
-) -> TrainableBackbone:
-    """Loads a base network to be trained.
-
-    Args:
-        name: As for `load_backbone`.
-        drop_path_rate: See BackboneConfig.
-        checkpoint_activations: See BackboneConfig.
-        dtype: Of the parameters; None: float32.
-        **kwargs: As for `load_backbone`, the tensor group aside.
+def require_gradients(backbone: TrainableBackbone, name: str) -> None:
+    """Run a backward, since engines wait for every parameter's gradient, and only a backward tells what is really used.
 
     Raises:
-        BackboneError: Also if the network has no place for drop path, cannot recompute its blocks, or has parameters
-            that no gradient reaches.
-        WeightsError: As for `load_backbone`.
+        BackboneError: If a parameter gets none, naming it.
     """
-    network, source = load_network(name, dtype=dtype or torch.float32, learns=True, **kwargs)
-    if dtype is None:
-        source["choices"]["dtype_reason"] = "parameters that are trained; engine.precision says in what they compute"
-    network.set_training(drop_path_rate=drop_path_rate, checkpoint_activations=checkpoint_activations)
-    choices = {"drop_path_rate": drop_path_rate, "checkpoint_activations": checkpoint_activations}
-    backbone = TrainableBackbone(network, **source)
-    backbone._choices |= choices
-    for parameter in backbone.parameters():
-        parameter.requires_grad_(True)
-    _require_gradients(backbone.train(), name)
-    return backbone
-
-
-def _require_gradients(backbone: TrainableBackbone, name: str) -> None:
-    """Engines wait for every parameter's gradient; only a backward tells what is really used."""
     parameters = dict(backbone.named_parameters())
     side = 2 * max(backbone.spec.strides)
-    images = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=backbone.device)
+    images = torch.zeros(1, backbone.patch_frames, 3, side, side, dtype=torch.uint8, device=backbone.device)
     total = torch.stack([one.float().sum() for one in backbone(images, [torch.Generator()])]).sum()
     gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     unused = [key for key, gradient in zip(parameters, gradients) if gradient is None]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.plan.trace import FusedAttention, Trace
-from permafrost.model.backbone import Network
+from permafrost.model.build import empty_network
 from permafrost.model.config import BackboneConfig
 from permafrost.model.errors import WeightsError
 from permafrost.model.frozen import FrozenBackbone
@@ -19,13 +20,14 @@ from permafrost.model.spec import SWIN_V1_SIZES, SWINV2_SIZES, TIMM_PREFIX, Feat
 from permafrost.model.split.degree import possible_degrees
 from permafrost.model.split.fairscale_groups import TensorGroup
 from permafrost.model.split.tensor_parallel import SplitBackbone, SplitSwinV2
-from permafrost.model.swin import parts as swin_parts, v1 as swin_v1, v2 as swin
-from permafrost.model.swin.load import IMAGENET_MEAN, IMAGENET_STD, resident_dtype
+from permafrost.model.swin import parts as swin_parts, v2 as swin
+from permafrost.model.swin.load import IMAGENET_MEAN, IMAGENET_STD, read_swin, resident_dtype
 from permafrost.model.weights.known import find_public
-from permafrost.model.weights.read import locate, read_weights
-from permafrost.model.weights.windows import choose_windows
+from permafrost.model.weights.read import locate
 
 META = torch.device("meta")
+NO_SOURCE: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "fingerprint": "", "choices": {}}
+"""Of a network without weights."""
 
 
 class PlannedGroup(TensorGroup):
@@ -82,86 +84,41 @@ class BackbonePlan:
     sent: dict[str, int] = field(default_factory=dict)
 
 
-def windows_of(config: BackboneConfig) -> tuple[dict[str, object], list[str]]:
-    """(what build_network needs besides the config: a Swin's windows and extra norms, notes): as the weights' file says, if it
-    is here.
+def settle_windows(config: BackboneConfig) -> tuple[BackboneConfig, list[str]]:
+    """Return the config of a plan, and notes: a Swin's windows and extra norms are those of the weights' file, if it is here.
 
     Raises:
         WeightsError: The file contradicts the recipe.
     """
-    if config.name.startswith(TIMM_PREFIX):
-        return {}, []
-    is_v1 = config.name in SWIN_V1_SIZES
-    chosen: dict[str, object] = {
-        "window_size": config.window_size,
-        "pretrained_window_size": config.pretrained_window_size,
-        "extra_norm_interval": config.extra_norm_interval,
-    }
-    is_random = config.weights == "random" or config.weights.startswith("random:")
-    if is_random:
-        return chosen, []
+    if config.name.startswith(TIMM_PREFIX) or config.random_seed is not None:
+        return config, []
     public = None if Path(config.weights).expanduser().exists() else find_public(config.weights)
     if public is not None:
         # Known without the file, which a plan does not download.
-        chosen["window_size"] = config.window_size or public.window
-        return chosen, []
+        return replace(config, window_size=config.window_size or public.window), []
     try:
         path = locate(config.weights)
     except WeightsError:
         path = None
-    if path is None or path.suffix != ".safetensors":
-        # A .pth would have to be read whole for a window that only moves the numbers a little.
-        if config.window_size is None:
-            default = (SWIN_V1_SIZES if is_v1 else SWINV2_SIZES)[config.name].window_size
-            return chosen, [
-                f"backbone.window_size is not given and {config.weights} was not read: windows of {default} are assumed"
-            ]
-        return chosen, []
-    checkpoint = read_weights(path, prefix=config.prefix, check_values=False)
-    windows = choose_windows(
-        checkpoint.windows,
-        window_size=config.window_size,
-        pretrained_window_size=config.pretrained_window_size,
-        source=str(config.weights),
-        position_tables=is_v1,
-    )
-    chosen["window_size"] = windows.window_size
-    chosen["pretrained_window_size"] = windows.pretrained_window_size
-    if config.extra_norm_interval is None:
-        chosen["extra_norm_interval"] = checkpoint.metadata.get("extra_norm_interval")
-    return chosen, []
-
-
-def build_network(config: BackboneConfig, options: dict[str, object]) -> Network:
-    """A network without memory for its weights.
-
-    Args:
-        config: Which network.
-        options: What windows_of returned.
-
-    Raises:
-        BackboneError: timm has no such model, or it is none for a backbone.
-    """
-    if config.name.startswith(TIMM_PREFIX):
-        # Only here: a Swin does without timm.
-        from permafrost.model.timm.backbone import TimmNetwork
-
-        return TimmNetwork(config.name, taps=config.taps).to(META)
-    with META:
-        if config.name in SWIN_V1_SIZES:
-            windows = {key: value for key, value in options.items() if key != "extra_norm_interval"}
-            return swin_v1.SwinV1(config.name, **windows)  # type: ignore[arg-type]
-        return swin.SwinV2(config.name, **options)  # type: ignore[arg-type]
+    if path is not None and path.suffix == ".safetensors":
+        return read_swin(config, check_values=False)[1], []
+    if config.window_size is not None:
+        return config, []
+    # A .pth would have to be read whole for a window that only moves the numbers a little.
+    default = (SWINV2_SIZES | SWIN_V1_SIZES)[config.name].window_size
+    return config, [
+        f"backbone.window_size is not given and {config.weights} was not read: windows of {default} are assumed"
+    ]
 
 
 def spec_of(config: BackboneConfig) -> FeatureSpec:
     """Channels and strides of a network's maps.
 
     Raises:
-        BackboneError: As build_network.
+        BackboneError: As empty_network.
     """
     sizes = SWINV2_SIZES | SWIN_V1_SIZES
-    return sizes[config.name].spec if config.name in sizes else build_network(config, {}).spec
+    return sizes[config.name].spec if config.name in sizes else empty_network(config).spec
 
 
 def degrees_of(config: BackboneConfig) -> list[int]:
@@ -178,7 +135,6 @@ def clear_tables() -> None:
 def plan_backbone(
     config: BackboneConfig,
     *,
-    options: dict[str, object],
     dtype: torch.dtype,
     tensor: int,
     images: tuple[int, ...],
@@ -186,19 +142,18 @@ def plan_backbone(
     """Run a network's forward on the meta device.
 
     Args:
-        config: Which network.
-        options: What windows_of returned.
+        config: Which network, as settle_windows returned it.
         dtype: What it computes in.
         tensor: Processes it is split over.
         images: Shape of this process's images, (B, 3, H, W), or of its clips, (B, T, 3, H, W).
 
     Raises:
-        BackboneError: As build_network.
+        BackboneError: As empty_network.
         RecipeError: A timm model cannot be run without numbers.
     """
     # They are kept for good and belong to the plan, also when this process has met them before.
     clear_tables()
-    network = build_network(config, options)
+    network = empty_network(config)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     group = PlannedGroup(tensor)
     module: torch.nn.Module = network
@@ -213,10 +168,7 @@ def plan_backbone(
         assert isinstance(network, swin.SwinV2)
         module = SplitSwinV2(network, group)
     kind = FrozenBackbone if tensor == 1 else SplitBackbone
-    backbone = kind(module, mean=IMAGENET_MEAN, std=IMAGENET_STD, fingerprint="", choices={})  # type: ignore[arg-type]
-    backbone.max_images = config.max_images
-    if config.patch_frames > 1:
-        backbone.inflate_patches(config.patch_frames)
+    backbone = kind(module, config, **NO_SOURCE)  # type: ignore[arg-type]
     pixels = torch.empty(images, dtype=torch.uint8, device=META)
 
     trace = Trace("meta")

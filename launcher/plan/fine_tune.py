@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from permafrost.launcher.errors import RecipeError
-from permafrost.launcher.plan.backbone import build_network, clear_tables
+from permafrost.launcher.plan.backbone import NO_SOURCE, clear_tables
 from permafrost.launcher.plan.head import HeadPlan
 from permafrost.launcher.plan.trace import FusedAttention, Trace
+from permafrost.model.build import empty_network
 from permafrost.model.config import BackboneConfig
 from permafrost.model.spec import TIMM_PREFIX
-from permafrost.model.swin.load import IMAGENET_MEAN, IMAGENET_STD
 from permafrost.model.trainable import TrainableBackbone
 
 
@@ -49,12 +49,11 @@ class TrainedPlan:
     map_dtype: torch.dtype
 
 
-def build_trained(config: BackboneConfig, options: dict[str, object]) -> TrainableBackbone:
+def build_trained(config: BackboneConfig) -> TrainableBackbone:
     """The backbone without memory for its weights.
 
     Args:
-        config: Which network.
-        options: What windows_of returned.
+        config: Which network, as settle_windows returned it.
 
     Raises:
         RecipeError: It is a timm model.
@@ -63,18 +62,12 @@ def build_trained(config: BackboneConfig, options: dict[str, object]) -> Trainab
         raise RecipeError(
             f"backbone.frozen is False and backbone.name {config.name!r}: plan knows Swins that learn only"
         )
-    network = build_network(config, options)
-    network.set_training(drop_path_rate=config.drop_path_rate, checkpoint_activations=config.checkpoint_activations)
-    backbone = TrainableBackbone(network, mean=IMAGENET_MEAN, std=IMAGENET_STD, fingerprint="", choices={})
-    if config.patch_frames > 1:
-        backbone.inflate_patches(config.patch_frames)
-    return backbone
+    return TrainableBackbone(empty_network(config), config, **NO_SOURCE)
 
 
 def plan_trained(
     config: BackboneConfig,
     *,
-    options: dict[str, object],
     batch: int,
     size: tuple[int, int],
     precision: str,
@@ -83,8 +76,7 @@ def plan_trained(
     """Run a network's forward and backward on fake tensors.
 
     Args:
-        config: Which network.
-        options: What windows_of returned.
+        config: Which network, as settle_windows returned it.
         batch: Images; of clips the maps that come of them.
         size: Their height and width.
         precision: "float32" or "bfloat16", of the autocast.
@@ -93,7 +85,7 @@ def plan_trained(
     Raises:
         RecipeError: It is a timm model.
     """
-    network = build_trained(config, options).network.train()
+    network = build_trained(config).network.train()
     clear_tables()
     numels: list[int] = []
     peaks: list[int] = []

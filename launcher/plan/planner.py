@@ -21,7 +21,7 @@ from permafrost.launcher.engines.choose import choose_engine
 from permafrost.launcher.engines.deepspeed_json import merge_settings, read_settings
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import EngineConfig, Experiment, OffloadMode
-from permafrost.launcher.plan.backbone import BackbonePlan, degrees_of, plan_backbone, spec_of, windows_of
+from permafrost.launcher.plan.backbone import BackbonePlan, degrees_of, plan_backbone, settle_windows, spec_of
 from permafrost.launcher.plan.batches import PlannedData
 from permafrost.launcher.plan.engines import EngineMemory, EnginePlan, Stage
 from permafrost.launcher.plan.fine_tune import TrainedPlan, build_trained, join_plans, plan_trained
@@ -30,6 +30,7 @@ from permafrost.launcher.ranks.division import micro_batch_size
 from permafrost.launcher.ranks.process_group import ProcessGroup
 from permafrost.launcher.run.fine_tune import FineTuned
 from permafrost.launcher.run.parts import build_heads
+from permafrost.model.precision import choose_dtype
 
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 RESERVED = 0.08
@@ -140,7 +141,7 @@ class Planner:
         self.micro_batch(self.own)
         ProcessGroup(0, self.machines.world_size, 0, torch.device("cpu")).require_mesh(self.own.tensor)
         self._describe_data()
-        self._windows, notes = windows_of(self.experiment.backbone)
+        self._network, notes = settle_windows(self.experiment.backbone)
         self.notes += notes
         if self._crosses_nodes(self.own.tensor):
             self.notes.append(
@@ -300,9 +301,8 @@ class Planner:
         for name, run in self._runs.items():
             module = run.head
             if not self.experiment.backbone.frozen:
-                config = self.experiment.backbone
-                backbone = build_trained(config, self._windows)
-                module = FineTuned(backbone, run.head, learning_rate_factor=config.learning_rate_factor)
+                factor = self.experiment.backbone.learning_rate_factor
+                module = FineTuned(build_trained(self._network), run.head, learning_rate_factor=factor)
             split = parameter_groups(module, self.experiment.heads[name].optimizer)
             groups[name] = [[one.numel() for one in group.parameters.values()] for group in split]
         return groups
@@ -326,16 +326,12 @@ class Planner:
 
     @property
     def _dtype(self) -> torch.dtype:
-        name = self.experiment.backbone.dtype
-        if name == "auto":
-            name = "bfloat16" if self.machines.device_type == "cuda" else "float32"
-        return getattr(torch, name)
+        return choose_dtype(self.experiment.backbone, torch.device(self.machines.device_type))[0]
 
     def _trained(self, micro_batch: int) -> TrainedPlan:
         if micro_batch not in self._trained_backbones:
             self._trained_backbones[micro_batch] = plan_trained(
-                self.experiment.backbone,
-                options=self._windows,
+                self._network,
                 batch=math.prod(self.data.lead(micro_batch)),
                 size=(self._side, self._side),
                 precision=resolve_precision(self.experiment.engine.precision, self.machines.device_type),
@@ -350,8 +346,7 @@ class Planner:
             return BackbonePlan(sum(self._trained(micro_batch).numels), 0, 0, 0, 0)
         if key not in self._backbones:
             self._backbones[key] = plan_backbone(
-                self.experiment.backbone,
-                options=self._windows,
+                self._network,
                 dtype=self._dtype,
                 tensor=tensor,
                 images=self.data.image_shape(micro_batch, self._side),

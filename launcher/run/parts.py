@@ -16,6 +16,7 @@ from permafrost.launcher.experiment import Experiment
 from permafrost.launcher.ranks.agreement import require_agreement
 from permafrost.launcher.ranks.process_group import ProcessGroup
 from permafrost.launcher.run.fine_tune import ImagesOn, join
+from permafrost.model.build import build_backbone as build_network
 
 if TYPE_CHECKING:
     from permafrost.data.task import TaskDataset
@@ -76,7 +77,7 @@ def build_backbone(experiment: Experiment, group: ProcessGroup, tensor: int) -> 
         LaunchError: the world does not divide into tensor groups.
     """
     tensor_group = group.tensor_group(tensor)
-    return group.on_all(lambda: experiment.backbone.build(group.device, tensor_group=tensor_group))
+    return group.on_all(lambda: build_network(experiment.backbone, group.device, tensor_group=tensor_group))
 
 
 def join_heads(

@@ -10,17 +10,6 @@ from permafrost.model.spec import SWINV2_SIZES, SwinV2Size
 SPLIT_STAGES = (2, 3)
 """0-based stages whose weights are split. They hold 98.6 % of the giant's; the others are on every process."""
 
-SPLIT_AND_COMPILED = (
-    "a backbone that is split over a tensor group is not compiled: its forward waits for the other processes in every block. "
-    "Set backbone.compile to False, or mesh.tensor to 1"
-)
-SPLIT_AND_CAPTURED = (
-    "a forward that waits for other processes is not captured. Set backbone.cuda_graph to False, or mesh.tensor to 1"
-)
-SPLIT_AND_FP8 = (
-    "a backbone that is split over a tensor group is not quantised. Set backbone.fp8 to False, or mesh.tensor to 1"
-)
-
 
 def possible_degrees(size: SwinV2Size) -> list[int]:
     """The degrees that split the heads of every split stage evenly, 1 first."""

@@ -44,6 +44,11 @@ class TensorGroup:
     rank: int
     degree: int
 
+    @property
+    def world_ranks(self) -> list[int]:
+        """Rank of each member in the world."""
+        return dist.get_process_group_ranks(self.group)
+
     def reduce(self, x: Tensor) -> Tensor:
         """Sums tensors of one shape over the group; may overwrite `x`."""
         self._require_current()

@@ -15,26 +15,21 @@ Shapes: B images of this member, H W map size, C channels.
 
 from __future__ import annotations
 
-import hashlib
 import re
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from permafrost.model.backbone import Network
-from permafrost.model.errors import BackboneError, WeightsError
+from permafrost.model.errors import BackboneError
 from permafrost.model.frozen import FrozenBackbone
 from permafrost.model.precision import full_precision
 from permafrost.model.spec import FeatureSpec
-from permafrost.model.split.degree import SPLIT_AND_CAPTURED, SPLIT_AND_COMPILED, SPLIT_STAGES, check_tensor_degree
+from permafrost.model.split.degree import SPLIT_STAGES, check_tensor_degree
 from permafrost.model.split.fairscale_groups import TensorGroup
 from permafrost.model.swin.v2 import SwinV2
-from permafrost.model.weights.tensor_map import add_to_fingerprint
 
 _STAGES = "".join(map(str, SPLIT_STAGES))
 _QKV = re.compile(rf"layers\.[{_STAGES}]\.blocks\.\d+\.attn\.qkv\.weight")
@@ -243,20 +238,14 @@ class SplitBackbone(FrozenBackbone):
         return self.network.num_whole_parameters
 
     def compile_forward(self) -> None:
-        """Refuses.
+        """Refuse: a forward that waits for other processes is neither compiled nor captured.
 
         Raises:
             BackboneError: Always.
         """
-        raise BackboneError(SPLIT_AND_COMPILED)
+        raise BackboneError("A backbone that is split over a tensor group is neither compiled nor captured.")
 
-    def capture_forward(self) -> None:
-        """Refuses.
-
-        Raises:
-            BackboneError: Always.
-        """
-        raise BackboneError(SPLIT_AND_CAPTURED)
+    capture_forward = compile_forward
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -277,7 +266,7 @@ class SplitBackbone(FrozenBackbone):
             raise problem
         refusing = [member for member, (is_bad, *_) in enumerate(reports) if is_bad]
         if refusing:
-            ranks = _world_ranks(group)
+            ranks = group.world_ranks
             raise BackboneError(
                 f"The backbone refuses the images of rank {', '.join(str(ranks[member]) for member in refusing)} of this "
                 "tensor group; see the error there."
@@ -301,101 +290,3 @@ class SplitBackbone(FrozenBackbone):
         # A join with maps of no images would not be channels_last.
         own = [part for part in parts if len(part[0])] or parts[:1]
         return own[0] if len(own) == 1 else tuple(torch.cat(maps) for maps in zip(*own))
-
-
-class ShardReader:
-    """Takes one member's parts out of a stream of whole tensors, and finds out whether all members read the same.
-
-    The first member of a group reads everything, a tensor at a time, for the fingerprint; the others touch only their
-    parts. So that a fingerprint vouches for every part, the first member also sums up the parts of the others, and each
-    compares.
-
-    Args:
-        group: The tensor group.
-    """
-
-    def __init__(self, group: TensorGroup) -> None:
-        self._group = group
-        self._digest = hashlib.sha256()
-        # CRC-32 of the parts of these members.
-        self._sums = dict.fromkeys(range(group.degree) if group.rank == 0 else [group.rank], 0)
-
-    def take(self, name: str, tensor: Tensor) -> Tensor:
-        """This member's part of a tensor; maybe a view. Names come in the same, sorted, order on every member."""
-        own = None
-        for member, total in self._sums.items():
-            part = shard(name, tensor, member, self._group.degree).detach().contiguous()
-            total = zlib.crc32(f"{name} {part.dtype} {tuple(part.shape)}".encode(), total)
-            self._sums[member] = zlib.crc32(part.reshape(-1).view(torch.uint8).numpy(), total)
-            own = part if member == self._group.rank else own
-        if self._group.rank == 0:
-            add_to_fingerprint(self._digest, name, tensor)
-        assert own is not None
-        return own
-
-    def fingerprint(self, source: str) -> str:
-        """The fingerprint of all that was taken, whole, the same on every member. Collective.
-
-        Raises:
-            WeightsError: On every member, if one of them took parts of other weights than the first.
-        """
-        fingerprint, expected = self._group.gather_objects((self._digest.hexdigest(), self._sums))[0]
-        (own,) = (total for member, total in self._sums.items() if member == self._group.rank)
-        agreeing = self._group.exchange([own == expected[self._group.rank]])
-        odd = [rank for rank, (agrees,) in zip(_world_ranks(self._group), agreeing, strict=True) if not agrees]
-        if odd:
-            raise WeightsError(
-                f"{source}: rank {', '.join(map(str, odd))} of this tensor group reads other weights than the first "
-                "one; give every process the same file."
-            )
-        return fingerprint
-
-
-def check_group(name: str, group: object) -> None:
-    """Checks that a network of this name can be split over this group.
-
-    Raises:
-        BackboneError: If it is no TensorGroup, or its degree does not fit the network.
-    """
-    if not isinstance(group, TensorGroup):
-        raise BackboneError(
-            f"tensor_group is a {type(group).__name__}; expected the TensorGroup that join_tensor_group of "
-            "permafrost.model.split.fairscale_groups gives, or None for no tensor parallelism."
-        )
-    check_tensor_degree(name, group.degree)
-
-
-def load_together(
-    group: TensorGroup, load: Callable[[], tuple[Network, dict[str, Any]]]
-) -> tuple[Network, dict[str, Any]]:
-    """What `load` returns, once it has succeeded on every member. Collective over the group.
-
-    Args:
-        group: The tensor group.
-        load: Reads this member's part, on its own: a network, and a source of which `shards` is the ShardReader it went
-            through. The fingerprint is added to it here.
-
-    Raises:
-        Exception: This member's own, whatever it is.
-        WeightsError: Naming what another member met, as this one would wait for it in vain.
-    """
-    loaded: tuple[Network, dict[str, Any]] | None = None
-    problem: Exception | None = None
-    try:
-        loaded = load()
-    except Exception as error:
-        problem = error
-    reports = group.gather_objects(problem and (str(problem) or type(problem).__name__))
-    if problem is not None:
-        raise problem
-    for rank, report in zip(_world_ranks(group), reports, strict=True):
-        if report is not None:
-            raise WeightsError(f"Rank {rank} of this tensor group could not load the backbone: {report}")
-    assert loaded is not None
-    network, source = loaded
-    return network, source | {"fingerprint": source["shards"].fingerprint(source["weights"])}
-
-
-def _world_ranks(group: TensorGroup) -> list[int]:
-    """Rank of each member in the world."""
-    return dist.get_process_group_ranks(group.group)

@@ -1,17 +1,15 @@
-"""A Swin with its weights: from a file, or drawn at random; whole, or one member's part of it."""
+"""A Swin with its weights: from a file, or drawn at random; whole, or one member's share of it."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from permafrost.model.errors import WeightsError
-from permafrost.model.fp8 import quantise_linears
+from permafrost.model.fp8 import quantise_linears, require_fp8
 from permafrost.model.spec import SWIN_V1_SIZES
 from permafrost.model.swin.v1 import SwinV1
 from permafrost.model.swin.v2 import SwinV2
@@ -23,6 +21,7 @@ from permafrost.model.weights.windows import Windows, choose_windows
 
 if TYPE_CHECKING:
     from permafrost.model.backbone import Network
+    from permafrost.model.config import BackboneConfig
 
 # Per-channel mean and standard deviation (RGB, pixels in [0, 1]) of ImageNet, which every released Swin was trained
 # with; files of our own may state others.
@@ -30,91 +29,68 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+class Share(Protocol):
+    """What one of several processes keeps of a network that they hold together; see permafrost.model.split.load."""
+
+    reads_all: bool
+    """Whether it reads every tensor of a file whole."""
+
+    def take(self, name: str, tensor: Tensor) -> Tensor:
+        """Return this process's part of a tensor; maybe a view."""
+
+    def split(self, network: SwinV2) -> Network:
+        """Reduce a network on the meta device to this process's part."""
+
+
 def load_swin(
-    name: str,
-    *,
-    weights: str | os.PathLike[str],
-    window_size: int | Sequence[int] | None,
-    pretrained_window_size: int | Sequence[int] | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    tensor_group: Any,
-    prefix: str | None,
-    weights_key: str | None,
-    extra_norm_interval: int | None,
-    attention: str,
-    residual_norm: str,
-    gelu: str,
-    learns: bool,
-    fp8: bool,
+    config: BackboneConfig, *, dtype: torch.dtype, device: torch.device, share: Share | None = None
 ) -> tuple[Network, dict[str, Any]]:
-    """A Swin with its weights, or this process's part of one.
+    """Load a Swin with its weights, or this process's share of one.
 
     Returns:
-        The network, and where it comes from: `weights`, `mean`, `std`, `fingerprint` (of a part `shards`, which knows
-        it), and `choices` for `describe`.
+        The network, and where it comes from: `weights`, `mean`, `std`, `fingerprint` (but of a share), and `choices` for
+        `describe`.
+
+    Raises:
+        BackboneError: If this device cannot do what is asked for.
+        WeightsError: If the weights cannot be read, or belong to another network.
     """
-    seed = re.fullmatch(r"random(?::(\d+))?", str(weights))
-    # One member of a group reads all of a file; the others only what they hold.
-    is_reader = tensor_group is None or tensor_group.rank == 0
-    file = None
-    if not seed:
-        file = read_weights(weights, prefix=prefix, weights_key=weights_key, check_values=is_reader)
-    if file is None:
-        windows = Windows(window_size, pretrained_window_size)
+    if config.fp8:
+        require_fp8(device, dtype)
+    seed, drawn = config.random_seed, None
+    if seed is None:
+        file, config = read_swin(config, check_values=share is None or share.reads_all)
+        network = empty_swin(config)
+        check_fit(network, config.name, file)
     else:
-        if extra_norm_interval is None:
-            extra_norm_interval = file.metadata.get("extra_norm_interval")
-        windows = choose_windows(
-            file.windows,
-            window_size=window_size,
-            pretrained_window_size=pretrained_window_size,
-            source=file.source,
-            position_tables=name in SWIN_V1_SIZES,
-        )
-    arguments = {"window_size": windows.window_size, "pretrained_window_size": windows.pretrained_window_size}
-    with torch.device("meta"):
-        network = (
-            SwinV1(name, **arguments)
-            if name in SWIN_V1_SIZES
-            else SwinV2(name, **arguments, extra_norm_interval=extra_norm_interval)
-        )
-    if file is None:
-        number = int(seed[1] or 0)
-        file = WeightFile(f"random (seed {number})", {}, Windows(None, None), rule="drawn at random")
-        drawn = draw_weights(network, seed=number)
-    else:
-        check_fit(network, name, file)
-        drawn = None
+        file = WeightFile(f"random (seed {seed})", {}, Windows(None, None), rule="drawn at random")
+        network = empty_swin(config)
+        drawn = draw_weights(network, seed=seed)
     tensors = file.backbone_tensors()
 
     def keep(key: str, tensor: Tensor) -> Tensor:
         return tensor.to(device, resident_dtype(key, dtype), copy=True)
 
-    shards = None
-    if tensor_group is not None:
-        from permafrost.model.split.tensor_parallel import ShardReader, SplitSwinV2
-
-        shards = ShardReader(tensor_group)
+    source: dict[str, Any] = {}
+    if share is not None:
         stream = drawn or ((key, tensors[key]) for key in sorted(tensors))
-        resident = {key: keep(key, shards.take(key, tensor)) for key, tensor in stream}
+        resident = {key: keep(key, share.take(key, tensor)) for key, tensor in stream}
     elif drawn is not None:
-        resident, digest = materialise(drawn, keep)
+        resident, source["fingerprint"] = materialise(drawn, keep)
     else:
-        resident, digest = file.load_backbone(keep)
+        resident, source["fingerprint"] = file.load_backbone(keep)
     if dtype == torch.float16:
         overflowing = [key for key, tensor in resident.items() if not torch.isfinite(tensor).all()]
         if overflowing:
             raise WeightsError(f"{file.source}: {overflowing[0]} overflows in float16; use bfloat16 or float32.")
-    module: Network = network if shards is None else SplitSwinV2(network, tensor_group)
+    module: Network = network if share is None else share.split(network)
     network.load_state_dict(resident, assign=True)
-    quantised = quantise_linears(network) if fp8 else {}
-    network.choose_kernels(attention=attention, residual_norm=residual_norm, gelu=gelu, dtype=dtype, learns=learns)
-    return module, {
+    quantised = quantise_linears(network) if config.fp8 else {}
+    network.choose_kernels(config, dtype=dtype)
+    return module, source | {
         "weights": file.source,
         "mean": file.metadata.get("mean", IMAGENET_MEAN),
         "std": file.metadata.get("std", IMAGENET_STD),
-        **({"fingerprint": digest} if shards is None else {"shards": shards}),
         "choices": {
             "trained_window_size": file.windows.window_size,
             "names": file.rule,
@@ -122,6 +98,43 @@ def load_swin(
             **quantised,
         },
     }
+
+
+def read_swin(config: BackboneConfig, *, check_values: bool = True) -> tuple[WeightFile, BackboneConfig]:
+    """Read the file of a Swin's weights, as far as names, shapes and windows go.
+
+    Args:
+        config: Whose weights are no random ones.
+        check_values: As of read_weights.
+
+    Returns:
+        The file, and the config with what the file states where the config leaves it open: windows and extra norms.
+
+    Raises:
+        WeightsError: If it cannot be read, or contradicts the config.
+    """
+    file = read_weights(config.weights, check_values=check_values, **config.file_options)
+    is_v1 = config.name in SWIN_V1_SIZES
+    windows = choose_windows(
+        file.windows,
+        window_size=config.window_size,
+        pretrained_window_size=config.pretrained_window_size,
+        source=file.source,
+        position_tables=is_v1,
+    )
+    found: dict[str, Any] = vars(windows)
+    if config.extra_norm_interval is None and not is_v1:
+        found = found | {"extra_norm_interval": file.metadata.get("extra_norm_interval")}
+    return file, replace(config, **found)
+
+
+def empty_swin(config: BackboneConfig) -> SwinV1 | SwinV2:
+    """Build a Swin on the meta device, without memory for its weights."""
+    windows = {"window_size": config.window_size, "pretrained_window_size": config.pretrained_window_size}
+    with torch.device("meta"):
+        if config.name in SWIN_V1_SIZES:
+            return SwinV1(config.name, **windows)
+        return SwinV2(config.name, **windows, extra_norm_interval=config.extra_norm_interval)
 
 
 def resident_dtype(key: str, dtype: torch.dtype) -> torch.dtype:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from permafrost.model.kernels.window_attention.reference import SHIFT_PENALTY
 from permafrost.model.precision import full_precision
 from permafrost.model.spec import PATCH_SIZE, FeatureSpec, SwinSize, per_stage
 from permafrost.model.swin.drop_path import Generators, draw_kept, run_again_in_backward
+
+if TYPE_CHECKING:
+    from permafrost.model.config import BackboneConfig
 
 MLP_RATIO = 4
 # Of the continuous position bias and the logit scale (SwinV2), and the position tables (Swin V1): the official code decays
@@ -339,7 +342,7 @@ class Swin(nn.Module):
         *,
         window_size: tuple[int, ...],
         pretrained_window_size: tuple[int, ...],
-        drop_path_rate: float,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
         if not 0.0 <= drop_path_rate < 1.0:
@@ -368,17 +371,12 @@ class Swin(nn.Module):
             "gelu": str(self.gelu),
         }
 
-    def choose_kernels(
-        self, *, attention: str, residual_norm: str, gelu: str, dtype: torch.dtype, learns: bool
-    ) -> None:
+    def choose_kernels(self, config: BackboneConfig, *, dtype: torch.dtype) -> None:
         """Chooses what computes, for all blocks alike; see permafrost.model.kernels.selection.
 
         Args:
-            attention: "auto", "triton", "cuda", "sdpa" or "reference".
-            residual_norm: "auto", "triton", "torch" or "reference"; what a Swin V1 has no use for.
-            gelu: "auto", "epilogue" or "exact".
+            config: Which kernels are asked for, and whether the network learns.
             dtype: What the network computes in.
-            learns: Whether it is trained.
 
         Raises:
             KernelError: If a kernel that is asked for cannot run here.
@@ -392,9 +390,9 @@ class Swin(nn.Module):
             for (*_, window), one in kinds.items():
                 one.attempt(kernel, window, dtype)
 
-        common = {"dtype": dtype, "device": attentions[0][0].qkv.weight.device, "learns": learns}
+        common = {"dtype": dtype, "device": attentions[0][0].qkv.weight.device, "learns": not config.frozen}
         self.attention = choose_kernel(
-            attention,
+            config.attention,
             field="backbone.attention",
             op="window_attention",
             plain="sdpa",
@@ -411,7 +409,7 @@ class Swin(nn.Module):
                 one.attempt(dtype)
 
         self.gelu = choose_kernel(
-            gelu, field="backbone.gelu", op="linear_gelu", plain="exact", attempt=attempt_gelu, **common
+            config.gelu, field="backbone.gelu", op="linear_gelu", plain="exact", attempt=attempt_gelu, **common
         )
         for one in mlps:
             one.has_epilogue = self.gelu.kernel == "epilogue"
@@ -428,11 +426,12 @@ class Swin(nn.Module):
             if isinstance(module, ShiftedWindowAttention):
                 module.folded = {}
 
-    def set_training(self, *, drop_path_rate: float, checkpoint_activations: bool) -> None:
-        """How it is fine-tuned; see BackboneConfig."""
-        self.drop_path_rate = drop_path_rate
+    def set_training(self, config: BackboneConfig) -> dict[str, Any]:
+        """As of permafrost.model.backbone.Network."""
+        self.drop_path_rate = config.drop_path_rate
         for stage in self.layers:
-            stage.checkpoint_activations = checkpoint_activations
+            stage.checkpoint_activations = config.checkpoint_activations
+        return {"drop_path_rate": config.drop_path_rate, "checkpoint_activations": config.checkpoint_activations}
 
     @property
     def no_decay(self) -> tuple[str, ...]:

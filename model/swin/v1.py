@@ -142,7 +142,7 @@ class SwinV1(Swin):
             the window a stage uses one window as large as the map's shorter side, unshifted.
         pretrained_window_size: Window that the position tables belong to, for all stages or one per stage; they are
             resampled where it is not `window_size`. None: equal to `window_size`.
-        drop_path_rate: See Swin.
+        **options: As of Swin.
 
     Raises:
         BackboneError: If a value is out of range or the name is not in the table.
@@ -154,7 +154,7 @@ class SwinV1(Swin):
         *,
         window_size: int | Sequence[int] | None = None,
         pretrained_window_size: int | Sequence[int] | None = None,
-        drop_path_rate: float = 0.0,
+        **options: Any,
     ) -> None:
         if isinstance(size, str):
             if size not in SWIN_V1_SIZES:
@@ -170,9 +170,7 @@ class SwinV1(Swin):
             )
             for stage, (dim, depth) in enumerate(zip(size.channels, size.depths, strict=True))
         )
-        super().__init__(
-            size, stages, window_size=windows, pretrained_window_size=pretrained, drop_path_rate=drop_path_rate
-        )
+        super().__init__(size, stages, window_size=windows, pretrained_window_size=pretrained, **options)
         self.init_weights()
 
     def describe(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from permafrost.model.kernels.window_attention.reference import scale_to_length
 from permafrost.model.spec import SWINV2_SIZES, SwinV2Size
 from permafrost.model.swin.drop_path import Generators
 from permafrost.model.swin.parts import Mlp, ShiftedWindowAttention, Stage, Swin, join_neighbours, stage_windows
+
+if TYPE_CHECKING:
+    from permafrost.model.config import BackboneConfig
 
 MAX_LOGIT_SCALE = math.log(100.0)
 INITIAL_LOGIT_SCALE = math.log(10.0)
@@ -189,7 +192,7 @@ class SwinV2(Swin):
             stage. It belongs to the weights: the window each stage really had when they were trained. None: equal to
             `window_size`, which is right for training from scratch.
         extra_norm_interval: Overrides the table's.
-        drop_path_rate: See Swin.
+        **options: As of Swin.
 
     Raises:
         BackboneError: If a value is out of range or the name is not in the table.
@@ -202,7 +205,7 @@ class SwinV2(Swin):
         window_size: int | Sequence[int] | None = None,
         pretrained_window_size: int | Sequence[int] | None = None,
         extra_norm_interval: int | None = None,
-        drop_path_rate: float = 0.0,
+        **options: Any,
     ) -> None:
         if isinstance(size, str):
             if size not in SWINV2_SIZES:
@@ -224,9 +227,7 @@ class SwinV2(Swin):
             )
             for stage, channels in enumerate(size.channels)
         )
-        super().__init__(
-            size, stages, window_size=windows, pretrained_window_size=pretrained, drop_path_rate=drop_path_rate
-        )
+        super().__init__(size, stages, window_size=windows, pretrained_window_size=pretrained, **options)
         self.extra_norm_interval = interval
         self.residual_norm = Choice("torch", "the default")
         self.init_weights()
@@ -241,12 +242,9 @@ class SwinV2(Swin):
             "extra_norm_interval": self.extra_norm_interval,
         }
 
-    def choose_kernels(
-        self, *, attention: str, residual_norm: str, gelu: str, dtype: torch.dtype, learns: bool
-    ) -> None:
+    def choose_kernels(self, config: BackboneConfig, *, dtype: torch.dtype) -> None:
         """As of Swin, and what adds the normalised branches."""
-        common = {"dtype": dtype, "learns": learns}
-        super().choose_kernels(attention=attention, residual_norm=residual_norm, gelu=gelu, **common)
+        super().choose_kernels(config, dtype=dtype)
         blocks = [block for stage in self.layers for block in stage.blocks]
 
         def attempt(kernel: str) -> None:
@@ -254,13 +252,14 @@ class SwinV2(Swin):
                 one.attempt(kernel, dtype)
 
         self.residual_norm = choose_kernel(
-            residual_norm if residual_norm != "reference" or not learns else "torch",
+            "torch" if config.residual_norm == "reference" and not config.frozen else config.residual_norm,
             field="backbone.residual_norm",
             op="residual_norm",
             plain="torch",
             device=blocks[0].norm1.weight.device,
             attempt=attempt,
-            **common,
+            dtype=dtype,
+            learns=not config.frozen,
         )
         for block in blocks:
             block.kernel = None if self.residual_norm.kernel == "torch" else self.residual_norm.kernel

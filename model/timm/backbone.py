@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -21,6 +20,9 @@ from permafrost.model.swin.drop_path import DropPath, Generators, draw_kept
 from permafrost.model.swin.parts import NO_DECAY
 from permafrost.model.timm.weights import fill, find_weights, tables_can_be_rebuilt
 from permafrost.model.weights.tensor_map import fingerprint
+
+if TYPE_CHECKING:
+    from permafrost.model.config import BackboneConfig
 
 # Finer maps than this (the stem of a ResNet) are tapped only when a recipe asks for them.
 FINEST_DEFAULT_STRIDE = 4
@@ -88,8 +90,8 @@ class TimmNetwork(nn.Module):
     def fold(self) -> None:
         """Does nothing: timm computes what depends on the parameters alone in every forward."""
 
-    def set_training(self, *, drop_path_rate: float, checkpoint_activations: bool) -> None:
-        """How it is fine-tuned; see BackboneConfig.
+    def set_training(self, config: BackboneConfig) -> dict[str, Any]:
+        """As of permafrost.model.backbone.Network.
 
         timm's blocks have an identity where a branch may be dropped, or a module of timm's own that draws from the global
         generator (its Swins drop branches by default); both are replaced.
@@ -97,6 +99,7 @@ class TimmNetwork(nn.Module):
         Raises:
             BackboneError: If the model cannot do it.
         """
+        drop_path_rate, checkpoint_activations = config.drop_path_rate, config.checkpoint_activations
         if checkpoint_activations:
             if isinstance(self.model, Hiera) or not hasattr(self.model, "set_grad_checkpointing"):
                 raise BackboneError(
@@ -120,6 +123,7 @@ class TimmNetwork(nn.Module):
                 module = DropPath()
                 setattr(block, key, module)
                 self.drop_paths.append((module, rate))
+        return {"drop_path_rate": drop_path_rate, "checkpoint_activations": checkpoint_activations}
 
     @property
     def no_decay(self) -> tuple[str, ...]:
@@ -265,29 +269,19 @@ def build_model(name: str) -> nn.Module:
 
 
 def load_timm(
-    name: str,
-    *,
-    weights: str | os.PathLike[str],
-    taps: Sequence[int] | None,
-    prefix: str | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    weights_key: str | None = None,
+    config: BackboneConfig, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[TimmNetwork, dict[str, Any]]:
-    """A timm model with its weights; arguments as for `load_backbone`.
+    """Load a timm model with its weights.
 
     Returns:
         The network, and where it comes from: `weights`, `mean`, `std`, `fingerprint`, and `choices` for `describe`.
+
+    Raises:
+        BackboneError: As of TimmNetwork, or if the model does not run on images of any size.
+        WeightsError: If the weights cannot be had, or belong to another network.
     """
-    network = TimmNetwork(name, taps=taps)
-    file = find_weights(
-        network.name,
-        weights,
-        model=network.model,
-        build=lambda: build_model(network.name),
-        prefix=prefix,
-        weights_key=weights_key,
-    )
+    network = TimmNetwork(config.name, taps=config.taps)
+    file = find_weights(network.name, config, model=network.model, build=lambda: build_model(network.name))
     used = sorted(network.model.state_dict().keys() & file.tensors.keys())
     fill(network.model, file.tensors, dtype=dtype)
     if dtype == torch.float16:

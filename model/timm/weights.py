@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,9 @@ from torch import Tensor, nn
 from permafrost.model.errors import WeightsError
 from permafrost.model.weights.formats import listed, misfits
 from permafrost.model.weights.read import locate, read_file
+
+if TYPE_CHECKING:
+    from permafrost.model.config import BackboneConfig
 
 PRETRAINED = "pretrained"
 _INITIAL_LOGIT_SCALE = math.log(10.0)
@@ -42,37 +44,25 @@ class TimmWeights:
         return {name: tensor for name, tensor in chosen.items() if tensor.is_floating_point()}
 
 
-def find_weights(
-    name: str,
-    weights: str | os.PathLike[str],
-    *,
-    model: nn.Module,
-    build: Callable[[], nn.Module],
-    prefix: str | None,
-    weights_key: str | None = None,
-) -> TimmWeights:
-    """The weights that a recipe names, converted to timm's names and the model's shapes.
+def find_weights(name: str, config: BackboneConfig, *, model: nn.Module, build: Callable[[], nn.Module]) -> TimmWeights:
+    """Return the weights that a config names, converted to timm's names and the model's shapes.
 
     Args:
-        name: What the model is called, with its tag if it has one.
-        weights: "random", "random:SEED", "pretrained", or a file.
+        name: What the model is called in timm, with its tag if it has one.
+        config: Its `weights` are "random", "random:SEED", "pretrained", or a file.
         model: The model, as far as it is used.
         build: Makes the whole model on the meta device: what timm's conversions ask for shapes.
-        prefix: See `load_backbone`; only for a file.
-        weights_key: Likewise.
 
     Raises:
         WeightsError: If they cannot be had, or belong to another network.
     """
-    seed = re.fullmatch(r"random(?::(\d+))?", str(weights))
-    if seed:
-        number = int(seed[1] or 0)
-        return TimmWeights(f"random (seed {number})", random_tensors(model, seed=number))
-    if str(weights) == PRETRAINED:
+    if config.random_seed is not None:
+        return TimmWeights(f"random (seed {config.random_seed})", random_tensors(model, seed=config.random_seed))
+    if config.weights == PRETRAINED:
         source, tensors = _download(name)
     else:
-        path = locate(weights)
-        source, tensors = str(path), dict(read_file(path, weights_key)[0])
+        path, prefix = locate(config.weights), config.prefix
+        source, tensors = str(path), dict(read_file(path, config.weights_key)[0])
         if prefix:
             chosen = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
             if not chosen:

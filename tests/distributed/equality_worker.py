@@ -24,6 +24,7 @@ from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
 from permafrost.launcher.ranks.exit import run_and_leave
 from permafrost.launcher.ranks.process_group import join_process_group
 from permafrost.launcher.run.fine_tune import FineTuned, ImagesOn
+from permafrost.model import build_backbone
 from permafrost.model.config import BackboneConfig
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -89,7 +90,7 @@ def run(
     """Losses and gradient norm of every step."""
     fields = {} if frozen else {"drop_path_rate": 0.2, "learning_rate_factor": 0.1}
     config = BackboneConfig("swinv2_nano", "random", dtype="float64", frozen=frozen, **fields)
-    backbone = config.build(tensor_group=group.tensor_group(tensor))
+    backbone = build_backbone(config, tensor_group=group.tensor_group(tensor))
     torch.manual_seed(0)
     head = build_head(CONFIG, spec=backbone.spec, classes=list(CLASSES)).double()
     if not frozen:

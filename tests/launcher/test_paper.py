@@ -18,7 +18,7 @@ from permafrost.heads.build import build_head
 from permafrost.heads.necks.config import BiFPNConfig
 from permafrost.launcher.cli import main
 from permafrost.launcher.experiment import Experiment
-from permafrost.launcher.plan.backbone import windows_of
+from permafrost.launcher.plan.backbone import settle_windows
 from permafrost.launcher.plan.fine_tune import build_trained
 from permafrost.launcher.recipes.find import RecipeInfo, build_recipe, list_recipes
 
@@ -66,7 +66,7 @@ PUBLISHED = {
 
 def count_trainable(experiment: Experiment) -> int:
     """Parameters of the head, and of the backbone where it learns, built on the meta device."""
-    backbone = build_trained(experiment.backbone, windows_of(experiment.backbone)[0])
+    backbone = build_trained(settle_windows(experiment.backbone)[0])
     classes = [str(number) for number in range(NUM_CLASSES[type(experiment.data).__name__])]
     with torch.device("meta"):
         (config,) = experiment.heads.values()

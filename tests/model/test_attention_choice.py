@@ -14,7 +14,6 @@ from permafrost.model import BackboneConfig, BackboneError, load_backbone
 from permafrost.model.errors import KernelError
 from permafrost.model.kernels import selection
 from permafrost.model.kernels.verified import VERIFIED, Verified
-from permafrost.model.trainable import load_trainable
 
 RECIPE = f"{Path(__file__).parents[1] / 'launcher' / 'tiny_recipe.py'}:tiny"
 # Shifted and padded in the first stages, a window of the map's shorter side in the last.
@@ -93,11 +92,11 @@ def test_values_that_mean_nothing_are_refused() -> None:
 @pytest.mark.parametrize(("name", "window"), [("swinv2_nano", 5), ("swin_tiny", 3)])
 def test_a_network_that_learns_takes_what_has_gradients(name: str, window: int, relative_error) -> None:
     own = {"weights": "random", "window_size": window}
-    plain = load_trainable(name, attention="triton", **own)
+    plain = load_backbone(name, frozen=False, attention="triton", **own)
     assert plain.describe()["attention"] == (
         "sdpa (a gradient is wanted, which the triton kernel asked for does not have)"
     )
-    reference = load_trainable(name, attention="reference", **own)
+    reference = load_backbone(name, frozen=False, attention="reference", **own)
     assert reference.describe()["attention"] == "reference (as asked for)"
     batch = images(1, 43, 61)
     gradients = []
@@ -108,7 +107,7 @@ def test_a_network_that_learns_takes_what_has_gradients(name: str, window: int, 
         gradients.append({key: parameter.grad for key, parameter in one.named_parameters()})
     for key, found in gradients[1].items():
         assert relative_error(found, gradients[0][key]) < 1e-3, key
-    assert load_trainable(name, **own).describe()["attention"].startswith("sdpa (a gradient is wanted")
+    assert load_backbone(name, frozen=False, **own).describe()["attention"].startswith("sdpa (a gradient is wanted")
 
 
 class TestAutoOnAGpu:

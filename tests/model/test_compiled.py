@@ -18,6 +18,7 @@ from permafrost.model.swin.weights import draw_weights
 # The maps of the first are no larger than a window; of the second they have shifted windows, and padding.
 SIZES = ((1, 8, 8), pytest.param((1, 36, 40), marks=pytest.mark.slow))
 SIZE = SIZES[0]
+CONFIG = BackboneConfig("swinv2_nano", "random")
 
 
 def images(batch: int, height: int, width: int) -> torch.Tensor:
@@ -29,7 +30,7 @@ def build(dtype: torch.dtype = torch.float32) -> FrozenBackbone:
     """Smaller than any of the table, as compiling takes seconds a block; the weights are the same each time."""
     network = SwinV2(SwinV2Size(32, (2, 1, 1, 1), (1, 2, 2, 4)), window_size=4)
     network.load_state_dict(dict(draw_weights(network, seed=0)))
-    return FrozenBackbone(network.to(dtype), mean=(0.5,) * 3, std=(0.25,) * 3, fingerprint="", choices={})
+    return FrozenBackbone(network.to(dtype), CONFIG, mean=(0.5,) * 3, std=(0.25,) * 3, fingerprint="", choices={})
 
 
 @pytest.fixture(scope="module")

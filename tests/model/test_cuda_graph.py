@@ -10,7 +10,7 @@ import torch
 from permafrost.launcher.cli import main
 from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.experiment import MeshConfig
-from permafrost.model import BackboneConfig, BackboneError, load_backbone
+from permafrost.model import BackboneConfig, BackboneError, build_backbone, load_backbone
 from permafrost.model.cuda_graph import CapturedNetwork
 
 RECIPE = f"{Path(__file__).parents[1] / 'launcher' / 'tiny_recipe.py'}:tiny"
@@ -19,7 +19,7 @@ TOLD = r"backbone\.cuda_graph is True, but the backbone is on cpu: only GPUs hav
 
 def test_without_a_gpu_it_is_an_error(tmp_path: Path, capsys) -> None:
     with pytest.raises(BackboneError, match=TOLD):
-        BackboneConfig("swinv2_nano", "random", cuda_graph=True).build("cpu")
+        build_backbone(BackboneConfig("swinv2_nano", "random", cuda_graph=True), "cpu")
     backbone = load_backbone("swinv2_nano", weights="random")
     with pytest.raises(BackboneError, match=TOLD):
         backbone.capture_forward()

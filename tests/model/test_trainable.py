@@ -7,11 +7,11 @@ import timm
 import torch
 
 from permafrost.data.types import SampleKey
-from permafrost.model import load_backbone
+from permafrost.model import build_backbone, load_backbone
 from permafrost.model.config import BackboneConfig
 from permafrost.model.errors import BackboneError
 from permafrost.model.swin.drop_path import draw_kept
-from permafrost.model.trainable import TrainableBackbone, load_trainable
+from permafrost.model.trainable import TrainableBackbone
 
 NAMES = ("swinv2_nano", "swin_tiny", "timm/vit_tiny_patch16_224", "timm/convnextv2_atto", "timm/swin_s3_tiny_224")
 DROPPING = ("swinv2_nano", "timm/vit_tiny_patch16_224")
@@ -31,7 +31,7 @@ KEYS = [SampleKey(0, 1, index) for index in range(4)]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gradient_reaches_every_parameter(name: str, images: torch.Tensor) -> None:
-    backbone = load_trainable(name, weights="random").train()
+    backbone = load_backbone(name, frozen=False, weights="random").train()
     assert all(parameter.dtype == torch.float32 for parameter in backbone.parameters())
     torch.stack([one.square().mean() for one in backbone(images)]).sum().backward()
     without = [key for key, parameter in backbone.named_parameters() if parameter.grad is None]
@@ -43,7 +43,7 @@ def test_a_gradient_reaches_every_parameter(name: str, images: torch.Tensor) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_evaluation_it_is_the_frozen_network(name: str, images: torch.Tensor, relative_error) -> None:
-    trainable = load_trainable(name, weights="random", drop_path_rate=0.3).eval()
+    trainable = load_backbone(name, frozen=False, weights="random", drop_path_rate=0.3).eval()
     frozen = load_backbone(name, weights="random")
     assert trainable.fingerprint == frozen.fingerprint
     assert trainable.spec == frozen.spec
@@ -55,7 +55,7 @@ def test_in_evaluation_it_is_the_frozen_network(name: str, images: torch.Tensor,
 
 
 def test_the_frames_of_a_clip_are_images_that_share_its_drop_path(images: torch.Tensor) -> None:
-    backbone = load_trainable("swinv2_nano", weights="random", drop_path_rate=0.5).train()
+    backbone = load_backbone("swinv2_nano", frozen=False, weights="random", drop_path_rate=0.5).train()
     clips = images[:1].expand(2, 3, -1, -1, -1)
     for one, two in zip(
         backbone(clips, generators(KEYS[:2])), backbone(images[:1].expand(2, -1, -1, -1), generators(KEYS[:2]))
@@ -71,7 +71,7 @@ def test_the_frames_of_a_clip_are_images_that_share_its_drop_path(images: torch.
 
 def test_an_inflated_embedding_learns_each_frame_by_itself() -> None:
     config = BackboneConfig(name="swinv2_nano", weights="random", frozen=False, patch_frames=2)
-    backbone = config.build().train()
+    backbone = build_backbone(config).train()
     clips = torch.randint(0, 256, (1, 2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     backbone(clips, generators(KEYS[:1]))[-1].square().sum().backward()
     gradient = backbone.network.patch_embed.proj.weight.grad
@@ -84,7 +84,7 @@ def test_an_inflated_embedding_learns_each_frame_by_itself() -> None:
 
 
 def test_constants_follow_the_parameters(images: torch.Tensor) -> None:
-    backbone = load_trainable("swinv2_nano", weights="random").eval()
+    backbone = load_backbone("swinv2_nano", frozen=False, weights="random").eval()
     assert "folded" not in backbone.describe()["attention"]
     with torch.no_grad():
         before = backbone(images)[0]
@@ -94,7 +94,7 @@ def test_constants_follow_the_parameters(images: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_drop_path_is_a_function_of_the_sample(name: str, images: torch.Tensor, relative_error) -> None:
-    backbone = load_trainable(name, weights="random", drop_path_rate=0.5).train()
+    backbone = load_backbone(name, frozen=False, weights="random", drop_path_rate=0.5).train()
     with torch.no_grad():
         whole = backbone(images, generators(KEYS))[-1]
         again = backbone(images, generators(KEYS))[-1]
@@ -110,7 +110,7 @@ def test_drop_path_is_a_function_of_the_sample(name: str, images: torch.Tensor, 
 def test_no_global_generator_is_asked(images: torch.Tensor) -> None:
     # timm's own Swins drop branches unless told otherwise.
     for name, rate in (("timm/swin_s3_tiny_224", 0.0), ("swinv2_nano", 0.4), ("timm/vit_tiny_patch16_224", 0.4)):
-        backbone = load_trainable(name, weights="random", drop_path_rate=rate).train()
+        backbone = load_backbone(name, frozen=False, weights="random", drop_path_rate=rate).train()
         assert not any(isinstance(module, timm.layers.DropPath) for module in backbone.modules())
         before = torch.get_rng_state()
         backbone(images, generators(KEYS))
@@ -134,7 +134,9 @@ def test_frames_of_a_clip_share_their_draw() -> None:
 def test_recomputed_activations_give_the_same_gradients(name: str, images: torch.Tensor) -> None:
     gradients, saved = {}, {}
     for again in (False, True):
-        backbone = load_trainable(name, weights="random", drop_path_rate=0.3, checkpoint_activations=again).train()
+        backbone = load_backbone(
+            name, frozen=False, weights="random", drop_path_rate=0.3, checkpoint_activations=again
+        ).train()
         sizes: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -152,7 +154,7 @@ def test_recomputed_activations_give_the_same_gradients(name: str, images: torch
 
 
 def test_batch_norms_and_dropout_stay_as_in_evaluation(images: torch.Tensor) -> None:
-    backbone = load_trainable("timm/resnet10t", weights="random").train()
+    backbone = load_backbone("timm/resnet10t", frozen=False, weights="random").train()
     before = {key: value.clone() for key, value in backbone.named_buffers()}
     backbone(images)
     assert all(torch.equal(value, before[key]) for key, value in backbone.named_buffers())
@@ -184,7 +186,7 @@ def test_what_makes_no_sense_is_refused(fields: dict, message: str) -> None:
 )
 def test_what_a_timm_model_cannot_do_is_refused(name: str, options: dict, message: str) -> None:
     with pytest.raises(BackboneError, match=message):
-        load_trainable(name, weights="random", **options)
+        load_backbone(name, frozen=False, weights="random", **options)
 
 
 def test_a_parameter_that_no_gradient_reaches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,12 +195,12 @@ def test_a_parameter_that_no_gradient_reaches_is_refused(monkeypatch: pytest.Mon
     forward = SwinV2.forward
     monkeypatch.setattr(SwinV2, "forward", lambda self, images, **given: forward(self, images, **given)[:2])
     with pytest.raises(BackboneError, match=r"do not depend on layers\.1\.downsample\.reduction\.weight.* and others"):
-        load_trainable("swinv2_nano", weights="random")
+        load_backbone("swinv2_nano", frozen=False, weights="random")
 
 
 def test_the_recipe_decides_which_is_built() -> None:
     config = BackboneConfig("swinv2_nano", "random", frozen=False, dtype="float64", drop_path_rate=0.1)
-    backbone = config.build()
+    backbone = build_backbone(config)
     assert isinstance(backbone, TrainableBackbone)
     assert {tensor.dtype for tensor in (*backbone.parameters(), *backbone.buffers())} == {torch.float64}
     assert backbone.describe()["drop_path_rate"] == 0.1

@@ -11,9 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from permafrost.launcher.cli import main
-from permafrost.launcher.plan.backbone import degrees_of, plan_backbone, spec_of, windows_of
+from permafrost.launcher.plan.backbone import degrees_of, plan_backbone, settle_windows, spec_of
 from permafrost.launcher.plan.planner import Machines, Planner
 from permafrost.launcher.recipes.overrides import parse_experiment
+from permafrost.model import build_backbone
 from permafrost.model.config import BackboneConfig
 
 RECIPE = f"{Path(__file__).parents[1] / 'tiny_recipe.py'}:tiny"
@@ -41,10 +42,10 @@ def peak_of(events) -> int:
 )
 def test_a_real_forward_holds_and_computes_what_was_planned(name: str) -> None:
     config = BackboneConfig(name, "random")
-    options, notes = windows_of(config)
+    settled, notes = settle_windows(config)
     assert not notes
-    found = plan_backbone(config, options=options, dtype=torch.float32, tensor=1, images=(2, 3, 96, 128))
-    backbone = config.build()
+    found = plan_backbone(settled, dtype=torch.float32, tensor=1, images=(2, 3, 96, 128))
+    backbone = build_backbone(config)
     assert found.num_parameters == backbone.num_parameters
     assert spec_of(config) == backbone.spec
     assert degrees_of(config) == [1]

@@ -23,16 +23,13 @@ SIDE, BATCH = 256, 2
 
 def trained(*, precision: str = "bfloat16", device_type: str = "cuda", again: bool = False):
     config = BackboneConfig("swinv2_tiny", "random", frozen=False, checkpoint_activations=again)
-    return plan_trained(
-        config, options={}, batch=BATCH, size=(SIDE, SIDE), precision=precision, device_type=device_type
-    )
+    return plan_trained(config, batch=BATCH, size=(SIDE, SIDE), precision=precision, device_type=device_type)
 
 
 def test_a_backward_costs_twice_a_forward_and_recomputing_costs_another() -> None:
     found, again = trained(), trained(again=True)
     frozen = plan_backbone(
         BackboneConfig("swinv2_tiny", "random"),
-        options={},
         dtype=torch.bfloat16,
         tensor=1,
         images=(BATCH, 3, SIDE, SIDE),

@@ -23,7 +23,7 @@ from permafrost.heads.necks.config import FPNConfig
 from permafrost.launcher.cli import main
 from permafrost.launcher.plan import head as plan_head_module
 from permafrost.launcher.plan.advice import recommend, remedies
-from permafrost.launcher.plan.backbone import plan_backbone, windows_of
+from permafrost.launcher.plan.backbone import plan_backbone, settle_windows
 from permafrost.launcher.plan.batches import PlannedData
 from permafrost.launcher.plan.engines import EnginePlan
 from permafrost.launcher.plan.head import HeadRun, plan_head
@@ -47,9 +47,9 @@ HEAD = MaskRCNNConfig(
 
 def plan(name: str, *, tensor: int = 1, size: int = 1024, window: int = 16, batch: int = 1, dtype=torch.bfloat16):
     config = BackboneConfig(name, "random", window_size=window)
-    options, notes = windows_of(config)
+    config, notes = settle_windows(config)
     assert not notes
-    return plan_backbone(config, options=options, dtype=dtype, tensor=tensor, images=(batch, 3, size, size))
+    return plan_backbone(config, dtype=dtype, tensor=tensor, images=(batch, 3, size, size))
 
 
 # GMAC of a forward, GiB of bfloat16 weights and MiB of feature maps, calculated by hand from the published sizes.

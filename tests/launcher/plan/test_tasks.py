@@ -25,7 +25,7 @@ from permafrost.heads.segmentation.config import (
 )
 from permafrost.heads.video.config import GlobalVideoConfig, LinearVideoConfig, TemporalVideoConfig
 from permafrost.launcher.cli import main
-from permafrost.launcher.plan.backbone import plan_backbone, windows_of
+from permafrost.launcher.plan.backbone import plan_backbone, settle_windows
 from permafrost.launcher.plan.batches import PlannedData
 from permafrost.launcher.plan.fine_tune import plan_trained
 from permafrost.launcher.plan.head import HeadRun, plan_head
@@ -100,8 +100,8 @@ def test_more_clips_are_extrapolated_from_fewer(monkeypatch: pytest.MonkeyPatch)
 
 def backbone_of(images: tuple[int, ...], tensor: int = 1, **fields):
     config = BackboneConfig("swinv2_nano", "random", **fields)
-    options, _ = windows_of(config)
-    return plan_backbone(config, options=options, dtype=torch.float32, tensor=tensor, images=images)
+    config, _ = settle_windows(config)
+    return plan_backbone(config, dtype=torch.float32, tensor=tensor, images=images)
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -126,7 +126,7 @@ def test_frames_that_are_embedded_together_give_half_as_many_maps() -> None:
 
 def test_a_trained_network_takes_clips() -> None:
     config = BackboneConfig("swinv2_nano", "random", frozen=False, patch_frames=2)
-    found = plan_trained(config, options={}, batch=4, size=(64, 64), precision="float32", device_type="cpu")
+    found = plan_trained(config, batch=4, size=(64, 64), precision="float32", device_type="cpu")
     assert found.flops == pytest.approx(3 * backbone_of((4, 2, 3, 64, 64), patch_frames=2).flops, rel=0.05)
 
 

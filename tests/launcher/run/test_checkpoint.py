@@ -32,6 +32,7 @@ from permafrost.launcher.run.checkpoint import (
 )
 from permafrost.launcher.run.folder import RunFolder
 from permafrost.launcher.train import train
+from permafrost.model import build_backbone
 
 
 def make_model() -> nn.Module:
@@ -114,7 +115,9 @@ def test_only_the_head_is_in_it_and_little_else(tiny: Callable[..., Experiment])
         "detection/optimizer.safetensors",
         "state.json",
     ]
-    head = build_head(experiment.heads["detection"].model, spec=experiment.backbone.build().spec, classes=["x"] * 8)
+    head = build_head(
+        experiment.heads["detection"].model, spec=build_backbone(experiment.backbone).spec, classes=["x"] * 8
+    )
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     weights = safetensors.torch.load_file(folder / "detection/head.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == expected

@@ -31,6 +31,7 @@ from permafrost.launcher.run.fine_tune import FineTuned
 from permafrost.launcher.run.parts import build_heads, join_heads
 from permafrost.launcher.run.restore import load_trained
 from permafrost.launcher.train import train
+from permafrost.model import build_backbone
 from permafrost.model.config import BackboneConfig
 from permafrost.model.spec import SWINV2_SIZES
 
@@ -82,7 +83,7 @@ def test_it_takes_the_steps_of_a_plain_loop_around_timms_network(tiny: Callable[
     experiment = tiny(backbone=config)
     batch = make_batch(experiment, 2, side)
     classes = [str(number) for number in range(8)]
-    backbone = config.build()
+    backbone = build_backbone(config)
     _, heads = join_heads(experiment, backbone, classes)
     model = heads["detection"].double()
     assert isinstance(model, FineTuned)
@@ -167,7 +168,7 @@ def test_a_run_that_was_killed_resumes_bitwise(
     assert found.keys() == expected.keys()
     assert not [name for name in expected if not torch.equal(found[name], expected[name])]
     # Everything is in there: of backbone and head, the weights and both moments.
-    built = TRAINED.build()
+    built = build_backbone(TRAINED)
     names = [f"backbone.{name}" for name, _ in built.named_parameters()]
     for prefix in ("head/", "optimizer/exp_avg.", "optimizer/exp_avg_sq."):
         assert all(f"{prefix}{name}" in expected for name in names)
@@ -223,7 +224,7 @@ def test_other_weights_to_start_from_are_refused(run: Path) -> None:
 
 def test_groups_follow_the_published_rules(tiny: Callable[..., Experiment]) -> None:
     experiment = tiny(backbone=TRAINED)
-    _, heads = join_heads(experiment, TRAINED.build(), ["a", "b"])
+    _, heads = join_heads(experiment, build_backbone(TRAINED), ["a", "b"])
     groups = parameter_groups(heads["detection"], OptimizerConfig())
     assert sorted((group.learning_rate_factor, group.decayed) for group in groups) == [
         (0.1, False),

@@ -20,6 +20,7 @@ from permafrost.launcher.run.checkpoint import load_head
 from permafrost.launcher.run.first_weights import class_tensors, read_source, take_over
 from permafrost.launcher.run.parts import build_heads
 from permafrost.launcher.train import train
+from permafrost.model import build_backbone
 from permafrost.model.config import BackboneConfig
 
 CLASS_TENSORS = {
@@ -113,7 +114,7 @@ def test_other_classes_and_another_neck_begin_anew_and_are_listed(tiny, make_hea
 def test_as_many_but_other_classes_are_not_taken(tiny, make_head, source):
     experiment, _ = source
     config = make_head()
-    spec = BackboneConfig(name="swinv2_nano", weights="random").build().spec
+    spec = build_backbone(BackboneConfig(name="swinv2_nano", weights="random")).spec
     classes = [f"other {i}" for i in range(8)]
     of_classes = class_tensors(config, spec, classes)
     assert of_classes == CLASS_TENSORS

@@ -21,6 +21,7 @@ from functorch.compile import make_boxed_func
 from norm_cases import NormCase
 from torch._functorch.aot_autograd import aot_module_simplified
 
+from permafrost.model import BackboneConfig
 from permafrost.model.kernels import residual_norm as norm_ops, window_attention as window_ops
 from permafrost.model.kernels.residual_norm import residual_norm
 from permafrost.model.kernels.window_attention import window_attention
@@ -109,13 +110,8 @@ def network(version: int) -> dict[str, Any]:
     x = torch.randn(1, 3, 33, 42, generator=torch.Generator().manual_seed(0))
     expected = swin(x)
     swin.fold()
-    swin.choose_kernels(
-        attention="triton",
-        residual_norm="triton" if version == 2 else "auto",
-        gelu="auto",
-        dtype=torch.float32,
-        learns=False,
-    )
+    name, kernels = (("swin_tiny", {}), ("swinv2_nano", {"residual_norm": "triton"}))[version - 1]
+    swin.choose_kernels(BackboneConfig(name, "random", attention="triton", **kernels), dtype=torch.float32)
     errors = [relative_error(*pair) for pair in zip(swin(x), expected, strict=True)]
     return {"errors": errors, **{key: swin.describe().get(key) for key in ("attention", "residual_norm")}}
 

@@ -10,7 +10,6 @@ from permafrost.model import BackboneConfig, BackboneError, load_backbone
 from permafrost.model.errors import KernelError
 from permafrost.model.kernels.linear_gelu import linear_gelu, linear_gelu_reference
 from permafrost.model.swin.parts import Mlp
-from permafrost.model.trainable import load_trainable
 
 
 def images() -> torch.Tensor:
@@ -51,7 +50,7 @@ def test_what_is_chosen_is_said_and_what_cannot_run_is_an_error() -> None:
     assert plain.describe()["gelu"] == "exact (kernels are for GPUs, the network is on cpu)"
     with pytest.raises(KernelError, match=r"backbone\.gelu is 'epilogue', which does not run here: it runs on a GPU"):
         load_backbone("swin_tiny", weights="random", gelu="epilogue")
-    learning = load_trainable("swinv2_nano", weights="random", gelu="epilogue")
+    learning = load_backbone("swinv2_nano", frozen=False, weights="random", gelu="epilogue")
     assert learning.describe()["gelu"].startswith("exact (a gradient is wanted")
     with pytest.raises(BackboneError, match=r"backbone\.gelu is 'tanh': give one of auto, epilogue, exact"):
         BackboneConfig("swinv2_nano", "random", gelu="tanh")

@@ -15,7 +15,6 @@ from torch import nn
 from permafrost.model import BackboneConfig, BackboneError, load_backbone
 from permafrost.model.errors import KernelError
 from permafrost.model.kernels.residual_norm import residual_norm
-from permafrost.model.trainable import load_trainable
 
 CASES = {
     "tokens that fill no program": NormCase((2, 3, 7, 96)),
@@ -83,7 +82,7 @@ def test_what_is_chosen_is_said_and_what_cannot_run_is_an_error() -> None:
     told = r"backbone\.residual_norm is 'triton', which does not run here: it runs on a GPU.* to 'torch' or 'auto'"
     with pytest.raises(KernelError, match=told):
         load_backbone("swinv2_nano", weights="random", residual_norm="triton")
-    learning = load_trainable("swinv2_nano", weights="random", residual_norm="triton")
+    learning = load_backbone("swinv2_nano", frozen=False, weights="random", residual_norm="triton")
     assert learning.describe()["residual_norm"].startswith("torch (a gradient is wanted")
     with pytest.raises(BackboneError, match=r"residual_norm is 'torch', but swin_tiny is a Swin V1"):
         BackboneConfig("swin_tiny", "random", residual_norm="torch")

@@ -137,6 +137,10 @@ def test_loading_refuses_before_it_reads() -> None:
         load_backbone("swinv2_nano", weights="no_such_file", tensor_group=group_of(0, 8))
     with pytest.raises(BackboneError, match="is a object; expected the TensorGroup that join_tensor_group"):
         load_backbone("swinv2_nano", weights="random", tensor_group=object())
+    with pytest.raises(BackboneError, match=r"backbone\.compile is True: .* not compiled.*mesh\.tensor to 1"):
+        load_backbone("swinv2_nano", weights="no_such_file", compile=True, tensor_group=group_of(0, 2))
+    with pytest.raises(BackboneError, match="trained is not split over a tensor group"):
+        load_backbone("swinv2_nano", weights="no_such_file", frozen=False, tensor_group=group_of(0, 2))
     with pytest.raises(BackboneError, match=r"needs torch\.distributed to be initialised"):
         join_tensor_group(2)
 

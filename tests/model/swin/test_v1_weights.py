@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from permafrost.model import BackboneConfig, BackboneError, SwinV1, WeightsError, load_backbone, save_weights
+from permafrost.model import (
+    BackboneConfig,
+    BackboneError,
+    SwinV1,
+    WeightsError,
+    build_backbone,
+    load_backbone,
+    save_weights,
+)
 from permafrost.model.weights.read import read_weights
 
 DEPTHS = (2, 2, 6, 2)
@@ -309,7 +317,7 @@ def test_extra_norms_are_not_for_swin_v1() -> None:
 
 def test_config_builds_what_it_says() -> None:
     config = BackboneConfig("swin_tiny", "random", window_size=12, pretrained_window_size=7, dtype="bfloat16")
-    network = config.build("cpu").network
+    network = build_backbone(config, "cpu").network
     assert isinstance(network, SwinV1)
     assert network.window_size == (12,) * 4
     assert network.pretrained_window_size == (7,) * 4

@@ -272,7 +272,7 @@ def test_known_public_name_is_downloaded_and_loaded(server, cache, monkeypatch, 
         assert backbone.fingerprint == expected.fingerprint
         assert backbone.describe()["weights"] == str(cache / "weights.pth")
     assert len(server.requests) == 1
-    with pytest.raises(WeightsError, match="does not fit swinv2_tiny"):
+    with pytest.raises(BackboneError, match=r"weights of swinv2_nano, but backbone\.name is 'swinv2_tiny'"):
         load_backbone("swinv2_tiny", weights="weights")
 
 
