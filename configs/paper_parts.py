@@ -7,7 +7,6 @@ makes them functions of the module that holds the rows, found and listed as thos
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +32,7 @@ SUP_1K = Network(
     "swinv2_base",
     "swinv2_base_1k_window7_224.pth",
     window=7,
-    source="not released; the paper's has 224-pixel images and window 7. The nearest release is "
+    source="not released; the paper's has 224-pixel images and window 7. The nearest release is\n"
     "swinv2_base_patch4_window8_256.pth with --backbone.window-size 8",
 )
 ESVIT_1K = Network(
@@ -155,11 +154,7 @@ def _docstring(name: str, table: str, row: Row, protocol: Protocol, of: str, ful
     learning, values = ("fine-tuned", row.fine_tuned) if full else ("frozen", row.frozen)
     figures = " and ".join(f"{value} {metric}" for value, metric in zip(values, protocol.metrics, strict=True))
     title = f"{table} and {row.also}" if row.also else table
-    notes = textwrap.fill(
-        f"Weights: {row.network.weights}, {row.network.source}. {row.remark}", 120, break_on_hyphens=False
-    )
-    return (
-        f"{title}, {row.what}: {learning}{of}, {figures}.\n\n"
-        f"    {protocol.command.replace('NAME', name)}\n\n"
-        f"{notes}\n{protocol.remark}".rstrip()
-    )
+    summary = f"{title}, {row.what}: {learning}{of}, {figures}."
+    command = f"    {protocol.command.replace('NAME', name)}"
+    notes = filter(None, (f"Weights: {row.network.weights}, {row.network.source}.", row.remark, protocol.remark))
+    return "\n\n".join((summary, command, "\n".join(notes)))

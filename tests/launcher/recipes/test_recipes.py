@@ -134,7 +134,7 @@ def test_own_file_with_a_table(tmp_path: Path) -> None:
     found = find_recipe(f"{file}:cascade_full")
     assert found.__doc__ == (
         "My table, three stages: fine-tuned, 43.0 box AP and 38.5 mask AP.\n\n    permafrost train table.py:cascade_full\n\n"
-        "Weights: swinv2_tiny_patch4_window8_256.pth, of the Swin Transformer release. Slow."
+        "Weights: swinv2_tiny_patch4_window8_256.pth, of the Swin Transformer release.\nSlow."
     )
     experiment, frozen = build_recipe(f"{file}:cascade_full"), build_recipe(f"{file}:cascade")
     assert (experiment.name, experiment.backbone.frozen, frozen.backbone.frozen) == ("mine_cascade_full", False, True)
