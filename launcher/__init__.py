@@ -8,10 +8,15 @@ from permafrost._lazy import attach
 
 if TYPE_CHECKING:
     from permafrost.launcher.errors import (
+        USER_ERRORS as USER_ERRORS,
         CheckpointError as CheckpointError,
+        Interrupted as Interrupted,
         LaunchError as LaunchError,
+        OutOfDeviceMemory as OutOfDeviceMemory,
+        RankLost as RankLost,
         RecipeError as RecipeError,
         RunFolderError as RunFolderError,
+        TrainingStopped as TrainingStopped,
     )
     from permafrost.launcher.experiment import (
         EngineConfig as EngineConfig,

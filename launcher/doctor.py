@@ -216,23 +216,16 @@ def check_writable(name: str, folder: Path, purpose: str, remedy: str) -> Check:
 
 
 def check_compilers() -> list[Check]:
-    """g++ and ninja, with which DeepSpeed and torch.compile build what they do not bring."""
+    """Look for g++ and ninja, with which DeepSpeed and torch.compile build what they do not bring."""
     ops = "DeepSpeed's compiled ops, such as its optimizer on the CPU"
-    gxx, ninja = shutil.which("g++"), shutil.which("ninja")
-    checks = [Check("g++", "ok", gxx)] if gxx else []
-    if not gxx:
-        checks.append(
-            Check("g++", "absent", "not found", f"needed for torch.compile on a CPU, and {ops}; apt install g++")
-        )
-    if ninja:
-        return [*checks, Check("ninja", "ok", ninja)]
+    checks = [
+        check_program("g++", f"needed for torch.compile on a CPU, and {ops}; apt install g++"),
+        check_program("ninja", f"needed for {ops}; pip install ninja"),
+    ]
     beside = Path(sys.executable).with_name("ninja")
-    if beside.is_file():
-        return [
-            *checks,
-            Check("ninja", "absent", f"{beside}, not on PATH", f"needed for {ops}; activate the environment"),
-        ]
-    return [*checks, Check("ninja", "absent", "not found", f"needed for {ops}; pip install ninja")]
+    if checks[1].status != "ok" and beside.is_file():
+        checks[1] = Check("ninja", "absent", f"{beside}, not on PATH", f"needed for {ops}; activate the environment")
+    return checks
 
 
 def check_backends(probed: dict[str, Any]) -> list[Check]:
@@ -248,15 +241,17 @@ def check_backends(probed: dict[str, Any]) -> list[Check]:
 
 
 def check_remote_shells() -> list[Check]:
-    """ssh and pdsh, with which the deepspeed launcher starts other nodes."""
-    ssh, pdsh = shutil.which("ssh"), shutil.which("pdsh")
-    needed = "needed for `permafrost launch --hostfile` and `deepspeed --hostfile`"
+    """Look for ssh and pdsh, with which the deepspeed launcher starts other nodes."""
+    needed = "needed for `permafrost launch --hostfile` and `deepspeed --hostfile`; apt install"
     return [
-        Check("ssh", "ok", ssh)
-        if ssh
-        else Check("ssh", "absent", "not found", f"{needed}; apt install openssh-client"),
-        Check("pdsh", "ok", pdsh) if pdsh else Check("pdsh", "absent", "not found", f"{needed}; apt install pdsh"),
+        check_program(name, f"{needed} {package}") for name, package in (("ssh", "openssh-client"), ("pdsh", "pdsh"))
     ]
+
+
+def check_program(name: str, remedy: str) -> Check:
+    """Look for a program on PATH."""
+    path = shutil.which(name)
+    return Check(name, "ok", path) if path else Check(name, "absent", "not found", remedy)
 
 
 def lower_bounds() -> dict[str, str]:

@@ -12,7 +12,6 @@ import copy
 import json
 import math
 import re
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -50,7 +49,7 @@ def run(
     *,
     resume: Literal["auto", "must", "never"] = "auto",
     device: str = "auto",
-    command: str | None = None,
+    command: str = "permafrost pretrain",
 ) -> dict[str, float]:
     """Train, evaluate, and write the weights.
 
@@ -58,7 +57,7 @@ def run(
         experiment: The recipe.
         resume: "auto" continues what the run folder holds, "must" needs something there, "never" refuses it.
         device: "auto", "cpu" or "cuda".
-        command: What to record as the command; None rebuilds it from this process's arguments.
+        command: What to record as the command.
 
     Returns:
         The last evaluation: "val/accuracy" and "val/loss" of the shipped weights, and the like for both candidates.
@@ -69,7 +68,6 @@ def run(
         TrainingStopped: The loss is not finite.
     """
     folder = Path(experiment.run_folder)
-    command = command or _command()
     checkpoint = _open_run_folder(folder, experiment, resume, command)
     if experiment.num_threads:
         torch.set_num_threads(experiment.num_threads)
@@ -307,14 +305,6 @@ def _restore(
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read ({error}): delete it to start anew") from error
     return state["step"]
-
-
-def _command() -> str:
-    """This process's command line, as a user would type it."""
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["pretrain"]:
-        arguments = arguments[1:]
-    return " ".join(["permafrost", "pretrain", *arguments])
 
 
 def _autocast(experiment: PretrainExperiment, device: torch.device):

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from permafrost.configs.pretrain import nano_glyphs, nano_glyphs_debug
 from permafrost.data.worlds import glyphs
+from permafrost.launcher.cli import main
 from permafrost.launcher.errors import CheckpointError, RecipeError, RunFolderError, TrainingStopped
 from permafrost.launcher.pretraining import model as pretrain_model, trainer as pretrain
 from permafrost.launcher.pretraining.batches import augment, difficulty_limit, generator, train_batches
@@ -336,7 +337,7 @@ class TestRun:
     def test_as_a_command(self, tmp_path, capsys):
         arguments = ["nano_glyphs_debug", "--num-steps", "2", "--warmup-steps", "1", "--output", str(tmp_path / "run")]
         arguments += ["--num-train-images", "40", "--num-val-images", "20", "--batch-size", "4"]
-        assert pretrain.main(arguments) == 0
+        assert main(["pretrain", *arguments]) == 0
         assert (tmp_path / "run" / "swinv2_nano_glyphs_debug.safetensors").exists()
         command = json.loads((tmp_path / "run" / "recipe.json").read_text())["command"]
         assert command.startswith("permafrost pretrain nano_glyphs_debug --num-steps 2")
