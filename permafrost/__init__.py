@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from permafrost.launcher.evaluate import evaluate_run as evaluate
     from permafrost.launcher.run.restore import TrainedRun as TrainedRun, load_run as load_run
     from permafrost.launcher.train import train as train
-    from permafrost.model.frozen import load_backbone as load_backbone
+    from permafrost.model.build import load_backbone as load_backbone
 
 __all__ = ["TrainedRun", "__version__", "evaluate", "load_backbone", "load_run", "train"]
 _load, __dir__, _ = attach(__name__, __file__)
