@@ -32,7 +32,7 @@ class Network(Protocol):
         """Computes, or arranges to keep, all that depends on the parameters alone; they never change from here on."""
 
     def set_training(self, config: BackboneConfig) -> dict[str, Any]:
-        """Does what the config asks of a network that learns, and returns it for `describe`. Called before it is trained.
+        """Do what the config asks of a network that learns, before it is trained, and return it for `describe`.
 
         Raises:
             BackboneError: If it cannot do it.

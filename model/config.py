@@ -141,22 +141,22 @@ class BackboneConfig:
 
     @property
     def random_seed(self) -> int | None:
-        """The seed that the weights are drawn with; None: they are read."""
+        """Return the seed that the weights are drawn with; None: they are read."""
         drawn = re.fullmatch(r"random(?::(\d+))?", self.weights)
         return int(drawn[1] or 0) if drawn else None
 
     @property
     def file_options(self) -> dict[str, str | None]:
-        """How the file of the weights is read: what `read_weights` takes besides its place."""
+        """Return how the file of the weights is read, as `read_weights` takes it."""
         return {"prefix": self.prefix, "weights_key": self.weights_key}
 
     def _given(self, names: Iterable[str]) -> list[str]:
-        """Those of the fields that are not at their defaults."""
+        """Return those of the fields that are not at their defaults."""
         defaults = {field.name: field.default for field in fields(self)}
         return [name for name in names if getattr(self, name) != defaults[name]]
 
     def _check_kind(self) -> None:
-        """Refuses what means nothing for this kind of network."""
+        """Refuse what means nothing for this kind of network."""
         given = self._given(OF_SOME)
         if self.name in SWIN_V1_SIZES:
             for field in (field for field in given if field in OF_SWIN_V2 and getattr(self, field)):

@@ -58,12 +58,13 @@ class FrozenBackbone(Backbone):
 
     @property
     def stages(self) -> tuple[nn.Module, ...]:
-        """As of Backbone; none of a compiled or captured forward, or of one in several passes, which give all maps at their end."""
+        """Return the modules of Backbone.stages; none of a forward that is compiled, captured, or in several passes: it gives all maps at
+        its end."""
         is_whole = self._compiled is None and self._captured is None and self.max_images is None
         return super().stages if is_whole else ()
 
     def describe(self) -> dict[str, Any]:
-        """As of Backbone, and whether it is compiled or captured."""
+        """Return what Backbone.describe says, and whether it is compiled or captured."""
         described = super().describe()
         for run in (self._compiled, self._captured):
             described |= {} if run is None else run.describe()

@@ -372,7 +372,7 @@ class Swin(nn.Module):
         }
 
     def choose_kernels(self, config: BackboneConfig, *, dtype: torch.dtype) -> None:
-        """Chooses what computes, for all blocks alike; see permafrost.model.kernels.selection.
+        """Choose what computes, for all blocks alike; permafrost.model.kernels.selection says how.
 
         Args:
             config: Which kernels are asked for, and whether the network learns.
@@ -427,7 +427,7 @@ class Swin(nn.Module):
                 module.folded = {}
 
     def set_training(self, config: BackboneConfig) -> dict[str, Any]:
-        """As of permafrost.model.backbone.Network."""
+        """Set drop path and recomputation, as permafrost.model.backbone.Network says."""
         self.drop_path_rate = config.drop_path_rate
         for stage in self.layers:
             stage.checkpoint_activations = config.checkpoint_activations

@@ -243,7 +243,7 @@ class SwinV2(Swin):
         }
 
     def choose_kernels(self, config: BackboneConfig, *, dtype: torch.dtype) -> None:
-        """As of Swin, and what adds the normalised branches."""
+        """Choose as Swin does, and what adds the normalised branches."""
         super().choose_kernels(config, dtype=dtype)
         blocks = [block for stage in self.layers for block in stage.blocks]
 

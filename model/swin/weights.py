@@ -24,7 +24,7 @@ from permafrost.model.weights.tensor_map import is_finite
 
 
 def draw_weights(network: Swin, *, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Draws parameters for an untrained network in which nothing is an identity by accident, one at a time.
+    """Draw parameters for an untrained network in which nothing is an identity by accident, one at a time.
 
     Weights are normal with variance 1 / fan-in, norms are spread around 1 and 0, so that features keep their scale
     through the depth; position tables weigh as much as the logits they are added to. Drawn on the CPU in float32: a
@@ -53,7 +53,7 @@ def draw_weights(network: Swin, *, seed: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_fit(network: Swin, name: str, file: WeightFile) -> None:
-    """Checks that a file holds exactly the tensors of a network.
+    """Check that a file holds exactly the tensors of a network.
 
     Args:
         network: The network, on any device.
@@ -85,7 +85,7 @@ def _hint(
     missing: list[str],
     unexpected: list[str],
 ) -> str:
-    """Says what a file that does not fit looks like, where that can be told."""
+    """Say what a file that does not fit looks like, where that can be told."""
     if missing and not expected.keys() & found.keys():
         for key in found:
             prefix = key.removesuffix("patch_embed.proj.weight")
@@ -117,7 +117,7 @@ def _hint(
 def save_weights(
     model: Swin, path: str | os.PathLike[str], metadata: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Writes a network as safetensors under the official names, atomically.
+    """Write a network as safetensors under the official names, atomically.
 
     The header states name, window_size, pretrained_window_size, for a SwinV2 extra_norm_interval and, for a classifier,
     num_classes; `read_weights` takes them from there.

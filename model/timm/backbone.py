@@ -91,7 +91,7 @@ class TimmNetwork(nn.Module):
         """Does nothing: timm computes what depends on the parameters alone in every forward."""
 
     def set_training(self, config: BackboneConfig) -> dict[str, Any]:
-        """As of permafrost.model.backbone.Network.
+        """Set drop path and recomputation, as permafrost.model.backbone.Network says.
 
         timm's blocks have an identity where a branch may be dropped, or a module of timm's own that draws from the global
         generator (its Swins drop branches by default); both are replaced.
@@ -218,7 +218,7 @@ class TimmNetwork(nn.Module):
 
 
 def check_known(name: str) -> str:
-    """The name as timm spells it, without the prefix.
+    """Return the name as timm spells it, without the prefix.
 
     Raises:
         BackboneError: If timm has no such model, or no such tag of it, with the nearest.
