@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, Self
@@ -69,6 +69,8 @@ class TaskDataConfig:
     has_test_set: ClassVar[bool] = False
     """There are samples without public labels, for whose results a benchmark server takes files (`--submission`)."""
 
+    result_names: ClassVar[Mapping[str, str]] = {}
+    """What tables call the kinds of results, by what stands before the slash in the metrics' names; else they are called that."""
     many_classes: ClassVar[int] = 1
     """K that a plan assumes where neither the data nor the user says."""
     many_objects: ClassVar[int] = 1

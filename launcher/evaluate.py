@@ -87,8 +87,9 @@ def evaluate_run(
             content = {"checkpoint": which, "steps": trained.steps, "num_samples": len(dataset), "metrics": metrics}
             content |= {"evaluation": dict(evaluation)} if evaluation else {}
             write_atomically(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
-        say(metrics_table(metrics))
-        if classes := class_table(metrics):
+        names = trained.experiment.data.result_names
+        say(metrics_table(metrics, names))
+        if classes := class_table(metrics, names):
             say(f"\n{dataset.headline.rpartition('/')[2]} of each class\n{classes}\n")
         say(f"written to {folder}: evaluation.json")
         return metrics

@@ -88,7 +88,8 @@ def train(experiment: Experiment, *, resume: str = "auto", device: str = "auto")
         group.on_main(lambda: run.prepare(experiment, resume))
         if final := group.on_main(run.read_final):
             if group.is_main:
-                print(f"{run} has ended after {final['step']} steps\n{metrics_table(final['metrics'])}")
+                table = metrics_table(final["metrics"], experiment.data.result_names)
+                print(f"{run} has ended after {final['step']} steps\n{table}")
             return conclude(run, final)
         with (
             Interruption().catch() as interruption,

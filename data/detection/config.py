@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -105,6 +106,7 @@ class CocoDataConfig(TaskDataConfig):
 
     task: ClassVar[str] = "detection"
     has_test_set: ClassVar[bool] = True
+    result_names: ClassVar[Mapping[str, str]] = {"bbox": "box", "segm": "mask"}
     many_classes: ClassVar[int] = 80
     many_objects: ClassVar[int] = 100
     """No training image of COCO has more than 93."""

@@ -33,8 +33,6 @@ REPORT_EVERY = 30.0
 UNREADABLE = "unreadable.json"
 """In a results folder: the validation files that could not be read, each with the reason."""
 
-KINDS = {"bbox": "box", "segm": "mask"}
-
 
 class RunsHead(Protocol):
     """What is evaluated: an engine, or a HeadRunner."""
@@ -170,8 +168,13 @@ def _report_unreadable(
         say(f"{len(reasons)} file(s) cannot be read and are left out{where}, the first: {path}: {reason}")
 
 
-def class_table(metrics: Metrics) -> str:
-    """Return a plain table of what every class that occurs reached, the best first; "" where there is none."""
+def class_table(metrics: Metrics, names: Mapping[str, str]) -> str:
+    """Return a plain table of what every class that occurs reached, the best first; "" where there is none.
+
+    Args:
+        metrics: of each head.
+        names: what kinds of results are called; see TaskDataConfig.result_names.
+    """
     blocks = []
     for head, values in metrics.items():
         found: dict[str, dict[str, float]] = {}
@@ -179,7 +182,7 @@ def class_table(metrics: Metrics) -> str:
             measure, _, name = tag.partition("-")
             if name:
                 kind, _, column = measure.rpartition("/")
-                found.setdefault(name, {})[KINDS.get(kind, column)] = value
+                found.setdefault(name, {})[names.get(kind, column)] = value
         if not found:
             continue
         kinds = list(dict.fromkeys(kind for columns in found.values() for kind in columns))
@@ -193,9 +196,9 @@ def class_table(metrics: Metrics) -> str:
     return "\n\n".join(blocks)
 
 
-def metrics_table(metrics: Metrics) -> str:
+def metrics_table(metrics: Metrics, names: Mapping[str, str]) -> str:
     """Return a plain table of what evaluators found: a row for each kind of a head's results (its boxes, its masks), a column for
-    each measure."""
+    each measure; arguments as of `class_table`."""
     rows: list[tuple[str, str, dict[str, float]]] = []
     for head, values in metrics.items():
         kinds: dict[str, dict[str, float]] = {}
@@ -205,10 +208,10 @@ def metrics_table(metrics: Metrics) -> str:
             # Recalls ("AR100") and single classes ("AP-circle") are in the JSON.
             if not name and not column.startswith("AR"):
                 kinds.setdefault(kind, {})[column] = value
-        rows += [(head, KINDS.get(kind, kind), columns) for kind, columns in kinds.items()]
-    names = list(dict.fromkeys(column for _, _, columns in rows for column in columns))
-    lines = [("head", "", *names)]
-    lines += [(head, kind, *(_cell(name, found.get(name)) for name in names)) for head, kind, found in rows]
+        rows += [(head, names.get(kind, kind), columns) for kind, columns in kinds.items()]
+    measures = list(dict.fromkeys(column for _, _, columns in rows for column in columns))
+    lines = [("head", "", *measures)]
+    lines += [(head, kind, *(_cell(name, found.get(name)) for name in measures)) for head, kind, found in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     left = 2
     return "\n".join(

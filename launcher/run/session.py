@@ -326,7 +326,7 @@ def finish(session: Session, step: int) -> dict[str, Any]:
         metrics = session.metrics if session.trainees else {}
         final = {"step": step, "metrics": metrics, "best": session.best, "stopped": session.stopped}
         if metrics:
-            session.monitor.say(metrics_table(metrics))
+            session.monitor.say(metrics_table(metrics, session.experiment.data.result_names))
         session.monitor.say(f"run folder: {session.run}")
         if session.save_error is not None:
             raise CheckpointError(f"{session.save_error}. Make room and run the same command again")

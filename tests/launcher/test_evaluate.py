@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from permafrost.data.build import located, val_set
-from permafrost.data.detection.config import JitterConfig
+from permafrost.data.detection.config import CocoDataConfig, JitterConfig
 from permafrost.data.worlds.config import ShapesDataConfig, ShapesWorld
 from permafrost.heads.necks.config import FPNConfig
 from permafrost.launcher.cli import main
@@ -275,7 +275,7 @@ def test_the_table_has_a_row_for_boxes_and_masks_of_each_head() -> None:
         "one": {"bbox/AP": 0.12345, "bbox/AP50": 0.3, "bbox/AR100": 0.9, "bbox/AP-ring": 0.5, "segm/AP": 0.1},
         "second": {"bbox/AP": 1.0},
     }
-    assert metrics_table(metrics).splitlines() == [
+    assert metrics_table(metrics, CocoDataConfig.result_names).splitlines() == [
         "head             AP   AP50",
         "one     box   0.123  0.300",
         "one     mask  0.100       ",
@@ -285,9 +285,9 @@ def test_the_table_has_a_row_for_boxes_and_masks_of_each_head() -> None:
 
 def test_the_table_of_classes_has_each_that_occurs_the_best_first() -> None:
     values = {"bbox/AP": 0.5, "bbox/AP-cat": 0.25, "segm/AP-cat": 0.5, "bbox/AP-a dog": 0.75, "bbox/AR100": 1.0}
-    assert class_table({"found": values, "other": {"bbox/AP": 0.0}}).splitlines() == [
+    assert class_table({"found": values, "other": {"bbox/AP": 0.0}}, CocoDataConfig.result_names).splitlines() == [
         "found    box   mask",
         "a dog  0.750       ",
         "cat    0.250  0.500",
     ]
-    assert class_table({"other": {"bbox/AP": 0.0}}) == ""
+    assert class_table({"other": {"bbox/AP": 0.0}}, CocoDataConfig.result_names) == ""
