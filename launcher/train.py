@@ -336,7 +336,7 @@ def log(session: Session, done: int, stream: GlobalStream, offload: ActivationOf
     if offload.mode != "off":
         saved = offload.take_statistics()
         values["offload/share"] = saved.offloaded_bytes / max(1, saved.saved_bytes)
-        values["memory/offload_gib"] = offload.buffers.allocated_bytes / 2**30
+        values["memory/offload_gib"] = offload.buffers.held_bytes / 2**30
     session.monitor.scalars(done, values)
 
 

@@ -113,12 +113,11 @@ def plan_head(run: HeadRun, *, batch: int, side: int) -> HeadPlan:
 class _PlannedBuffers(HostBuffers):
     """Host memory that is only counted: buffers on the meta device, to and from which nothing is copied."""
 
-    def __init__(self) -> None:
-        super().__init__(pinned=False)
+    def _allocate(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device="meta")
 
-    def take(self, num_bytes: int) -> Tensor:
-        with torch.device("meta"):
-            return super().take(num_bytes)
+    def _make_room(self, size: int) -> None:
+        pass  # of one step nothing is idle
 
 
 def _run_head(run: HeadRun, batch_size: int, side: int) -> HeadPlan:
@@ -147,7 +146,7 @@ def _run_head(run: HeadRun, batch_size: int, side: int) -> HeadPlan:
 
     handles = [parameter.register_post_accumulate_grad_hook(on_gradient) for parameter in head.parameters()]
     offload = ActivationOffload(run.offload, torch.device("cpu"))
-    offload.buffers = _PlannedBuffers()
+    offload.buffers = _PlannedBuffers(pinned=run.device_type == "cuda")
     try:
         with trace:
             backbone: Any = _MapsOf(maps)
@@ -171,7 +170,7 @@ def _run_head(run: HeadRun, batch_size: int, side: int) -> HeadPlan:
         saved_bytes=saved,
         forward_peak=forward_peak,
         backward_peaks=tuple(peaks),
-        host_bytes=offload.buffers.allocated_bytes,
+        host_bytes=offload.buffers.held_bytes,
         forward_flops=forward_flops,
         flops=trace.flops,
     )

@@ -10,8 +10,9 @@ On a CPU the same code runs without streams. It saves nothing there; it is how e
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import weakref
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 # Below this a copy costs more than the memory is worth; masks and scales of norms stay.
 _MIN_BYTES = 1 << 14
-_BUFFER_STEP = 1 << 16
+_LEAST_BUFFER = 1 << 16
+SLACK = 1.25
+"""Host memory is held up to this multiple of the most that was in use at once."""
 
 
 @dataclass
@@ -46,29 +49,71 @@ class OffloadStatistics:
 class HostBuffers:
     """Host memory for copies, taken back when a copy is no longer needed; pinned if a GPU copies into it.
 
+    What heads save changes in size from step to step (each number of positive regions is a size of its own), so buffers come in
+    classes of size, a free one that is a little larger serves, and of what has been idle longest so much is let go that SLACK
+    times the most that was ever in use at once is never exceeded.
+
     Args:
-        pinned: Whether the memory is page-locked, which asynchronous copies need.
+        pinned: whether the memory is page-locked, which asynchronous copies need.
     """
 
     def __init__(self, pinned: bool) -> None:
         self.pinned = pinned
-        self.allocated_bytes = 0
-        self._free: dict[int, list[tuple[Tensor, torch.cuda.Event | None]]] = defaultdict(list)
+        self.held_bytes = 0
+        """What this object holds, in use or free."""
+        self._in_use = self._most_in_use = 0
+        # By size, then from the one that came back first: (size, when, buffer, the last copy that touches it).
+        self._free: list[tuple[int, int, Tensor, torch.cuda.Event | None]] = []
+        self._clock = itertools.count()
 
     def take(self, num_bytes: int) -> Tensor:
-        """A buffer uint8 of at least so many bytes, which no copy uses any more."""
-        size = -(-num_bytes // _BUFFER_STEP) * _BUFFER_STEP
-        if self._free[size]:
-            buffer, event = self._free[size].pop(0)
+        """Return a uint8 buffer of at least so many bytes, which no copy uses any more."""
+        size = self.size_of(num_bytes)
+        place = bisect.bisect_left(self._free, (size,))
+        if place < len(self._free) and self._free[place][0] <= (2 if self.pinned else SLACK) * size:
+            size, _, buffer, event = self._free.pop(place)
             if event is not None:
                 event.synchronize()
-            return buffer
-        self.allocated_bytes += size
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+        else:
+            self._make_room(size)
+            buffer = self._allocate(size)
+            self.held_bytes += size
+        self._in_use += size
+        self._most_in_use = max(self._most_in_use, self._in_use)
+        return buffer
 
     def give_back(self, buffer: Tensor, event: torch.cuda.Event | None) -> None:
-        """Return a buffer; it is reused once `event`, the last copy from or to it, has happened."""
-        self._free[buffer.numel()].append((buffer, event))
+        """Take a buffer back; it is used again once `event`, the last copy from or to it, has happened."""
+        self._in_use -= buffer.numel()
+        bisect.insort(self._free, (buffer.numel(), next(self._clock), buffer, event))
+
+    def size_of(self, num_bytes: int) -> int:
+        """Return the class of size: eight to a doubling; pinned, the powers of two that torch's allocator takes anyway."""
+        num_bytes = max(num_bytes, _LEAST_BUFFER)
+        step = 1 << (num_bytes - 1).bit_length()
+        if not self.pinned:
+            step = max(1, step >> 4)
+        return -(-num_bytes // step) * step
+
+    def _allocate(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+
+    def _make_room(self, size: int) -> None:
+        """Let go what has been idle longest, as far as the bound asks for before a buffer of this size is added."""
+        bound = SLACK * max(self._most_in_use, self._in_use + size)
+        idle = sorted(self._free, key=lambda entry: entry[1])
+        gone = 0
+        while idle and self.held_bytes + size > bound:
+            entry = idle.pop(0)
+            if entry[3] is not None:
+                entry[3].synchronize()
+            self._free.remove(entry)
+            self.held_bytes -= entry[0]
+            gone += 1
+            del entry
+        if gone and self.pinned:
+            # torch keeps pinned blocks for good unless it is told not to.
+            getattr(torch.accelerator, "empty_host_cache", torch._C._host_emptyCache)()
 
 
 class HostCopy:
@@ -155,6 +200,26 @@ class SavedView:
         )
 
 
+@dataclass(frozen=True)
+class _ParameterView:
+    """A view of a parameter that ZeRO 3 has gathered; it is gathered again when the backward comes to its module."""
+
+    parameter: nn.Parameter
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def fetch(self) -> Tensor:
+        """Return the view, of the values that the parameter has now."""
+        return self.parameter.detach().as_strided(self.shape, self.stride, self.offset)
+
+
+def _gathered_parameter(sharded: Sequence[nn.Parameter], storage: torch.UntypedStorage) -> nn.Parameter | None:
+    """Return the parameter that has its values in this storage now."""
+    pointer = storage.data_ptr()
+    return next((one for one in sharded if one.numel() and one.untyped_storage().data_ptr() == pointer), None)
+
+
 class KeptFeatures:
     """The maps of one micro-batch between the backbone and the last head: on the device, or in host memory."""
 
@@ -226,6 +291,8 @@ class ActivationOffload:
             yield
             return
         resident = {tensor.untyped_storage().data_ptr() for tensor in (*head.parameters(), *head.buffers())}
+        # Under ZeRO 3 a parameter has its values only while its module computes, and other memory each time.
+        sharded = [parameter for parameter in head.parameters() if hasattr(parameter, "ds_status")]
         # By storage and version: its copy and its place on the tape. The weak reference keeps the key unique.
         known: dict[tuple[int, int], tuple[StorageWeakRef, HostCopy, int]] = {}
         tape: list[weakref.ref[HostCopy]] = []
@@ -242,6 +309,8 @@ class ActivationOffload:
             storage = tensor.untyped_storage()
             if storage.data_ptr() in resident or storage.device.type != self.device.type:
                 return tensor
+            if (gathered := _gathered_parameter(sharded, storage)) is not None:
+                return _ParameterView(gathered, tensor.storage_offset(), tensor.shape, tensor.stride())
             state = _state(tensor)
             leaves = state in known or (self.mode == "all" and storage.nbytes() >= _MIN_BYTES)
             if state[0] not in counted:
@@ -258,6 +327,8 @@ class ActivationOffload:
         def unpack(saved: Any) -> Tensor:
             if isinstance(saved, Tensor):
                 return saved
+            if isinstance(saved, _ParameterView):
+                return saved.fetch()
             view, place = saved
             tensor = view.fetch()
             for reference in reversed(tape[max(0, place - self.num_ahead) : place]):

@@ -118,11 +118,54 @@ def test_buffers_are_used_again():
     offload = ActivationOffload("all", CPU)
     gradients(offload)
     gc.collect()
-    after_one = offload.buffers.allocated_bytes
+    after_one = offload.buffers.held_bytes
     for _ in range(3):
         gradients(offload)
         gc.collect()
-    assert offload.buffers.allocated_bytes == after_one > 0
+    assert offload.buffers.held_bytes == after_one > 0
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_host_memory_is_flat_when_every_step_has_sizes_of_its_own(pinned, monkeypatch):
+    """Mask heads save as many regions as are positive, another number in every step."""
+    monkeypatch.setattr(HostBuffers, "_allocate", lambda self, size: torch.empty(size, dtype=torch.uint8))
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: None, raising=False)
+    buffers, random, held = HostBuffers(pinned), torch.Generator().manual_seed(0), []
+    most = needed = 0
+    for step in range(120):
+        positives = int(torch.randint(20, 512, (), generator=random))
+        wanted = [positives * 256 * side * side * 4 // 16 for side in (14, 14, 14, 14, 28)] + [3_000_000]
+        needed = max(needed, sum(wanted)) if step < 20 else needed
+        taken = [buffers.take(num_bytes) for num_bytes in wanted]
+        most = max(most, sum(buffer.numel() for buffer in taken))
+        for buffer in reversed(taken):
+            buffers.give_back(buffer, None)
+        held.append(buffers.held_bytes)
+        assert held[-1] == sum(entry[0] for entry in buffers._free) <= 1.25 * most
+    assert max(held) <= (3 if pinned else 1.5) * needed, "of the most that a step of the first 20 needs"
+
+
+def test_size_classes_waste_little_and_pinned_ones_are_powers_of_two():
+    for num_bytes in (1, 65536, 65537, 100_000, 5_000_001, 2**30, 2**30 + 1):
+        size = HostBuffers(pinned=False).size_of(num_bytes)
+        assert num_bytes <= size <= max(65536, num_bytes * 1.13)
+        pinned = HostBuffers(pinned=True).size_of(num_bytes)
+        assert num_bytes <= pinned < max(65537, 2 * num_bytes)
+        assert pinned & (pinned - 1) == 0
+
+
+def test_what_was_idle_longest_goes_first_and_a_larger_free_buffer_serves():
+    buffers = HostBuffers(pinned=False)
+    small, large = buffers.take(2**20), buffers.take(2**24)
+    buffers.give_back(small, None)
+    buffers.give_back(large, None)
+    assert buffers.take(2**20 - 2**17) is small
+    assert buffers.take(2**24 - 2**21) is large
+    buffers.give_back(large, None)
+    buffers.give_back(small, None)
+    assert buffers.held_bytes == 2**20 + 2**24
+    buffers.take(2**25)
+    assert buffers.held_bytes == 2**25 + 2**20, "the large one was idle longest"
 
 
 def test_copies_die_with_their_graph_nodes():
@@ -135,12 +178,12 @@ def test_copies_die_with_their_graph_nodes():
     assert torch.equal(fetched, values_then)
     again = copy.fetch()
     assert again.data_ptr() == fetched.data_ptr(), "it is on the device already"
-    assert not buffers._free[65536]
+    assert not buffers._free
     del copy
-    assert len(buffers._free[65536]) == 1
+    assert [entry[0] for entry in buffers._free] == [65536]
     assert torch.equal(fetched, values_then)
     assert buffers.take(30_000).numel() == 65536
-    assert buffers.allocated_bytes == 65536
+    assert buffers.held_bytes == 65536
 
 
 def test_stage_outputs_of_a_swin_leave_as_they_are_produced():
