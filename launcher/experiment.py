@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from permafrost._checks import Checks
 from permafrost.data.task import TaskDataConfig
 from permafrost.heads.config import HeadConfig
 from permafrost.heads.detection.config import MaskRCNNConfig
@@ -17,6 +18,7 @@ from permafrost.model.config import NOT_SPLIT, BackboneConfig
 from permafrost.model.errors import BackboneError
 from permafrost.model.split.degree import check_tensor_degree
 
+CHECKS = Checks(RecipeError)
 OffloadMode = Literal["off", "features", "all"]
 
 
@@ -39,12 +41,11 @@ class OptimizerConfig:
     """Largest global gradient norm of this head; None clips nothing."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise RecipeError(f"optimizer.learning_rate is {self.learning_rate}: it must be above 0")
-        if self.reference_batch < 1:
-            raise RecipeError(f"optimizer.reference_batch is {self.reference_batch}: it must be at least 1 image")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise RecipeError(f"optimizer.clip_norm is {self.clip_norm}: use None to clip nothing")
+        CHECKS.positive("optimizer.", self, "learning_rate")
+        remedy = "it must be at least 1 image"
+        CHECKS.require(self.reference_batch >= 1, "optimizer.reference_batch", self.reference_batch, remedy)
+        clips = self.clip_norm is None or self.clip_norm > 0
+        CHECKS.require(clips, "optimizer.clip_norm", self.clip_norm, "use None to clip nothing")
 
     def scaled_learning_rate(self, global_batch: int) -> float:
         """The learning rate for a global batch of this many images."""
@@ -68,19 +69,14 @@ class ScheduleConfig:
     """Of poly: the full rate is multiplied by (1 - step / num_steps) to this power."""
 
     def __post_init__(self) -> None:
-        if list(self.milestones) != sorted(self.milestones) or any(not 0 < m < 1 for m in self.milestones):
-            raise RecipeError(
-                f"schedule.milestones is {self.milestones}: give rising fractions of the run between 0 and 1"
-            )
-        if self.warmup_steps < 0:
-            raise RecipeError(f"schedule.warmup_steps is {self.warmup_steps}: it cannot be negative")
-        if self.power <= 0:
-            raise RecipeError(f"schedule.power is {self.power}: it must be above 0")
+        rise = list(self.milestones) == sorted(self.milestones) and all(0 < m < 1 for m in self.milestones)
+        remedy = "give rising fractions of the run between 0 and 1"
+        CHECKS.require(rise, "schedule.milestones", self.milestones, remedy)
+        CHECKS.not_negative("schedule.", self, "warmup_steps")
+        CHECKS.positive("schedule.", self, "power")
         for name in ("warmup_factor", "decay", "final_factor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise RecipeError(
-                    f"schedule.{name} is {getattr(self, name)}: give a share of the full rate between 0 and 1"
-                )
+            value, remedy = getattr(self, name), "give a share of the full rate between 0 and 1"
+            CHECKS.require(0 <= value <= 1, f"schedule.{name}", value, remedy)
 
     def factor(self, step: int, num_steps: int) -> float:
         """What the full rate is multiplied by at 0-based `step` of `num_steps`."""
@@ -115,10 +111,8 @@ class HeadExperiment:
     average."""
 
     def __post_init__(self) -> None:
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise RecipeError(
-                f"ema_decay is {self.ema_decay}: give a number between 0 and 1 such as 0.999, or None to average nothing"
-            )
+        remedy = "give a number between 0 and 1 such as 0.999, or None to average nothing"
+        CHECKS.require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, remedy)
 
 
 @dataclass
@@ -141,8 +135,9 @@ class EngineConfig:
     whatever the head saves."""
 
     def __post_init__(self) -> None:
-        if self.accumulation < 1:
-            raise RecipeError(f"engine.accumulation is {self.accumulation}: it must be at least 1 micro-batch")
+        CHECKS.require(
+            self.accumulation >= 1, "engine.accumulation", self.accumulation, "it must be at least 1 micro-batch"
+        )
 
 
 @dataclass
@@ -154,8 +149,7 @@ class MeshConfig:
     form a group. It is for networks that do not fit into one device's memory, or for latency."""
 
     def __post_init__(self) -> None:
-        if self.tensor < 1:
-            raise RecipeError(f"mesh.tensor is {self.tensor}: it counts processes and is at least 1")
+        CHECKS.require(self.tensor >= 1, "mesh.tensor", self.tensor, "it counts processes and is at least 1")
 
 
 @dataclass
@@ -184,25 +178,14 @@ class LoopConfig:
     keep_checkpoints: int = 3
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_steps",
-            "global_batch",
-            "log_every",
-            "checkpoint_every",
-            "evaluation_batch",
-            "keep_checkpoints",
-        ):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"loop.{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("seed", "num_workers", "worker_timeout", "image_every"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"loop.{name} is {getattr(self, name)}: it cannot be negative")
-        if self.process_group_timeout <= 0:
-            raise RecipeError(f"loop.process_group_timeout is {self.process_group_timeout}: it must be above 0 seconds")
-        if self.evaluate_every is not None and self.evaluate_every < 1:
-            raise RecipeError(
-                f"loop.evaluate_every is {self.evaluate_every}: it must be at least 1, or None for the end only"
-            )
+        CHECKS.counts("loop.", self, "num_steps", "global_batch", "log_every", "checkpoint_every", "evaluation_batch")
+        CHECKS.counts("loop.", self, "keep_checkpoints")
+        CHECKS.not_negative("loop.", self, "seed", "num_workers", "worker_timeout", "image_every")
+        limit = self.process_group_timeout
+        CHECKS.require(limit > 0, "loop.process_group_timeout", limit, "it must be above 0 seconds")
+        is_due = self.evaluate_every is None or self.evaluate_every >= 1
+        remedy = "it must be at least 1, or None for the end only"
+        CHECKS.require(is_due, "loop.evaluate_every", self.evaluate_every, remedy)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,11 +193,8 @@ class NodeConnection:
             self._unsent = self._unsent[written:]
 
 
-class Connections:
+class Connections(list[NodeConnection]):
     """The ways to all nodes' agents, in the order of the nodes."""
-
-    def __init__(self, connections: Iterable[NodeConnection]) -> None:
-        self._all = list(connections)
 
     @staticmethod
     def connect(nodes: Sequence[Node], config: Path | None) -> Connections:
@@ -214,22 +211,13 @@ class Connections:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for connection in self._all:
+        for connection in self:
             connection.close()
-
-    def __iter__(self):
-        return iter(self._all)
-
-    def __len__(self) -> int:
-        return len(self._all)
-
-    def __getitem__(self, index: int) -> NodeConnection:
-        return self._all[index]
 
     def poll(self, timeout: float) -> None:
         """Send what waits, and take in what arrives within `timeout` seconds, returning at the first arrival."""
         with selectors.DefaultSelector() as selector:
-            for connection in self._all:
+            for connection in self:
                 if not connection.ended:
                     connection.flush()
                     selector.register(connection.process.stdout, selectors.EVENT_READ, connection)
@@ -251,11 +239,11 @@ class Connections:
         """
         found: dict[int, dict[str, Any] | str] = {}
         for index, request in requests.items():
-            self._all[index].ask(request)
+            self[index].ask(request)
         until = time.monotonic() + timeout
         while len(found) < len(requests):
             for index in [index for index in requests if index not in found]:
-                connection = self._all[index]
+                connection = self[index]
                 reply = connection.take(requests[index]["do"])
                 if reply is not None:
                     found[index] = reply

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from permafrost._checks import Checks
 from permafrost.launcher.errors import RecipeError
+
+CHECKS = Checks(RecipeError)
 
 
 @dataclass
@@ -52,33 +55,23 @@ class PretrainExperiment:
     """The run folder; None is runs/<name>."""
 
     def __post_init__(self) -> None:
-        positive = (
-            *("window_size", "num_train_images", "num_val_images", "num_steps", "batch_size"),
-            *("log_every", "evaluate_every", "checkpoint_every"),
-        )
-        for field in positive:
-            if getattr(self, field) < 1:
-                raise RecipeError(f"{field} is {getattr(self, field)}: it must be at least 1")
-        for field in ("learning_rate", "clip_norm"):
-            if getattr(self, field) <= 0:
-                raise RecipeError(f"{field} is {getattr(self, field)}: it must be above 0")
-        if self.dense_weight < 0:
-            raise RecipeError(f"dense_weight is {self.dense_weight}: it cannot be negative")
-        for field in ("label_smoothing", "drop_path_rate", "ema_decay", "curriculum", "first_difficulty"):
-            if not 0 <= getattr(self, field) < 1:
-                raise RecipeError(f"{field} is {getattr(self, field)}: it must be at least 0 and below 1")
-        if self.image_size < 32 or self.image_size % 32:
-            raise RecipeError(
-                f"image_size is {self.image_size}: it must be a multiple of 32, the stride of the last map"
-            )
+        CHECKS.counts("", self, "window_size", "num_train_images", "num_val_images", "num_steps", "batch_size")
+        CHECKS.counts("", self, "log_every", "evaluate_every", "checkpoint_every")
+        CHECKS.positive("", self, "learning_rate", "clip_norm")
+        CHECKS.not_negative("", self, "dense_weight")
+        for name in ("label_smoothing", "drop_path_rate", "ema_decay", "curriculum", "first_difficulty"):
+            value = getattr(self, name)
+            CHECKS.require(0 <= value < 1, name, value, "it must be at least 0 and below 1")
+        fits = self.image_size >= 32 and self.image_size % 32 == 0
+        remedy = "it must be a multiple of 32, the stride of the last map"
+        CHECKS.require(fits, "image_size", self.image_size, remedy)
         if self.batch_size > self.num_train_images:
             raise RecipeError(
                 f"batch_size {self.batch_size} is above num_train_images {self.num_train_images}: lower it"
             )
-        if not 0 <= self.warmup_steps <= self.num_steps:
-            raise RecipeError(
-                f"warmup_steps is {self.warmup_steps}: it must lie between 0 and num_steps {self.num_steps}"
-            )
+        is_part = 0 <= self.warmup_steps <= self.num_steps
+        remedy = f"it must lie between 0 and num_steps {self.num_steps}"
+        CHECKS.require(is_part, "warmup_steps", self.warmup_steps, remedy)
 
     @property
     def windows(self) -> tuple[int, ...]:
