@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import permafrost.launcher.run.checkpoint
+import permafrost.launcher.run.parts
 import permafrost.launcher.run.session
 import permafrost.launcher.train as loop
 from permafrost.data.build import located
@@ -463,12 +464,12 @@ def test_another_backbone_is_refused(tiny: Callable[..., Experiment], monkeypatc
     experiment = tiny()
     train_killed(monkeypatch, experiment, 5)
     # The same recipe, but the weights behind its name have changed.
-    original = BackboneConfig.build
+    original = permafrost.launcher.run.parts.build_network
 
-    def other(self: BackboneConfig, device: object = "cpu", **fields: object):
-        return original(dataclasses.replace(self, weights="random:7"), device, **fields)
+    def other(config: BackboneConfig, device: object = "cpu", **fields: object):
+        return original(dataclasses.replace(config, weights="random:7"), device, **fields)
 
-    monkeypatch.setattr(BackboneConfig, "build", other)
+    monkeypatch.setattr(permafrost.launcher.run.parts, "build_network", other)
     with pytest.raises(CheckpointError) as caught:
         train(experiment)
     state = json.loads((Path(experiment.output) / "checkpoints/step_00000004/state.json").read_text())
