@@ -75,7 +75,7 @@ class Check:
 
 
 def diagnose(folder: Path | None = None) -> dict[str, list[Check]]:
-    """Every check, by section.
+    """Make every check; return them by section.
 
     Args:
         folder: where runs would be written; None is the current folder.
@@ -91,12 +91,12 @@ def diagnose(folder: Path | None = None) -> dict[str, list[Check]]:
 
 
 def can_run_quickstart(report: dict[str, list[Check]]) -> bool:
-    """Whether nothing that the quickstart needs is missing."""
+    """Return whether nothing that the quickstart needs is missing."""
     return not any(check.status == "missing" for checks in report.values() for check in checks)
 
 
 def format_report(report: dict[str, list[Check]]) -> str:
-    """The report as text."""
+    """Return the report as text."""
     lines = [
         f"permafrost {version_of('permafrost') or '(not installed)'}, "
         f"Python {platform.python_version()}, {platform.platform()}"
@@ -159,7 +159,7 @@ def check_processor(probed: dict[str, Any]) -> list[Check]:
 
 
 def check_gpus(probed: dict[str, Any]) -> list[Check]:
-    """Each GPU that torch sees: memory, bfloat16, and whether it computes."""
+    """Check each GPU that torch sees: memory, bfloat16, and whether it computes."""
     devices = probed.get("devices") or {}
     gpus = devices.get("gpus") or []
     if not gpus:
@@ -179,7 +179,7 @@ def check_gpus(probed: dict[str, Any]) -> list[Check]:
 
 
 def check_room(folder: Path) -> list[Check]:
-    """The shipped weights, the cache, the current folder and shared memory."""
+    """Check the shipped weights, the cache, the current folder and shared memory."""
     weights = Path(__file__).resolve().parents[1] / "model" / "pretrained"
     files = sorted(path.name for path in weights.glob("*.safetensors"))
     if files:
@@ -205,7 +205,7 @@ def check_room(folder: Path) -> list[Check]:
 
 
 def check_writable(name: str, folder: Path, purpose: str, remedy: str) -> Check:
-    """Whether a file can be made in a folder, or in the nearest one above it that exists, and whether it has room."""
+    """Check whether a file can be made in a folder, or in the nearest one above it that exists, and whether it has room."""
     found = room(str(folder))
     if found.error:
         return Check(name, "missing", f"{folder} cannot be written: {found.error}", f"needed for {purpose}: {remedy}")
@@ -265,7 +265,7 @@ def lower_bounds() -> dict[str, str]:
 
 
 def at_least(version: str, bound: str) -> bool:
-    """Whether a version such as 2.15.0+cu132 or 2.12.0rc1 reaches a bound such as 2.11, number by number."""
+    """Return whether a version such as 2.15.0+cu132 or 2.12.0rc1 reaches a bound such as 2.11, number by number."""
 
     def numbers(text: str) -> list[int]:
         return [int(match[0]) for part in text.split("+")[0].split(".") if (match := re.match(r"\d+", part))]
@@ -314,7 +314,7 @@ def run_probe(modules: Iterable[str] | None = None, *, timeout: float = PROBE_TI
 
 
 def probe(names: Sequence[str]) -> None:
-    """In the child: examine each name and print one JSON object a line on the real stdout, whatever libraries print."""
+    """Examine each name and print one JSON object a line on the real stdout, whatever libraries print: run in the child."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     warnings.simplefilter("ignore")
@@ -338,7 +338,7 @@ def import_error(module: str) -> str | None:
 
 
 def describe_devices() -> dict[str, Any]:
-    """What torch says of the processor, the GPUs and its distributed backends; JSON values only."""
+    """Return what torch says of the processor, the GPUs and its distributed backends; JSON values only."""
     try:
         import torch
         import torch.distributed as dist

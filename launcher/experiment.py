@@ -48,7 +48,7 @@ class OptimizerConfig:
         CHECKS.require(clips, "optimizer.clip_norm", self.clip_norm, "use None to clip nothing")
 
     def scaled_learning_rate(self, global_batch: int) -> float:
-        """The learning rate for a global batch of this many images."""
+        """Return the learning rate for a global batch of this many images."""
         ratio = global_batch / self.reference_batch
         return self.learning_rate * {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}[self.batch_scaling]
 
@@ -79,7 +79,7 @@ class ScheduleConfig:
             CHECKS.require(0 <= value <= 1, f"schedule.{name}", value, remedy)
 
     def factor(self, step: int, num_steps: int) -> float:
-        """What the full rate is multiplied by at 0-based `step` of `num_steps`."""
+        """Return what the full rate is multiplied by at 0-based `step` of `num_steps`."""
         import math
 
         if step < self.warmup_steps:

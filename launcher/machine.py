@@ -39,12 +39,12 @@ class Process(NamedTuple):
 
     @property
     def has_ended(self) -> bool:
-        """Whether it is gone, or nothing but an entry that its parent has not looked at."""
+        """Return whether it is gone, or nothing but an entry that its parent has not looked at."""
         return self.state in ("", "Z", "X")
 
     @property
     def is_stopped(self) -> bool:
-        """Whether SIGSTOP or a debugger holds it."""
+        """Return whether SIGSTOP or a debugger holds it."""
         return self.state in ("T", "t")
 
 

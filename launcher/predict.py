@@ -102,7 +102,7 @@ def predict_run(
 
 
 def find_inputs(inputs: Sequence[str], suffixes: Set[str], kind: str) -> tuple[list[Path], dict[str, str]]:
-    """The files that inputs stand for, in order, each once; and why an input stands for none, by the input.
+    """Return the files that inputs stand for, in order, each once; and why an input stands for none, by the input.
 
     Args:
         inputs: as of `predict_run`.
@@ -136,7 +136,7 @@ def _expand(given: str, suffixes: Set[str], kind: str) -> list[Path] | str:
 
 
 def picture_names(files: Sequence[Path], ending: str = ".png") -> list[str]:
-    """A file name with this ending for each input, all different, even where the file system ignores case.
+    """Return a file name with this ending for each input, all different, even where the file system ignores case.
 
     The name is the input's; where several inputs share it, folders are put before it until they differ, then the suffix
     behind it, then a number.

@@ -132,7 +132,7 @@ def start_and_train(
 
 
 def train_steps(session: Session, start: int) -> int:
-    """The loop, from step `start` to the last, or until no head is left. Returns the steps done."""
+    """Run the loop from step `start` to the last, or until no head is left; return the steps done."""
     experiment, group, parts, stopwatch = session.experiment, session.group, session.parts, session.stopwatch
     enter = session.heartbeat.enter
     loop, accumulation = experiment.loop, experiment.engine.accumulation
@@ -251,7 +251,7 @@ def buffers_restored(module: nn.Module) -> Iterator[None]:
 def mean_over_ranks(
     losses: dict[str, dict[str, Tensor]], group: ProcessGroup, interruption: Interruption
 ) -> tuple[dict[str, dict[str, float]], bool]:
-    """The losses of all heads as numbers that every rank agrees on, and whether any rank is asked to end.
+    """Return the losses of all heads as numbers that every rank agrees on, and whether any rank is asked to end.
 
     One wait for the device, one reduction.
     """
@@ -266,7 +266,7 @@ def mean_over_ranks(
 def step_head(
     session: Session, trainee: Trainee, step: int, losses: dict[str, float], micro_batches: Sequence[Batch]
 ) -> None:
-    """One optimizer step of one head.
+    """Take one optimizer step of one head.
 
     If something is not finite it is skipped; after the third in a row the head stops.
     """
@@ -316,7 +316,7 @@ def track_replaced(session: Session, micro_batches: Sequence[Batch]) -> None:
 
 
 def shown_losses(session: Session) -> dict[str, float]:
-    """What a progress line shows: each head's mean loss since the last log line."""
+    """Return what a progress line shows: each head's mean loss since the last log line."""
     means = session.window.means()
     names = {name: name if len(session.experiment.heads) > 1 else "loss" for name in session.trainees}
     return {shown: means[f"{name}/loss"] for name, shown in names.items() if f"{name}/loss" in means}

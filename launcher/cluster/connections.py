@@ -143,14 +143,14 @@ class NodeConnection:
                     self.replies.append(message)
 
     def take(self, kind: str) -> dict[str, Any] | None:
-        """The answer to a request of this kind, once it is there."""
+        """Return the answer to a request of this kind and forget it; None until it is there."""
         for index, reply in enumerate(self.replies):
             if reply["reply"] == kind:
                 return self.replies.pop(index)
         return None
 
     def complaint(self) -> str:
-        """What ssh, the shell or the agent wrote about the end of the connection."""
+        """Return what ssh, the shell or the agent wrote about the end of the connection."""
         size = os.fstat(self.errors).st_size
         text = os.pread(self.errors, 4000, max(0, size - 4000)).decode(errors="replace").strip()
         return text.splitlines()[-1] if text else f"it ended with code {self.process.wait()}"

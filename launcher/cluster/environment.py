@@ -53,7 +53,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]*")
 
 
 def forwarded(environ: Mapping[str, str], requests: Sequence[str]) -> dict[str, str]:
-    """The variables for the ranks.
+    """Return the variables for the ranks.
 
     Args:
         environ: the launcher's own.
@@ -86,7 +86,7 @@ def requested(environ: Mapping[str, str], requests: Sequence[str]) -> dict[str, 
 
 
 def shell_exports(environment: Mapping[str, str]) -> dict[str, str]:
-    """Those variables that a node's shell has to set before Python starts.
+    """Return those variables that a node's shell has to set before Python starts.
 
     Raises:
         LaunchError: a value that a shell, or pdsh, could change.

@@ -37,12 +37,12 @@ class Node:
 
     @property
     def host(self) -> str:
-        """The name without the user."""
+        """Return the name without the user."""
         return self.name.rpartition("@")[2]
 
 
 def read_hostfile(path: Path) -> list[Node]:
-    """The nodes of a file, in its order; the first one holds rank 0.
+    """Read the nodes of a file, in its order; the first one holds rank 0.
 
     Raises:
         LaunchError: the file cannot be read, or a line is not exactly one node, naming file and line.
@@ -71,7 +71,7 @@ def read_hostfile(path: Path) -> list[Node]:
 
 
 def write_hostfile(path: Path, nodes: list[Node]) -> None:
-    """The same nodes in the form that DeepSpeed reads."""
+    """Write the nodes in the form that DeepSpeed reads."""
     path.write_text("".join(f"{node.name} slots={node.slots}\n" for node in nodes))
 
 
@@ -97,7 +97,7 @@ def _parse_line(content: str, where: str) -> Node:
 
 
 def _shown(content: str, index: int) -> str:
-    """A character that is not plain ASCII, for a terminal that it could deceive."""
+    """Return a character that is not plain ASCII, for a terminal that it could deceive."""
     # What follows may belong to it: UTF-8 has up to four bytes a character.
     tail = content[index : index + 4].encode("ascii", errors="surrogateescape")
     for length in range(1, len(tail) + 1):

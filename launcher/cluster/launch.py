@@ -187,7 +187,7 @@ def _assign(launch: Launch, needs: Needs, site: Site, connections: Connections, 
 
 
 def _answers(connections: Connections, requests: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Of agents of which each must have one."""
+    """Return the answers of agents of which each must have one."""
     answers = connections.ask_all(requests, ANSWER_TIMEOUT)
     silent = [f"{connections[index].name}: {answer}" for index, answer in answers.items() if isinstance(answer, str)]
     if silent:

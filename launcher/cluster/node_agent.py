@@ -52,7 +52,7 @@ class LauncherGone(Exception):
 
 
 def launch_processes(launch: str, node: str) -> list[int]:
-    """Every process of a launch on this node that is no zombie."""
+    """Return every process of a launch on this node that is no zombie."""
     wanted = {f"{LAUNCH_VARIABLE}={launch}".encode(), f"{NODE_VARIABLE}={node}".encode()}
     found = []
     for name in os.listdir("/proc"):
@@ -92,7 +92,7 @@ class Agent:
         self._mark: str | None = None
 
     def serve(self) -> None:
-        """Until the launcher says that all is done, or is gone: then the launch on this node is ended."""
+        """Serve until the launcher says that all is done, or is gone: then the launch on this node is ended."""
         threading.Thread(target=self._read, daemon=True).start()
         network_is_there = True
         try:
@@ -132,10 +132,10 @@ class Agent:
         return True
 
     def do_nothing(self, request: dict) -> None:
-        """A sign of life of the launcher's."""
+        """Take a sign of life of the launcher's."""
 
     def do_facts(self, request: dict) -> dict:
-        """What this node is, in the fields that preflight compares."""
+        """Tell what this node is, in the fields that preflight compares."""
         os.environ.update(request["environment"])
         sys.path.extend(request["sys_path"])
         folder = request["folder"]
@@ -234,7 +234,7 @@ class Agent:
         self._say({"report": self._ranks(), "processes": len(processes), "final": self._final()})
 
     def _ranks(self) -> dict[str, dict]:
-        """Of each rank that has started: what it noted, its process's state, its heartbeat and for how long that has
+        """Return of each rank that has started what it noted, its process's state, its heartbeat and for how long that has
         been the same, seconds."""
         assert self._watched is not None
         found = {}
@@ -268,7 +268,7 @@ class Agent:
         return None
 
     def _final(self) -> int | None:
-        """When final.json was written, Unix nanoseconds; None while the run has not ended."""
+        """Return when final.json was written, Unix nanoseconds; None while the run has not ended."""
         assert self._watched is not None
         with contextlib.suppress(OSError, ValueError), open(self._watched["final"]) as file:
             json.load(file)
@@ -282,7 +282,7 @@ class Agent:
                     os.kill(record["pid"], number)
 
     def _busy(self) -> bool:
-        """Whether what may end by itself has not: ranks here or, where none can be, the programs that started them."""
+        """Return whether what may end by itself has not: ranks here or, where none can be, the programs that started them."""
         assert self._watched is not None
         if not self._watched["has_ranks"]:
             return bool(launch_processes(self._watched["launch"], self._watched["node"]))

@@ -229,7 +229,7 @@ def _file_problems(fact: Mapping[str, Any], needs: Needs, *, holds_run: bool) ->
 
 
 def _interface(needs: Needs, fact: Mapping[str, Any]) -> tuple[str, str | None]:
-    """(the interface for a node's messages, what is wrong with it)."""
+    """Return (the interface for a node's messages, what is wrong with it)."""
     interfaces = fact["interfaces"]
     chosen = needs.interface or (needs.environment.get("GLOO_SOCKET_IFNAME", "") if needs.is_remote else "")
     if not chosen:

@@ -52,12 +52,12 @@ class Assignment:
 
 
 def encode(folders: Sequence[str]) -> str:
-    """One word for a command line, of a folder on each node."""
+    """Make one word for a command line of a folder on each node."""
     return base64.urlsafe_b64encode(zlib.compress(json.dumps(list(folders)).encode(), 9)).decode()
 
 
 def decode(word: str) -> list[str]:
-    """The folders that `encode` made a word of."""
+    """Return the folders that `encode` made a word of."""
     return json.loads(zlib.decompress(base64.urlsafe_b64decode(word)))
 
 

@@ -22,7 +22,7 @@ def batch_script(
     uses_gpus: bool,
     max_restarts: int,
 ) -> str:
-    """The script.
+    """Return the script.
 
     Args:
         name: of the job.

@@ -50,7 +50,7 @@ class Starter(Protocol):
     ends_siblings: bool
 
     def poll(self) -> int | None:
-        """The exit code, 0 or that of the first one that failed; None while any runs."""
+        """Return the exit code, 0 or that of the first one that failed; None while any runs."""
 
     def end(self) -> None:
         """SIGKILL what this machine still runs of them, and wait for it."""
@@ -125,7 +125,7 @@ def deepspeed_command(hostfile: Path, *, address: str, port: int) -> list[str]:
 def write_deepspeed_files(
     folder: Path, nodes: Sequence[Node], environment: Mapping[str, str], *, launch: str, ssh_config: Path | None
 ) -> tuple[Path, dict[str, str]]:
-    """The hostfile, and the environment of DeepSpeed's launcher, whose DS_ENV_FILE names what the nodes' shells export.
+    """Write the hostfile, and return it and the environment of DeepSpeed's launcher, whose DS_ENV_FILE names what the nodes' shells export.
 
     Args:
         folder: of this launch; it holds the files.
@@ -150,7 +150,7 @@ def write_deepspeed_files(
 
 
 def ssh_arguments(config: Path | None) -> str:
-    """What pdsh adds to its calls of ssh.
+    """Return what pdsh adds to its calls of ssh.
 
     Raises:
         LaunchError: the file's name has what pdsh would split.

@@ -90,7 +90,7 @@ class Supervisor:
         return len(self._owner)
 
     def watch(self) -> Ending:
-        """Until the launch has ended, well or not. Processes of it may be left: see `end`."""
+        """Wait until the launch has ended, well or not. Processes of it may be left: `end` ends them."""
         while True:
             self._turn()
             ranks = self._ranks()
@@ -223,7 +223,7 @@ class Supervisor:
         return lost
 
     def _unfinished(self, ranks: Mapping[int, Mapping[str, Any]]) -> list[str]:
-        """What is wrong when nobody has failed: programs that ended too early, ranks that never began."""
+        """Return what is wrong when nobody has failed: programs that ended too early, ranks that never began."""
         code = self._starter.poll()
         now = time.monotonic()
         if code is not None:

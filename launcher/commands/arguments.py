@@ -22,13 +22,13 @@ def device_name(text: str) -> str:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """The --device option."""
+    """Add the --device option."""
     help_text = "where to compute: auto (the default) takes a GPU if torch sees one; cpu, cuda or cuda:N"
     parser.add_argument("--device", type=device_name, default="auto", metavar="DEVICE", help=help_text)
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
-    """The --resume option."""
+    """Add the --resume option."""
     help_text = (
         "auto (the default) continues what the run folder holds; must refuses an empty one; never one with a run"
     )
@@ -36,7 +36,7 @@ def add_resume(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """The --checkpoint option."""
+    """Add the --checkpoint option."""
     help_text = "best (the default): of each head the checkpoint that evaluated best; latest: the newest"
     parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help=help_text)
 

@@ -91,7 +91,7 @@ class AccelerateEngine:
         self.name = f"accelerate ({how}, {self.precision}, {self._accumulation} micro-batch(es) a step)"
 
     def __call__(self, features: Sequence[Tensor], batch: Batch, counts: LossCounts) -> Any:
-        """In evaluation the raw head runs: no collectives."""
+        """Run the head; in evaluation the raw one: no collectives."""
         if not self.head.training:
             with torch.no_grad(), autocast(self.precision, self._group.device.type):
                 return self.head(features, batch, counts)

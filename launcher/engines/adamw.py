@@ -44,13 +44,13 @@ def build_adamw(head: nn.Module, config: OptimizerConfig, *, device_type: str) -
 
 
 def set_learning_rate(param_groups: list[dict[str, Any]], learning_rate: float) -> None:
-    """This learning rate, times its own factor, for every group."""
+    """Give every group this learning rate, times its own factor."""
     for group in param_groups:
         group["lr"] = learning_rate * group[FACTOR]
 
 
 def adamw_state(parameter: Tensor, group: dict[str, Any], step: int) -> dict[str, Tensor]:
-    """The state torch's AdamW keeps for one parameter after `step` steps, with zero moments, for the caller to fill.
+    """Return the state torch's AdamW keeps for one parameter after `step` steps, with zero moments, for the caller to fill.
 
     The step lives where AdamW itself puts it: beside the parameter for its fused and capturable forms, else on the CPU.
     """
@@ -63,7 +63,7 @@ def adamw_state(parameter: Tensor, group: dict[str, Any], step: int) -> dict[str
 
 
 def single_step(steps: list[float]) -> int:
-    """The one step count that all of an optimizer's states agree on; 0 when there is none."""
+    """Return the one step count that all of an optimizer's states agree on; 0 when there is none."""
     if not steps:
         return 0
     assert len(set(steps)) == 1, (

@@ -45,7 +45,7 @@ class HeadState:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """What is evaluated and used: the averages where they are kept, else the parameters."""
+        """Return what is evaluated and used: the averages where they are kept, else the parameters."""
         return self.parameters if self.ema is None else self.ema
 
     def require_fit(self, shapes: Mapping[str, Sequence[int]], buffer_shapes: Mapping[str, Sequence[int]]) -> None:
@@ -102,7 +102,7 @@ class Engine(Protocol):
     """The raw module, for names; under ZeRO 3 its parameters are empty between steps."""
 
     def __call__(self, features: Sequence[Tensor], batch: Batch, counts: LossCounts) -> Any:
-        """The head's losses (training mode) or results (evaluation mode, no gradients), under autocast by precision."""
+        """Return the head's losses (training mode) or results (evaluation mode, no gradients), under autocast by precision."""
 
     def train(self, mode: bool = True) -> None:
         """Switch the head between training and evaluation."""
@@ -117,14 +117,14 @@ class Engine(Protocol):
         """Drop the gradients of this step, after any number of its `backward` calls; nothing else changes."""
 
     def export_state(self) -> HeadState:
-        """The full state, on every rank. Between steps only."""
+        """Return the full state, on every rank. Between steps only."""
 
     def masters(self) -> list[Tensor]:
-        """What this rank's optimizer steps: the parameters themselves or this rank's float32 parts of them, always in the same
+        """Return what this rank's optimizer steps: the parameters themselves or this rank's float32 parts of them, always in the same
         order. Whoever changes them puts them back, or calls `load_parameters`."""
 
     def export_parameters(self) -> dict[str, Tensor]:
-        """The full parameters by name, CPU copies on every rank. Between steps only."""
+        """Return the full parameters by name, CPU copies on every rank. Between steps only."""
 
     def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Put full parameters in; moments and step stay. Every rank passes the same. Between steps only."""
@@ -138,7 +138,7 @@ class Engine(Protocol):
 
 
 def split_decay(head: nn.Module, no_decay: Sequence[str]) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """(decayed, not decayed) parameters by name: the latter have one dimension or a part of `no_decay` in the name."""
+    """Return (decayed, not decayed) parameters by name: the latter have one dimension or a part of `no_decay` in the name."""
     decayed: dict[str, nn.Parameter] = {}
     not_decayed: dict[str, nn.Parameter] = {}
     for name, parameter in head.named_parameters():
@@ -163,7 +163,7 @@ class ParameterGroup:
 
 
 def parameter_groups(module: nn.Module, optimizer: OptimizerConfig) -> list[ParameterGroup]:
-    """A module's parameters in groups; the one rule that optimizers, ZeRO's partitions and plans derive from.
+    """Return a module's parameters in groups; the one rule that optimizers, ZeRO's partitions and plans derive from.
 
     A module may say more about those of its parameters whose names begin alike: `learning_rate_factors` {prefix: factor},
     and `no_decay` {prefix: parts of names} besides the optimizer's. Empty groups are left out.
@@ -205,7 +205,7 @@ def require_trainable(head: nn.Module) -> None:
 
 
 def resolve_precision(precision: str, device_type: str) -> str:
-    """What "auto" stands for: bfloat16 on CUDA, and float32 on a CPU, where bfloat16 is several times slower."""
+    """Return the precision that is meant; "auto" is bfloat16 on CUDA, and float32 on a CPU, where bfloat16 is several times slower."""
     if precision == "auto":
         return "bfloat16" if device_type == "cuda" else "float32"
     return precision
@@ -219,13 +219,13 @@ def autocast(precision: str, device_type: str) -> contextlib.AbstractContextMana
 
 
 def persistent_buffers(head: nn.Module) -> list[str]:
-    """Names of the buffers that belong into a checkpoint."""
+    """Return the names of the buffers that belong into a checkpoint."""
     buffers = dict(head.named_buffers())
     return [name for name in head.state_dict() if name in buffers]
 
 
 def export_buffers(head: nn.Module, names: Iterable[str], group: ProcessGroup) -> dict[str, Tensor]:
-    """CPU copies of rank 0's buffers, on every rank. Collective."""
+    """Return CPU copies of rank 0's buffers, on every rank. Collective."""
     return group.broadcast_object({name: head.get_buffer(name).detach().to("cpu", copy=True) for name in names})
 
 
@@ -237,5 +237,5 @@ def import_buffers(head: nn.Module, names: Iterable[str], state: HeadState) -> N
 
 
 def is_true(value: str | None) -> bool:
-    """Whether an environment variable says yes."""
+    """Return whether an environment variable says yes."""
     return (value or "").strip().lower() in ("1", "true", "yes", "y", "on")

@@ -99,7 +99,7 @@ class DeepSpeedEngine:
         )
 
     def __call__(self, features: Sequence[Tensor], batch: Batch, counts: LossCounts) -> Any:
-        """In evaluation ZeRO 1 and 2 run the raw head; ZeRO 3 gathers its parameters, collectively."""
+        """Run the head; in evaluation ZeRO 1 and 2 run the raw one, ZeRO 3 gathers its parameters, collectively."""
         if self.head.training:
             # Stage 1 reduces, and all stages hand over to the optimizer, in the last micro-batch's backward.
             self._engine.set_gradient_accumulation_boundary(self._num_backward == self._accumulation - 1)

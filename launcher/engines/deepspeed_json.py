@@ -60,7 +60,7 @@ ZERO_UNSUPPORTED = {
 
 
 def read_settings(engine: EngineConfig, environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """(the JSON's content, where it came from): the recipe's file, else Accelerate's, else the stage's shipped one.
+    """Return (the JSON's content, where it came from): the recipe's file, else Accelerate's, else the stage's shipped one.
 
     Raises:
         LaunchError: the file is missing or malformed, or recipe and Accelerate name different stages.
@@ -98,7 +98,7 @@ def _add_wishes(settings: dict[str, Any], wishes: Mapping[str, Any], source: str
 
 
 def load_json(name: str) -> dict[str, Any]:
-    """The object in a JSON file: a path, or zero1, zero2, zero3.
+    """Load the object in a JSON file: a path, or zero1, zero2, zero3.
 
     Raises:
         LaunchError: it is not there or is not a JSON object.
@@ -132,7 +132,7 @@ def merge_settings(
     precision: str,
     zero_stage: int | None,
 ) -> dict[str, Any]:
-    """The configuration for deepspeed.initialize.
+    """Return the configuration for deepspeed.initialize.
 
     Args:
         settings: a JSON's content; it is not changed. The value "auto" counts as not given.
@@ -239,7 +239,7 @@ def _set_autocast(merged: dict[str, Any], source: str, precision: str) -> None:
 
 
 def _settings_of_accelerate(environ: Mapping[str, str]) -> dict[str, Any]:
-    """What Accelerate's DeepSpeed fields ask for, as a JSON would say it; its defaults ask for nothing."""
+    """Return what Accelerate's DeepSpeed fields ask for, as a JSON would say it; its defaults ask for nothing."""
     settings: dict[str, Any] = {}
     zero: dict[str, Any] = {}
     stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")

@@ -41,14 +41,14 @@ def skip_shared_memory_op() -> None:
 
 
 def parameter_shapes(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
-    """Full shapes by name; under ZeRO 3 a parameter itself is empty between steps."""
+    """Return full shapes by name; under ZeRO 3 a parameter itself is empty between steps."""
     return {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters.items()}
 
 
 def export_zero(
     engine: deepspeed.DeepSpeedEngine, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], int]:
-    """(weights, {"exp_avg", "exp_avg_sq"}, step): full float32 CPU tensors on every rank. Collective."""
+    """Return (weights, {"exp_avg", "exp_avg_sq"}, step): full float32 CPU tensors on every rank. Collective."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     states = engine.optimizer.optimizer.state
@@ -71,7 +71,7 @@ def export_zero(
 
 
 def export_weights(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Full float32 CPU tensors on every rank. Collective."""
+    """Return full float32 CPU tensors on every rank. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     return {
@@ -132,13 +132,13 @@ def _is_stage3(engine: deepspeed.DeepSpeedEngine) -> bool:
 
 
 def flat_partitions(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
-    """This rank's flat float32 tensors: what the inner AdamW holds as its parameters."""
+    """Return this rank's flat float32 tensors: what the inner AdamW holds as its parameters."""
     zero = engine.optimizer
     return list(zero.fp32_partitioned_groups_flat if _is_stage3(engine) else zero.single_partition_of_fp32_groups)
 
 
 def _groups_of_flats(engine: deepspeed.DeepSpeedEngine) -> dict[Tensor, dict[str, Any]]:
-    """The parameter group (decay or not) that each flat tensor is stepped with."""
+    """Return the parameter group (decay or not) that each flat tensor is stepped with."""
     zero = engine.optimizer
     groups = zero.optimizer.param_groups
     flats = flat_partitions(engine)

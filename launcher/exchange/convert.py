@@ -29,7 +29,7 @@ def convert(
     window_size: tuple[int, ...] | None = None,
     pretrained_window_size: tuple[int, ...] | None = None,
 ) -> None:
-    """Reads weights, says what they are, and writes them as a sharded checkpoint.
+    """Read weights, say what they are, and write them as a sharded checkpoint.
 
     Args:
         weights: As `permafrost.model.weights.read.read_weights` takes it.
@@ -76,7 +76,7 @@ def convert(
 def _complete(
     file: WeightFile, window_size: tuple[int, ...] | None, pretrained_window_size: tuple[int, ...] | None
 ) -> Windows:
-    """The windows that the file states, and those that were given where it does not.
+    """Return the windows that the file states, and those that were given where it does not.
 
     Raises:
         WeightsError: If both are there and differ.

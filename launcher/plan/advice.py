@@ -12,7 +12,7 @@ HOST_OPTIMIZER = "a DeepSpeed JSON with offload_optimizer to the cpu (--engine.d
 
 
 def recommend(planner: Planner, rows: Sequence[Row]) -> Row | None:
-    """The fastest row that fits; of those within 2 % of it the simplest. None: none fits."""
+    """Return the fastest row that fits; of those within 2 % of it the simplest. None: none fits."""
     # Several nodes are DeepSpeed's.
     single = planner.machines.nodes == 1
     eligible = [row for row in rows if planner.fits(row) and (row.layout.stage or single)]
@@ -24,7 +24,7 @@ def recommend(planner: Planner, rows: Sequence[Row]) -> Row | None:
 
 
 def remedies(planner: Planner, row: Row, rows: Sequence[Row]) -> list[tuple[str, Row]]:
-    """What makes a row fit that does not: (change, row) of each single change that does; if none does, of the smallest
+    """Return what makes a row fit that does not: (change, row) of each single change that does; if none does, of the smallest
     of all changes together. Empty: nothing helps.
     """
     layout = row.layout
@@ -48,7 +48,7 @@ def remedies(planner: Planner, row: Row, rows: Sequence[Row]) -> list[tuple[str,
 
 
 def flags(new: Layout, old: Layout) -> str:
-    """What to add to the command line of one layout for another."""
+    """Return what to add to the command line of one layout for another."""
     parts = []
     if new.tensor != old.tensor:
         parts.append(f"--mesh.tensor {new.tensor}")
@@ -79,7 +79,7 @@ def _single_changes(planner: Planner, layout: Layout) -> list[Layout]:
 
 
 def _differs_once(new: Layout, old: Layout) -> bool:
-    """In the tensor degree or the engine, and in nothing else."""
+    """Return whether two layouts differ in the tensor degree or the engine, and in nothing else."""
     return new != old and old in (replace(new, tensor=old.tensor), replace(new, stage=old.stage))
 
 

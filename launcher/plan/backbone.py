@@ -47,19 +47,19 @@ class PlannedGroup(TensorGroup):
         object.__setattr__(self, "sent", defaultdict(int))
 
     def reduce(self, x: Tensor) -> Tensor:
-        """In place, as fairscale's."""
+        """Sum in place, as fairscale's."""
         x = x.contiguous()
         self.sent["all-reduce"] += 2 * (self.degree - 1) * x.nbytes // self.degree
         return x
 
     def gather_channels(self, x: Tensor) -> Tensor:
-        """A buffer from each other member and then their join, as fairscale's."""
+        """Take a buffer from each other member and then their join, as fairscale's."""
         x = x.contiguous()
         self.sent["all-gather"] += (self.degree - 1) * x.nbytes
         return torch.cat([x, *(torch.empty_like(x) for _ in range(self.degree - 1))], dim=-1)
 
     def exchange(self, numbers: list[int]) -> list[list[int]]:
-        """Every member has equal numbers."""
+        """Return every member's numbers, which are equal."""
         return [list(map(int, numbers))] * self.degree
 
 
@@ -112,7 +112,7 @@ def settle_windows(config: BackboneConfig) -> tuple[BackboneConfig, list[str]]:
 
 
 def spec_of(config: BackboneConfig) -> FeatureSpec:
-    """Channels and strides of a network's maps.
+    """Return the channels and strides of a network's maps.
 
     Raises:
         BackboneError: As empty_network.

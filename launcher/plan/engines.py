@@ -93,15 +93,15 @@ class EnginePlan:
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Whether the optimizer is in host memory."""
+        """Return whether the optimizer is in host memory."""
         return (self.zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
 
     def is_persistent(self, numel: int) -> bool:
-        """Whether ZeRO 3 also keeps a parameter of this size whole."""
+        """Return whether ZeRO 3 also keeps a parameter of this size whole."""
         return numel <= int(self.zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD))
 
     def memory(self, groups: Sequence[Sequence[int]]) -> EngineMemory:
-        """What a rank holds; the rank that holds most.
+        """Return what a rank holds, the one that holds most.
 
         Args:
             groups: Elements of every parameter, by AdamW's parameter groups.
@@ -111,14 +111,14 @@ class EnginePlan:
         return self._zero3(groups) if self.stage == 3 else self._zero12(groups)
 
     def with_average(self, memory: EngineMemory) -> EngineMemory:
-        """The same with a running average of the weights, kept beside what the optimizer steps."""
+        """Return the same with a running average of the weights, kept beside what the optimizer steps."""
         if self.offloads_optimizer:
             # Of master weights, two moments and two buffers of gradients one more.
             return replace(memory, host=memory.host + memory.host // 5)
         return replace(memory, optimizer=memory.optimizer + memory.optimizer // (3 if self.stage in (1, 2) else 2))
 
     def sent(self, groups: Sequence[Sequence[int]]) -> dict[str, int]:
-        """Bytes a rank sends in a step, in rings, by collective; arguments as of `memory`."""
+        """Return the bytes a rank sends in a step, in rings, by collective; arguments as of `memory`."""
         n = self.num_ranks
         if n == 1:
             return {}
@@ -152,7 +152,7 @@ class EnginePlan:
         )
 
     def _temporaries(self, num_bytes: int) -> int:
-        """Of a step of AdamW over a tensor of so many bytes: without a fused kernel two of its size."""
+        """Return the bytes of a step of AdamW over a tensor of so many: without a fused kernel two of its size."""
         return 0 if self.is_fused else 2 * num_bytes
 
     def _zero12(self, groups: Sequence[Sequence[int]]) -> EngineMemory:

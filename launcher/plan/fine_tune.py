@@ -50,7 +50,7 @@ class TrainedPlan:
 
 
 def build_trained(config: BackboneConfig) -> TrainableBackbone:
-    """The backbone without memory for its weights.
+    """Build the backbone without memory for its weights.
 
     Args:
         config: Which network, as settle_windows returned it.
@@ -131,7 +131,7 @@ def plan_trained(
 
 
 def join_plans(backbone: TrainedPlan, head: HeadPlan) -> HeadPlan:
-    """The plan of both as one module.
+    """Return the plan of both as one module.
 
     Args:
         backbone: What runs first in a forward and last in a backward.

@@ -82,7 +82,7 @@ class HeadRun:
 
 
 def plan_head(run: HeadRun, *, batch: int, side: int) -> HeadPlan:
-    """A head's plan for a micro-batch of squares of this many pixels a side: images, or the frames of clips."""
+    """Plan a head for a micro-batch of squares of this many pixels a side: images, or the frames of clips."""
     clips = run.data.maps is not None
     sides = (side, side) if clips else SMALL_SIDES
     if batch * (run.data.maps or 1) * side * side <= MAX_PIXELS or (clips and batch <= SMALL_BATCHES[-1]):
@@ -121,7 +121,7 @@ class _PlannedBuffers(HostBuffers):
 
 
 def _run_head(run: HeadRun, batch_size: int, side: int) -> HeadPlan:
-    """One forward and backward, as train.py's head_losses does them."""
+    """Run one forward and backward, as train.py's head_losses does them."""
     head = run.head
     batch, lead = run.data.batch(batch_size, side), run.data.lead(batch_size)
     maps = [

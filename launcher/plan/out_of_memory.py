@@ -41,7 +41,7 @@ def memory_explained(experiment: Experiment, group: ProcessGroup) -> Iterator[No
 
 
 def advice(experiment: Experiment, group: ProcessGroup) -> str:
-    """The estimate, and options that need less. Not collective: the other ranks are busy or gone."""
+    """Return the estimate, and options that need less. Not collective: the other ranks are busy or gone."""
     estimate, options = "No estimate could be made", []
     try:
         estimate, options = _from_plan(experiment, group)

@@ -61,12 +61,12 @@ class Machines:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
+        """Return the number of ranks."""
         return self.gpus * self.nodes
 
     @property
     def usable(self) -> float:
-        """Bytes that a plan may fill."""
+        """Return the bytes that a plan may fill."""
         return float("inf") if self.memory is None else self.memory * (1 - RESERVED)
 
 
@@ -82,7 +82,7 @@ class Layout:
 
     @property
     def engine(self) -> str:
-        """In words."""
+        """Return the engine in words."""
         name = f"ZeRO {self.stage}" if self.stage else "accelerate"
         return name + (", optimizer on the host" if self.offload_optimizer else "")
 
@@ -188,7 +188,7 @@ class Planner:
 
     @cached_property
     def own(self) -> Layout:
-        """What the recipe itself says."""
+        """Return the layout that the recipe itself says."""
         engine = self.experiment.engine
         stage: Stage = 0
         offload_optimizer = False
@@ -208,7 +208,7 @@ class Planner:
         return [degree for degree in degrees if self.machines.gpus % degree == 0]
 
     def micro_batch(self, layout: Layout) -> int:
-        """Images of one forward on one rank.
+        """Return how many images one forward on one rank takes.
 
         Raises:
             LaunchError: The global batch does not divide.
@@ -220,7 +220,7 @@ class Planner:
         )
 
     def table(self) -> list[Row]:
-        """A row for every tensor degree and engine, the rest as the recipe says; its own layout among them."""
+        """Return a row for every tensor degree and engine, the rest as the recipe says; its own layout among them."""
         layouts = [
             replace(self.own, tensor=tensor, stage=stage, offload_optimizer=self.own.offload_optimizer and stage > 0)
             for tensor in self.degrees
@@ -235,7 +235,7 @@ class Planner:
         return memory if self.experiment.heads[name].ema_decay is None else engine.with_average(memory)
 
     def row(self, layout: Layout) -> Row:
-        """One layout's numbers."""
+        """Return one layout's numbers."""
         micro_batch, accumulation = self.micro_batch(layout), layout.accumulation
         backbone = self._backbone(layout.tensor, micro_batch)
         engine = self._engine(layout)
@@ -291,7 +291,7 @@ class Planner:
         )
 
     def fits(self, row: Row) -> bool:
-        """Whether a row's peak leaves the share that is reserved."""
+        """Return whether a row's peak leaves the share that is reserved."""
         return row.peak <= self.machines.usable
 
     @cached_property
@@ -397,7 +397,7 @@ class Planner:
         return merged["zero_optimization"]
 
     def _crosses_nodes(self, tensor: int) -> bool:
-        """Whether some group of so many consecutive ranks has members on two nodes."""
+        """Return whether some group of so many consecutive ranks has members on two nodes."""
         return self.machines.nodes > 1 and self.machines.gpus % tensor != 0
 
     def _seconds_sending(self, sent: dict[str, int], tensor: int) -> float:

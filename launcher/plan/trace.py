@@ -64,7 +64,7 @@ class Trace(TorchDispatchMode):
         return total
 
     def take_peak(self) -> int:
-        """The peak since the last call."""
+        """Return the peak since the last call."""
         peak, self.peak = self.peak, self.live
         return peak
 
@@ -128,13 +128,13 @@ class FusedAttention(TorchFunctionMode):
         return self.attend(query, key, value)
 
     def with_gradients(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """The output (..., L, D), with what a backward needs and gives: the scores again, and, of a bias, a gradient for
+        """Return the output (..., L, D), with what a backward needs and gives: the scores again, and, of a bias, a gradient for
         each query and key before it is summed over what the bias was broadcast over.
         """
         return _Attention.apply(query, key, value, bias, self._trace)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The output (..., L, D) alone."""
+        """Return the output (..., L, D) alone."""
         length, dim = key.shape[-2:]
         # Scores and their weighted sum: a multiply-add each for every query, key and channel.
         self._trace.flops += 2 * query.numel() * length + 2 * query.numel() // dim * length * value.shape[-1]

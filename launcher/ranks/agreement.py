@@ -91,7 +91,7 @@ def _modules(value: Any) -> Iterator[str]:
 
 
 def _without_places(value: Any) -> Any:
-    """A recipe whose classes do not say in which folder of this machine their file lies."""
+    """Return a recipe whose classes do not say in which folder of this machine their file lies."""
     if isinstance(value, dict):
         return {
             key: _without_place(item) if key == CLASS_KEY and isinstance(item, str) else _without_places(item)

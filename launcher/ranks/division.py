@@ -6,7 +6,7 @@ from permafrost.launcher.errors import LaunchError
 
 
 def micro_batch_size(*, global_batch: int, world_size: int, accumulation: int) -> int:
-    """Images of one forward on one rank.
+    """Return how many images one forward on one rank takes.
 
     Raises:
         LaunchError: the global batch does not divide.

@@ -65,25 +65,25 @@ class Beat:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the rank said itself that it is over."""
+        """Return whether the rank said itself that it is over."""
         return self.phase in ENDS
 
     def silence(self, now: float) -> float:
-        """Seconds since the last beat; of the writer's clock, which may differ from the reader's."""
+        """Return the seconds since the last beat; of the writer's clock, which may differ from the reader's."""
         return max(0.0, now - self.time)
 
     def is_silent(self, now: float) -> bool:
-        """Whether it should have beaten several times since."""
+        """Return whether it should have beaten several times since."""
         return self.silence(now) > MISSED * self.interval
 
     @property
     def is_running_here(self) -> bool:
-        """Whether its process is one of this machine that has not ended."""
+        """Return whether its process is one of this machine that has not ended."""
         own = process(self.pid)
         return self.host == platform.node() and own.started == self.started and not own.has_ended
 
     def describe(self) -> str:
-        """`rank 3 (pid 812 on node7)`."""
+        """Return `rank 3 (pid 812 on node7)`."""
         return f"rank {self.rank} (pid {self.pid} on {self.host})"
 
 
@@ -119,7 +119,7 @@ class Heartbeat:
 
     @property
     def beat(self) -> Beat:
-        """What this rank says at present."""
+        """Return what this rank says at present."""
         return self._beat
 
     def notice(self, after: float, call: Callable[[], object]) -> None:
@@ -178,12 +178,12 @@ class Heartbeat:
 
 
 def beat_path(folder: Path, rank: int) -> Path:
-    """The file of one rank."""
+    """Return the file of one rank."""
     return folder / f"rank_{rank:05d}.json"
 
 
 def read_beats(folder: Path) -> list[Beat]:
-    """What every rank said last, in rank order. Files that are damaged or of ranks beyond the world are passed over."""
+    """Return what every rank said last, in rank order. Files that are damaged or of ranks beyond the world are passed over."""
     beats = []
     for path in sorted(folder.glob("rank_*.json")):
         try:
@@ -221,7 +221,7 @@ class Culprit:
 def find_culprits(
     beats: Sequence[Beat], world_size: int, *, exclude: int | None = None, now: float | None = None
 ) -> list[Culprit]:
-    """The ranks that the others wait for, the likeliest kind of reason only.
+    """Return the ranks that the others wait for, the likeliest kind of reason only.
 
     In this order: ranks that failed by an error of their own; whose process is gone or stopped; that are silent; that
     never beat at all; else the one furthest behind (of several, the one longest in its phase).
@@ -301,7 +301,7 @@ class Watch:
         return found
 
     def beats(self) -> list[Beat]:
-        """What every rank said last, in rank order, with times by this machine's clock, for `find_culprits`.
+        """Return what every rank said last, in rank order, with times by this machine's clock, for `find_culprits`.
 
         Where another machine's clock is behind by more than a few beats, all of its ranks would look silent else.
         """
@@ -313,7 +313,7 @@ class Watch:
 
 
 def _process_fault(beat: Beat) -> str:
-    """What this machine's kernel says of a rank; "" when it runs, or is elsewhere."""
+    """Return what this machine's kernel says of a rank; "" when it runs, or is elsewhere."""
     if beat.host != platform.node():
         return ""
     own = process(beat.pid)

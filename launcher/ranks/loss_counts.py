@@ -26,7 +26,7 @@ class RecordedCounts:
         self._denominators: dict[str, float] | None = None
 
     def record(self, name: str, count: Tensor) -> Tensor:
-        """The LossCounts of the first pass. What it returns keeps that pass finite and is used for nothing."""
+        """Count in the first pass; what it returns keeps that pass finite and is used for nothing."""
         count = count.detach()
         self._totals[name] = self._totals.get(name, 0) + count.double()
         return count.float().clamp(min=1.0)
@@ -42,6 +42,6 @@ class RecordedCounts:
         }
 
     def __call__(self, name: str, count: Tensor) -> Tensor:
-        """The denominator of `name` for every micro-batch of the step."""
+        """Return the denominator of `name` for every micro-batch of the step."""
         assert self._denominators is not None, "fix() comes between the recording pass and the real ones"
         return torch.tensor(self._denominators[name], dtype=torch.float32, device=count.device)

@@ -98,7 +98,7 @@ def _explain(group: ProcessGroup, heartbeat: Heartbeat, watch: Watch, error: Bas
 
 
 def _leave_the_lifeless(group: ProcessGroup, heartbeat: Heartbeat, watch: Watch, timeout: float) -> None:
-    """In the thread of the heartbeat: end this process when another one has shown no sign of life for too long."""
+    """End this process, from the thread of the heartbeat, when another one has shown no sign of life for too long."""
     seen = watch.poll()
     lifeless = [
         Culprit(

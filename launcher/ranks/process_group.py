@@ -63,16 +63,16 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and prints."""
+        """Return whether this process writes files and prints."""
         return self.rank == 0
 
     def describe(self) -> str:
-        """One line for the start of a run."""
+        """Return one line for the start of a run."""
         backend = f", {dist.get_backend()}" if self.world_size > 1 else ""
         return f"{self.world_size} process(es) from {self.source}{backend}; rank {self.rank} on {self.device}"
 
     def all_reduce_mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The mean of every value over all ranks, in float64. Collective; every rank passes the same names."""
+        """Return the mean of every value over all ranks, in float64. Collective; every rank passes the same names."""
         names = sorted(values)
         if self.world_size == 1 or not names:
             return {name: float(values[name]) for name in names}
@@ -86,7 +86,7 @@ class ProcessGroup:
         return dict(zip(names, mean[:-1].tolist()))
 
     def any_true(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank. Collective."""
+        """Return whether `flag` is true on any rank. Collective."""
         if self.world_size == 1:
             return bool(flag)
         total = torch.tensor([int(flag)], dtype=torch.int64)
@@ -167,7 +167,7 @@ class ProcessGroup:
         require_mesh(world_size=self.world_size, tensor=tensor)
 
     def tensor_group(self, tensor: int) -> TensorGroup | None:
-        """This process's tensor group, of consecutive ranks; None where nothing is to be split. Collective.
+        """Return this process's tensor group, of consecutive ranks; None where nothing is to be split. Collective.
 
         Args:
             tensor: processes of a group.
@@ -184,7 +184,7 @@ class ProcessGroup:
         return join_tensor_group(tensor)
 
     def groups_across_nodes(self, tensor: int) -> int:
-        """How many tensor groups have members on several nodes. Collective.
+        """Count the tensor groups that have members on several nodes. Collective.
 
         Args:
             tensor: processes of a group, which are consecutive ranks.
@@ -285,7 +285,7 @@ def join_process_group(device: str = "auto", backend: str | None = None, *, time
 
 
 def read_ranks(environ: MutableMapping[str, str]) -> tuple[int, int, int, str]:
-    """(rank, world_size, local_rank, source) from the environment, which is completed with the standard variables under
+    """Return (rank, world_size, local_rank, source) from the environment, which is completed with the standard variables under
     Slurm.
 
     Raises:
@@ -340,7 +340,7 @@ def read_ranks(environ: MutableMapping[str, str]) -> tuple[int, int, int, str]:
 
 
 def choose_device(device: str, *, local_rank: int, world_size: int) -> torch.device:
-    """The device this process computes on.
+    """Return the device this process computes on.
 
     Raises:
         LaunchError: the device does not exist here, or several processes would share one.
@@ -432,14 +432,14 @@ def complete_single_process(environ: MutableMapping[str, str]) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on at this moment."""
+    """Return a TCP port that nothing listens on at this moment."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def first_slurm_host(nodelist: str) -> str:
-    """The first host of Slurm's compressed list: `gpu[03-05,09],login1` -> `gpu03`."""
+    """Return the first host of Slurm's compressed list: `gpu[03-05,09],login1` -> `gpu03`."""
     match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodelist)
     if match is None:
         raise LaunchError(

@@ -33,7 +33,7 @@ class Interruption:
         self._when = 0.0
 
     def wait(self, seconds: float) -> bool:
-        """Whether a signal has come, or comes within this time: it may reach other processes of a job earlier."""
+        """Return whether a signal has come, or comes within this time: it may reach other processes of a job earlier."""
         limit = time.monotonic() + seconds
         while self.received is None and time.monotonic() < limit:
             time.sleep(0.02)
@@ -88,11 +88,11 @@ _reading = False
 
 
 def _do_nothing(number: int, frame: object) -> None:
-    """A handler, so that the default action is not taken and the number reaches the wakeup descriptor."""
+    """Handle a signal, so that the default action is not taken and the number reaches the wakeup descriptor."""
 
 
 def _in_child() -> None:
-    """A data worker shares the pipe: what is sent to it must not count as sent to this process."""
+    """Leave the pipe that a data worker shares: what is sent to it must not count as sent to this process."""
     if not _reading:
         return
     signal.set_wakeup_fd(-1)

@@ -67,7 +67,7 @@ def apply_overrides(experiment: Any, args: Sequence[str], *, prog: str, descript
 
 
 def flags_of(experiment: Any) -> list[str]:
-    """Every flag that overrides a field of this dataclass instance, in the order of the fields."""
+    """Return every flag that overrides a field of this dataclass instance, in the order of the fields."""
     return [f"--{path.replace('_', '-')}" for path, _ in _leaves(experiment, "")]
 
 

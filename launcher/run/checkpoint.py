@@ -128,14 +128,14 @@ class Checkpoint:
 
 
 def tensor_shapes(head: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Shapes of a head's parameters and of its saved buffers, by name. To be read before an engine partitions them."""
+    """Return the shapes of a head's parameters and of its saved buffers, by name. To be read before an engine partitions them."""
     parameters = {name: tuple(parameter.shape) for name, parameter in head.named_parameters()}
     buffers = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items() if name not in parameters}
     return parameters, buffers
 
 
 def is_finite(state: HeadState) -> bool:
-    """Whether a head can be continued: no NaN or infinity in its parameters or moments."""
+    """Return whether a head can be continued: no NaN or infinity in its parameters or moments."""
     parts = (state.parameters, state.exp_avg, state.exp_avg_sq, state.weights)
     return all(bool(tensor.isfinite().all()) for part in parts for tensor in part.values())
 
@@ -185,7 +185,7 @@ def save_checkpoint(
 
 
 def load_newest(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose every file is as it was written.
+    """Load the newest checkpoint whose every file is as it was written.
 
     Returns:
         the checkpoint (None when the folder has none at all) and what was wrong with newer ones, in words.
@@ -230,7 +230,7 @@ def read_checkpoint(folder: Path, heads: Collection[str] | None = None) -> Check
 
 
 def load_head(path: str | os.PathLike[str], head: str | None = None, which: str = "best") -> Checkpoint:
-    """One trained head for evaluation or prediction.
+    """Load one trained head for evaluation or prediction.
 
     Args:
         path: a run folder, or one checkpoint folder (step_...).

@@ -45,7 +45,7 @@ class Average:
 
     @torch.no_grad()
     def export(self) -> dict[str, Tensor]:
-        """The full averages by the parameters' names, CPU tensors on every rank. Collective."""
+        """Return the full averages by the parameters' names, CPU tensors on every rank. Collective."""
         kept = self._weights()
         self._fill(self._averages)
         full = self._engine.export_parameters()
@@ -61,7 +61,7 @@ class Average:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """The head has the averages for weights while inside; its optimizer must not step. Collective."""
+        """Give the head the averages for weights while inside; its optimizer must not step. Collective."""
         trained = self._engine.export_parameters()
         self._engine.load_parameters(self.export())
         yield

@@ -63,18 +63,18 @@ class ImagesOn:
         self._description = backbone.describe()
 
     def describe(self) -> dict[str, Any]:
-        """What was chosen and why."""
+        """Return what was chosen and why."""
         return self._description
 
     def __call__(self, images: Tensor) -> tuple[Tensor]:
-        """The images, as the only feature."""
+        """Return the images, as the only feature."""
         return (images,)
 
 
 def join(
     backbone: TrainableBackbone, heads: Mapping[str, Head], *, learning_rate_factor: float
 ) -> tuple[ImagesOn, dict[str, Head]]:
-    """What takes the places of a frozen backbone and of its heads."""
+    """Build what takes the places of a frozen backbone and of its heads."""
     joined = {
         name: FineTuned(backbone, head, learning_rate_factor=learning_rate_factor) for name, head in heads.items()
     }

@@ -84,12 +84,12 @@ class RunFolder:
 
     @staticmethod
     def of(experiment: Experiment) -> RunFolder:
-        """Where this experiment writes: its `output`, else runs/<name>."""
+        """Return the folder this experiment writes: its `output`, else runs/<name>."""
         return RunFolder(experiment.output or Path("runs") / experiment.name)
 
     @property
     def holds_run(self) -> bool:
-        """Whether a training has started here before."""
+        """Return whether a training has started here before."""
         return self.recipe.exists()
 
     @property
@@ -103,7 +103,7 @@ class RunFolder:
         )
 
     def checkpoint_folder(self, step: int) -> Path:
-        """Where the checkpoint after `step` steps lies."""
+        """Return where the checkpoint after `step` steps lies."""
         return self.checkpoints / f"step_{step:08d}"
 
     def prepare(self, experiment: Experiment, resume: str = "auto") -> Literal["new", "resume"]:
@@ -209,15 +209,15 @@ class RunFolder:
         write_atomically(self.best, json.dumps(best, indent=2) + "\n")
 
     def read_evaluations(self) -> list[dict[str, Any]]:
-        """Every evaluation of this run, oldest first; a line that a kill left unfinished is passed over."""
+        """Return every evaluation of this run, oldest first; a line that a kill left unfinished is passed over."""
         return read_json_lines(self.evaluations)
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether the heads were scored after this many steps."""
+        """Return whether the heads were scored after this many steps."""
         return any(entry.get("step") == step for entry in self.read_evaluations())
 
     def read_best(self) -> dict[str, dict[str, Any]]:
-        """Of each evaluated head: {"step", "metric", "value"}; empty before the first or when the file is damaged."""
+        """Return of each evaluated head {"step", "metric", "value"}; empty before the first or when the file is damaged."""
         try:
             found = json.loads(self.best.read_text())
         except (OSError, ValueError):
@@ -242,7 +242,7 @@ class RunFolder:
         write_atomically(self.final, json.dumps(content, indent=2) + "\n")
 
     def read_final(self) -> dict[str, Any] | None:
-        """What `write_final` wrote; None while the run has not ended."""
+        """Return what `write_final` wrote; None while the run has not ended."""
         try:
             return json.loads(self.final.read_text())
         except (OSError, ValueError):

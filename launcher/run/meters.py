@@ -34,11 +34,11 @@ class Window:
         return {tag: list(entry) for tag, entry in self._sums.items()}
 
     def means(self) -> dict[str, float]:
-        """The means so far."""
+        """Return the means so far."""
         return {tag: total / count for tag, (total, count) in self._sums.items()}
 
     def take(self) -> dict[str, float]:
-        """The means, leaving an empty window."""
+        """Return the means, leaving an empty window."""
         means, self._sums = self.means(), {}
         return means
 
@@ -82,7 +82,7 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside (an evaluation, a checkpoint) is no part of a step's time."""
+        """Leave what happens inside (an evaluation, a checkpoint) out of a step's time."""
         start = time.perf_counter()
         try:
             yield
@@ -90,11 +90,11 @@ class Stopwatch:
             self._started += time.perf_counter() - start
 
     def count_step(self) -> None:
-        """One more step lies in the interval."""
+        """Count one more step in the interval."""
         self._num_steps += 1
 
     def take(self, global_batch: int) -> dict[str, float]:
-        """Images per second, seconds per step, whole and by part, since the last call; the interval begins anew."""
+        """Return the images per second, seconds per step, whole and by part, since the last call; the interval begins anew."""
         self._collect()
         now = time.perf_counter()
         elapsed, num_steps, seconds = now - self._started, self._num_steps, self._seconds
@@ -163,7 +163,7 @@ class CommunicationMeter:
         )
 
     def take(self) -> dict[str, float]:
-        """What was measured since the last call, if anything."""
+        """Return what was measured since the last call, if anything."""
         seconds, self._seconds = self._seconds, None
         return {} if seconds is None else {"time/communication": seconds}
 
@@ -176,7 +176,7 @@ class CommunicationMeter:
 
 
 def _covered(intervals: list[tuple[int, int]]) -> float:
-    """Seconds that are in at least one of some intervals of nanoseconds."""
+    """Return the seconds that are in at least one of some intervals of nanoseconds."""
     total, end = 0, 0
     for start, stop in sorted(intervals):
         total += max(0, stop - max(start, end))
@@ -185,7 +185,7 @@ def _covered(intervals: list[tuple[int, int]]) -> float:
 
 
 def memory_peaks(device: torch.device) -> dict[str, float]:
-    """Peak memory of this process so far in GiB: resident in the host, and allocated on a CUDA device."""
+    """Return the peak memory of this process so far in GiB: resident in the host, and allocated on a CUDA device."""
     peaks = {"memory/host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     if device.type == "cuda":
         peaks["memory/device_gib"] = torch.cuda.max_memory_allocated(device) / 2**30

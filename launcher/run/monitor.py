@@ -139,7 +139,7 @@ class Monitor:
             self._keep("TensorBoard", events.close)
 
     def _keep(self, what: str, write: Any) -> None:
-        """Runs a write; the first failure of each kind is a warning, later ones are silent. TensorBoard ends there."""
+        """Run a write; the first failure of each kind is a warning, later ones are silent. TensorBoard ends there."""
         if what == "TensorBoard" and what in self._lost:
             return
         try:
@@ -185,7 +185,7 @@ class Eta:
         self._last: tuple[int, float] | None = None
 
     def update(self, step: int, now: float | None = None) -> float | None:
-        """Seconds left when `step` steps are done `now` (any steady clock); None until two calls have shown a pace."""
+        """Return the seconds left when `step` steps are done `now` (any steady clock); None until two calls have shown a pace."""
         now = time.monotonic() if now is None else now
         if self._last is not None and step > self._last[0]:
             self._durations.append((now - self._last[1]) / (step - self._last[0]))
@@ -273,7 +273,7 @@ class EventFile:
 
     @staticmethod
     def new_path(folder: Path) -> Path:
-        """A name that TensorBoard takes for an event file, later in its order than those of earlier starts."""
+        """Return a name that TensorBoard takes for an event file, later in its order than those of earlier starts."""
         return folder / f"events.out.tfevents.{time.time():017.6f}.{platform.node()}.{os.getpid()}"
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -308,7 +308,7 @@ class EventFile:
 
 
 def format_duration(seconds: float) -> str:
-    """A few words for a number of seconds: "40 s", "12 min", "3 h 05 min", "2 d 4 h"."""
+    """Return a few words for a number of seconds: "40 s", "12 min", "3 h 05 min", "2 d 4 h"."""
     seconds = round(seconds)
     if seconds < 100:
         return f"{seconds} s"

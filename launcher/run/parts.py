@@ -70,7 +70,7 @@ def build_parts(experiment: Experiment, group: ProcessGroup) -> TrainingParts:
 
 
 def build_backbone(experiment: Experiment, group: ProcessGroup, tensor: int) -> FrozenBackbone | TrainableBackbone:
-    """The network, split over tensor groups of this many ranks; 1: whole on every rank. Collective.
+    """Build the network, split over tensor groups of this many ranks; 1: whole on every rank. Collective.
 
     Raises:
         WeightsError, BackboneError: what cannot be loaded on any rank, on every rank.
@@ -83,7 +83,7 @@ def build_backbone(experiment: Experiment, group: ProcessGroup, tensor: int) -> 
 def join_heads(
     experiment: Experiment, backbone: FrozenBackbone | TrainableBackbone, classes: Sequence[str]
 ) -> tuple[FrozenBackbone | ImagesOn, dict[str, Head]]:
-    """What gives the features, and every head with its initial weights: the backbone if it is frozen; else see fine_tune."""
+    """Return what gives the features, the backbone if it is frozen (else run/fine_tune.py's), and every head with its initial weights."""
     heads = build_heads(experiment, backbone.spec, classes)
     if experiment.backbone.frozen:
         return backbone, heads
@@ -91,7 +91,7 @@ def join_heads(
 
 
 def build_heads(experiment: Experiment, spec: FeatureSpec, classes: Sequence[str]) -> dict[str, Head]:
-    """Every head of the experiment with its initial weights.
+    """Build every head of the experiment with its initial weights.
 
     These are a function of the run's seed and the head's name alone: a head that trains beside others starts as it
     would by itself.
@@ -105,6 +105,6 @@ def build_heads(experiment: Experiment, spec: FeatureSpec, classes: Sequence[str
 
 
 def seed_of(seed: int, purpose: str) -> int:
-    """A seed of its own for a named purpose."""
+    """Return a seed of its own for a named purpose."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "little") & (2**63 - 1)

@@ -32,7 +32,7 @@ class Pictures:
         self._batch: Batch | None = None
 
     def draw(self, engines: Mapping[str, Engine], backbone: FrozenBackbone) -> dict[str, np.ndarray]:
-        """A sheet (H, W, 3) uint8 for each head, by name.
+        """Draw a sheet (H, W, 3) uint8 for each head, by name.
 
         Collective: every rank draws the same, as some engines need all ranks.
         """

@@ -45,7 +45,7 @@ class HeadRunner:
 
     @torch.no_grad()
     def __call__(self, features: Sequence[Tensor], batch: Batch, counts: LossCounts = world_mean_counts) -> list[Any]:
-        """One result per image."""
+        """Return one result per image."""
         with autocast(self.precision, self._device_type):
             return self.head(features, batch, counts)
 

@@ -41,7 +41,7 @@ class RunsHead(Protocol):
         """Switch between training and evaluation."""
 
     def __call__(self, features: Sequence[Tensor], batch: Batch, counts: LossCounts) -> Any:
-        """One result per image."""
+        """Return one result per image."""
 
 
 def evaluate_heads(

@@ -57,7 +57,7 @@ class Trainee:
     average: Average | None = None
 
     def rate(self, step: int, num_steps: int) -> float:
-        """The learning rate of 0-based `step`."""
+        """Return the learning rate of 0-based `step`."""
         return self.learning_rate * self.config.schedule.factor(step, num_steps)
 
 
@@ -103,7 +103,7 @@ class Session:
 
     @property
     def engines(self) -> dict[str, Engine]:
-        """Of the heads that still train, by name."""
+        """Return the engines of the heads that still train, by name."""
         return {name: trainee.engine for name, trainee in self.trainees.items()}
 
 
@@ -342,7 +342,7 @@ def finish(session: Session, step: int) -> dict[str, Any]:
 
 
 def conclude(run: RunFolder, final: dict[str, Any]) -> Metrics:
-    """The metrics of a run that has ended.
+    """Return the metrics of a run that has ended.
 
     Raises:
         TrainingStopped: not all of its heads have got through.

@@ -21,7 +21,7 @@ OWN_LINE = ("name", "fingerprint", "num_parameters", "device", "mean", "std")
 
 
 def count_parameters(parts: TrainingParts) -> dict[str, tuple[int, int]]:
-    """(trainable, all) parameters of each head and of the backbone, by name; before engines partition them."""
+    """Return (trainable, all) parameters of each head and of the backbone, by name; before engines partition them."""
     counts = {
         name: (
             sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad),
@@ -68,7 +68,7 @@ def gather_facts(
     problems: list[str],
     groups_across_nodes: int,
 ) -> dict[str, Any]:
-    """Everything that was chosen, as JSON values; `lines` is what a person reads of it."""
+    """Return everything that was chosen, as JSON values; `lines` is what a person reads of it."""
     experiment, group, parts = session.experiment, session.group, session.parts
     loop, accumulation = experiment.loop, experiment.engine.accumulation
     tensor = experiment.mesh.tensor
