@@ -33,11 +33,12 @@ SAME_LOSS = 1e-3
 
 def contestants(recipe: str) -> tuple[dict[str, Callable[[], float]], int]:
     """What takes a step and returns its loss, by name; and the number of images of a step."""
+    from permafrost.data.detection.types import DetectionTarget
     from permafrost.heads.base import world_mean_counts
     from permafrost.launcher.engines.base import parameter_groups
     from permafrost.launcher.engines.choose import build_engine
     from permafrost.launcher.experiment import EngineConfig
-    from permafrost.launcher.plan.head import make_batch
+    from permafrost.launcher.plan.batches import PlannedData
     from permafrost.launcher.ranks.process_group import join_process_group
     from permafrost.launcher.recipes.overrides import parse_experiment
     from permafrost.launcher.run.parts import build_heads
@@ -48,7 +49,7 @@ def contestants(recipe: str) -> tuple[dict[str, Callable[[], float]], int]:
     group = join_process_group("auto")
     images, side = experiment.loop.global_batch, experiment.data.image_size
     classes = [str(index) for index in range(8)]
-    batch = make_batch(images, side, objects=8, num_classes=len(classes)).to(group.device)
+    batch = PlannedData(DetectionTarget, num_classes=len(classes), objects=8).batch(images, side).to(group.device)
     batch.images.random_(0, 256)
     backbone = build_backbone(experiment.backbone, group.device)
     features = backbone(batch.images)

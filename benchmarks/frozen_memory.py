@@ -61,8 +61,9 @@ def measure(recipe: str, way: str) -> dict[str, object]:
     """Two steps in this process."""
     import torch
 
+    from permafrost.data.detection.types import DetectionTarget
     from permafrost.launcher.engines.choose import build_engine
-    from permafrost.launcher.plan.head import make_batch
+    from permafrost.launcher.plan.batches import PlannedData
     from permafrost.launcher.plan.planner import Machines, Planner
     from permafrost.launcher.ranks.process_group import join_process_group
     from permafrost.launcher.recipes.overrides import parse_experiment
@@ -99,7 +100,7 @@ def measure(recipe: str, way: str) -> dict[str, object]:
     offload = ActivationOffload("off", group.device)
     for _ in range(NUM_STEPS):
         start = time.monotonic()
-        batch = make_batch(images, side, objects=NUM_OBJECTS, num_classes=num_classes)
+        batch = PlannedData(DetectionTarget, num_classes, NUM_OBJECTS).batch(images, side)
         batch.images.random_(0, 256, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             features = [offload.forward(backbone, batch.images)]

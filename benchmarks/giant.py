@@ -97,11 +97,12 @@ def measured(report: dict[str, float], name: str):
 def run(name: str, folder: Path, side: int, steps: int) -> dict[str, object]:
     """Loads, computes and trains; returns a row."""
     from permafrost.configs.coco import swinv2_base_fpn
+    from permafrost.data.detection.types import DetectionTarget
     from permafrost.heads.base import world_mean_counts
     from permafrost.heads.build import build_head
     from permafrost.launcher.engines.choose import build_engine
     from permafrost.launcher.experiment import EngineConfig
-    from permafrost.launcher.plan.head import make_batch
+    from permafrost.launcher.plan.batches import PlannedData
     from permafrost.launcher.ranks.process_group import join_process_group
     from permafrost.model import load_backbone
 
@@ -109,7 +110,7 @@ def run(name: str, folder: Path, side: int, steps: int) -> dict[str, object]:
     with measured(report, "load"):
         backbone = load_backbone(name, weights=folder, dtype=torch.bfloat16)
     weights = sum(parameter.nbytes for parameter in backbone.parameters())
-    batch = make_batch(1, side, objects=5, num_classes=80)
+    batch = PlannedData(DetectionTarget, num_classes=80, objects=5).batch(1, side)
     batch.images.random_(0, 256, generator=torch.Generator().manual_seed(0))
     with measured(report, "forward"):
         maps = backbone(batch.images)

@@ -140,7 +140,7 @@ def check_data(config: TaskDataConfig, *, decode: bool = True, on_progress: Prog
     try:
         config = located(config)
     except DataError as error:
-        return [Finding(config.place, str(error))]
+        return [Finding(config.root, str(error))]
     return kind.check(config, decode=decode, on_progress=on_progress)
 
 

@@ -71,6 +71,9 @@ class TaskDataConfig:
 
     result_names: ClassVar[Mapping[str, str]] = {}
     """What tables call the kinds of results, by what stands before the slash in the metrics' names; else they are called that."""
+    # Without a type: of most kinds of data it is a field.
+    root = ""
+    """Folder that the data is read from; "" where it is none, or the cache."""
     many_classes: ClassVar[int] = 1
     """K that a plan assumes where neither the data nor the user says."""
     many_objects: ClassVar[int] = 1
@@ -83,15 +86,10 @@ class TaskDataConfig:
         """Tell whether a run writes a built-in world into the cache folder."""
         return False
 
-    @property
-    def place(self) -> str:
-        """Return the folder that the data is read from, as it was given; "" where there is none."""
-        return ""
-
     def describe(self) -> str:
         """Return the kind of data in a word, and its folder: "coco (data/coco)"."""
         kind = re.sub(r"(Data)?(Config)?$", "", type(self).__name__).lower()
-        return f"{kind} ({self.place})" if self.place else kind
+        return f"{kind} ({self.root})" if self.root else kind
 
     def required_paths(self) -> list[Path]:
         """Return the files and folders that every node must have; none where nothing is read, or a built-in world is written."""

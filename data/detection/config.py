@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from permafrost.data.errors import DataError
+from permafrost.data.errors import DataError, require, require_within
 from permafrost.data.task import SampleExtent, TaskDataConfig
 
 
@@ -25,12 +25,9 @@ class JitterConfig:
     """Boxes narrower or lower than this many pixels after the crop are dropped."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale_range[0] <= self.scale_range[1]:
-            raise DataError(f"data.jitter.scale_range is {self.scale_range}: give two rising factors above 0")
-        if not 0 <= self.flip <= 1 or not 0 <= self.color < 1:
-            raise DataError(
-                f"data.jitter: flip {self.flip} must lie in 0..1 and color {self.color} in 0..1, 1 left out"
-            )
+        low, high = self.scale_range
+        require(0 < low <= high, "jitter.scale_range", self.scale_range, "give two rising factors above 0")
+        _check_flip_and_color(self)
 
 
 @dataclass
@@ -54,10 +51,14 @@ class MultiScaleConfig:
             raise DataError(
                 f"data.jitter: short_sides {self.short_sides} must be pixels from 1 to max_side ({self.max_side})"
             )
-        if not 0 <= self.flip <= 1 or not 0 <= self.color < 1:
-            raise DataError(
-                f"data.jitter: flip {self.flip} must lie in 0..1 and color {self.color} in 0..1, 1 left out"
-            )
+        _check_flip_and_color(self)
+
+
+def _check_flip_and_color(jitter: JitterConfig | MultiScaleConfig) -> None:
+    if not 0 <= jitter.flip <= 1 or not 0 <= jitter.color < 1:
+        raise DataError(
+            f"data.jitter: flip {jitter.flip} must lie in 0..1 and color {jitter.color} in 0..1, 1 left out"
+        )
 
 
 @dataclass
@@ -84,16 +85,12 @@ class EvaluationConfig:
     """What computes the average precision; the second, `pip install permafrost[fast-eval]`, gives the same numbers sooner."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.short_side <= self.max_side:
-            raise DataError(
-                f"data.evaluation.short_side is {self.short_side}: give 1 to max_side ({self.max_side}) pixels"
-            )
-        if any(size < 32 for size in self.sizes) or len(set(self.sizes)) < len(self.sizes):
-            raise DataError(f"data.evaluation.sizes is {self.sizes}: give different sizes of at least 32 pixels")
-        if not 0 < self.merge_iou <= 1:
-            raise DataError(f"data.evaluation.merge_iou is {self.merge_iou}: give a share above 0 and at most 1")
-        if self.num_detections < 1:
-            raise DataError(f"data.evaluation.num_detections is {self.num_detections}: give at least 1")
+        most = f"give 1 to max_side ({self.max_side}) pixels"
+        require_within(self, "evaluation.", "short_side", low=1, high=self.max_side, remedy=most)
+        differ = len(set(self.sizes)) == len(self.sizes) and all(size >= 32 for size in self.sizes)
+        require(differ, "evaluation.sizes", self.sizes, "give different sizes of at least 32 pixels")
+        require(0 < self.merge_iou <= 1, "evaluation.merge_iou", self.merge_iou, "give a share above 0 and at most 1")
+        require_within(self, "evaluation.", "num_detections", low=1, remedy="give at least 1")
 
     def views(self) -> list[tuple[int | None, bool]]:
         """Of each view of an image: its size (None: the one that holds without `sizes`), and whether it is mirrored."""
@@ -149,27 +146,17 @@ class CocoDataConfig(TaskDataConfig):
     """Train also on images without any object; they are left out otherwise."""
 
     def __post_init__(self) -> None:
-        if self.image_size < 32:
-            raise DataError(f"data.image_size is {self.image_size}: give at least 32 pixels")
-        if self.max_val_images is not None and self.max_val_images < 1:
-            raise DataError(f"data.max_val_images is {self.max_val_images}: give at least 1, or None for all")
-        if not 0 <= self.corrupt_share <= 1:
-            raise DataError(f"data.corrupt_share is {self.corrupt_share}: give a share between 0 and 1")
-        if not 0 < self.train_share <= 1:
-            raise DataError(f"data.train_share is {self.train_share}: give a share above 0 and at most 1")
-        if not 0 <= self.copy_paste <= 1:
-            raise DataError(f"data.copy_paste is {self.copy_paste}: give a probability between 0 and 1")
+        require_within(self, "", "image_size", low=32, remedy="give at least 32 pixels")
+        if self.max_val_images is not None:
+            require_within(self, "", "max_val_images", low=1, remedy="give at least 1, or None for all")
+        require_within(self, "", "corrupt_share", low=0, high=1, remedy="give a share between 0 and 1")
+        require(0 < self.train_share <= 1, "train_share", self.train_share, "give a share above 0 and at most 1")
+        require_within(self, "", "copy_paste", low=0, high=1, remedy="give a probability between 0 and 1")
         if self.copy_paste and not isinstance(self.jitter, JitterConfig):
             raise DataError(
                 "data.copy_paste needs images of one size: use JitterConfig as data.jitter, or set data.copy_paste 0"
             )
-        if not 1 <= self.semantic_classes <= 255:
-            raise DataError(f"data.semantic_classes is {self.semantic_classes}: give 1 to 255 classes")
-
-    @property
-    def place(self) -> str:
-        """Return `root`."""
-        return self.root
+        require_within(self, "", "semantic_classes", low=1, high=255, remedy="give 1 to 255 classes")
 
     @property
     def paths(self) -> dict[str, tuple[Path, Path]]:

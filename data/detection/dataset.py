@@ -29,8 +29,7 @@ from permafrost.data.detection.types import DetectionResult, DetectionTarget, De
 from permafrost.data.errors import DataError
 from permafrost.data.findings import Finding, raise_fatal
 from permafrost.data.pictures.read import ImageError, image_of, read_image
-from permafrost.data.stream.records import PackedRecords, ReplacementTracker
-from permafrost.data.stream.split import choose_share
+from permafrost.data.stream.records import PackedRecords, ReplacementTracker, choose_share
 from permafrost.data.task import Split, TaskDataset
 from permafrost.data.types import Sample, SampleKey
 

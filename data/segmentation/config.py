@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from permafrost.data.errors import DataError
+from permafrost.data.errors import DataError, require, require_within
 from permafrost.data.task import SampleExtent, TaskDataConfig
 
 
@@ -38,18 +38,13 @@ class SegmentationJitterConfig:
     """Largest shift, in turns of the circle of colours."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale_range[0] <= self.scale_range[1]:
-            raise DataError(f"data.jitter.scale_range is {self.scale_range}: give two rising factors above 0")
-        for name in ("num_scales", "max_side"):
-            if getattr(self, name) < 1:
-                raise DataError(f"data.jitter.{name} is {getattr(self, name)}: it must be at least 1")
-        if not 0 < self.single_category_limit <= 1:
-            raise DataError(
-                f"data.jitter.single_category_limit is {self.single_category_limit}: give a share above 0, 1 for no limit"
-            )
-        for name in ("flip", "color_probability", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise DataError(f"data.jitter.{name} is {getattr(self, name)}: it must lie between 0 and 1")
+        low, high = self.scale_range
+        require(0 < low <= high, "jitter.scale_range", self.scale_range, "give two rising factors above 0")
+        require_within(self, "jitter.", "num_scales", "max_side", low=1, remedy="it must be at least 1")
+        limit = self.single_category_limit
+        require(0 < limit <= 1, "jitter.single_category_limit", limit, "give a share above 0, 1 for no limit")
+        shares = ("flip", "color_probability", "contrast", "saturation")
+        require_within(self, "jitter.", *shares, low=0, high=1, remedy="it must lie between 0 and 1")
         if not 0 <= self.brightness <= 255 or not 0 <= self.hue <= 0.5:
             raise DataError(
                 f"data.jitter: brightness {self.brightness} must lie in 0..255 and hue {self.hue} in 0..0.5"
@@ -75,14 +70,13 @@ class SegmentationEvaluationConfig:
     """Step of the windows as a share of their side."""
 
     def __post_init__(self) -> None:
-        if not self.scales or min(self.scales) <= 0 or len(set(self.scales)) < len(self.scales):
-            raise DataError(f"data.evaluation.scales is {self.scales}: give different factors above 0")
-        if not 0 < self.stride <= 1:
-            raise DataError(f"data.evaluation.stride is {self.stride}: give a share of the window above 0, at most 1")
-        if self.short_side is not None and not 1 <= self.short_side <= self.max_side:
-            raise DataError(
-                f"data.evaluation.short_side is {self.short_side}: give 1 to max_side ({self.max_side}) pixels"
-            )
+        differ = len(set(self.scales)) == len(self.scales) > 0 and min(self.scales) > 0
+        require(differ, "evaluation.scales", self.scales, "give different factors above 0")
+        remedy = "give a share of the window above 0, at most 1"
+        require(0 < self.stride <= 1, "evaluation.stride", self.stride, remedy)
+        if self.short_side is not None:
+            most = f"give 1 to max_side ({self.max_side}) pixels"
+            require_within(self, "evaluation.", "short_side", low=1, high=self.max_side, remedy=most)
 
 
 @dataclass
@@ -114,17 +108,10 @@ class ADE20KDataConfig(TaskDataConfig):
     """Largest share of unusable training pairs (at least 10 are tolerated) before the run stops."""
 
     def __post_init__(self) -> None:
-        if self.image_size < 32:
-            raise DataError(f"data.image_size is {self.image_size}: give at least 32 pixels")
-        if self.max_val_images is not None and self.max_val_images < 1:
-            raise DataError(f"data.max_val_images is {self.max_val_images}: give at least 1, or None for all")
-        if not 0 <= self.corrupt_share <= 1:
-            raise DataError(f"data.corrupt_share is {self.corrupt_share}: give a share between 0 and 1")
-
-    @property
-    def place(self) -> str:
-        """Return `root`."""
-        return self.root
+        require_within(self, "", "image_size", low=32, remedy="give at least 32 pixels")
+        if self.max_val_images is not None:
+            require_within(self, "", "max_val_images", low=1, remedy="give at least 1, or None for all")
+        require_within(self, "", "corrupt_share", low=0, high=1, remedy="give a share between 0 and 1")
 
     def paths(self, split: str) -> tuple[Path, Path]:
         """Folders of photos and of label PNGs of "train" or "val"."""

@@ -31,7 +31,7 @@ from permafrost.data.segmentation.merging import best_class, class_scores
 from permafrost.data.segmentation.transforms import SegmentationJitter
 from permafrost.data.segmentation.types import SegmentationResult, SegmentationTarget, SegmentationView
 from permafrost.data.segmentation.views import num_whole_views, plan_views, see
-from permafrost.data.stream.records import PackedRecords, ReplacementTracker
+from permafrost.data.stream.records import PackedRecords, ReplacementTracker, spread
 from permafrost.data.task import Split, TaskDataset
 from permafrost.data.types import Sample, SampleKey
 
@@ -85,14 +85,10 @@ class SceneParsing(TaskDataset):
         # The last photo read for evaluation: its views follow one another.
         self._last: tuple[int, Tensor, Tensor] | None = None
 
-    def _labelled(self, split: str) -> list[tuple[Path, Path]]:
+    def _labelled(self, split: str) -> Sequence[tuple[Path, Path]]:
         pairs, findings = find_pairs(*locate(self.config, split))
         raise_fatal(findings, "`permafrost check-data` lists them all")
-        most = self.config.max_val_images
-        if split == "val" and most is not None and most < len(pairs):
-            # Names go by scene: the first n would be of a few kinds.
-            pairs = [pairs[index] for index in np.linspace(0, len(pairs) - 1, most).round().astype(int)]
-        return pairs
+        return pairs if self.is_train else spread(pairs, self.config.max_val_images)
 
     def _count_views(self, photos: Sequence[Path]) -> list[int]:
         evaluation = self.config.evaluation

@@ -1,14 +1,17 @@
-"""What data sets of many files share: their records in memory, and the count of files that cannot be read."""
+"""What data sets of many files share: shares of their records, records in memory, the count of files that cannot be read."""
 
 from __future__ import annotations
 
+import hashlib
 import pickle
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from permafrost.data.errors import DataError
+
+T = TypeVar("T")
 
 MIN_TOLERATED = 10
 """Unreadable files that are tolerated in a data set of any size."""
@@ -17,6 +20,23 @@ MIN_TOLERATED = 10
 def tolerated(num_files: int, share: float) -> int:
     """Return how many files of a data set may be unreadable: this share of them, and MIN_TOLERATED always."""
     return max(MIN_TOLERATED, int(share * num_files))
+
+
+def spread(records: Sequence[T], most: int | None) -> Sequence[T]:
+    """Return at most so many records, spread evenly over all: they are often sorted by class or scene. None takes all."""
+    if most is None or most >= len(records):
+        return records
+    return [records[index] for index in np.linspace(0, len(records) - 1, most).round().astype(int)]
+
+
+def choose_share(image_ids: Iterable[int], share: float, seed: int) -> set[int]:
+    """Return exactly round(share * N) of N image ids, at least one.
+
+    Images are ranked by the SHA-256 of seed and id, and the first ones taken: no generator's stream decides, the order of the
+    ids does not matter, and a smaller share is part of a larger one of the same seed.
+    """
+    ranked = sorted(image_ids, key=lambda image_id: hashlib.sha256(f"share/{seed}/{image_id}".encode()).digest())
+    return set(ranked[: max(1, round(share * len(ranked)))])
 
 
 class PackedRecords(Sequence):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from permafrost.data.errors import DataError
+from permafrost.data.errors import DataError, require, require_within
 from permafrost.data.task import SampleExtent, TaskDataConfig
 
 EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
@@ -42,22 +42,17 @@ class ClipConfig:
     """Evaluation: squares along the longer side."""
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "frame_stride", "test_clips", "test_crops"):
-            if getattr(self, name) < 1:
-                raise DataError(f"data.clip.{name} is {getattr(self, name)}: it must be at least 1")
-        if self.crop_size < 32:
-            raise DataError(f"data.clip.crop_size is {self.crop_size}: give at least 32 pixels")
-        if self.test_short_side < self.crop_size:
-            raise DataError(
-                f"data.clip.test_short_side is {self.test_short_side}: it must not be below crop_size {self.crop_size}"
-            )
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise DataError(f"data.clip.crop_scale is {self.crop_scale}: give two rising shares above 0 and up to 1")
-        if not 0 <= self.flip <= 1:
-            raise DataError(f"data.clip.flip is {self.flip}: give a probability between 0 and 1")
+        counts = ("num_frames", "frame_stride", "test_clips", "test_crops")
+        require_within(self, "clip.", *counts, low=1, remedy="it must be at least 1")
+        require_within(self, "clip.", "crop_size", low=32, remedy="give at least 32 pixels")
+        least = f"it must not be below crop_size {self.crop_size}"
+        require_within(self, "clip.", "test_short_side", low=self.crop_size, remedy=least)
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, "clip.crop_scale", self.crop_scale, "give two rising shares above 0 and up to 1")
+        require_within(self, "clip.", "flip", low=0, high=1, remedy="give a probability between 0 and 1")
         names = [name for pair in self.flip_swaps for name in pair]
-        if any(len(pair) != 2 for pair in self.flip_swaps) or len(set(names)) < len(names):
-            raise DataError(f"data.clip.flip_swaps is {self.flip_swaps}: give pairs of classes, each class once")
+        are_pairs = all(len(pair) == 2 for pair in self.flip_swaps) and len(set(names)) == len(names)
+        require(are_pairs, "clip.flip_swaps", self.flip_swaps, "give pairs of classes, each class once")
         if both := sorted(set(names) & set(self.never_flip)):
             raise DataError(f"data.clip: {', '.join(both)} stand in flip_swaps and in never_flip: choose one")
 
@@ -104,28 +99,17 @@ class KineticsDataConfig(TaskDataConfig):
     """Seconds after which a video's decoding is ended and the video counts as unreadable."""
 
     def __post_init__(self) -> None:
-        for name in ("missing_share", "corrupt_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise DataError(f"data.{name} is {getattr(self, name)}: give a share between 0 and 1")
-        if self.num_classes is not None and self.num_classes < 2:
-            raise DataError(f"data.num_classes is {self.num_classes}: give at least 2, or None to count them")
-        if self.max_val_videos is not None and self.max_val_videos < 1:
-            raise DataError(f"data.max_val_videos is {self.max_val_videos}: give at least 1, or None for all")
-        if self.decode_timeout <= 0:
-            raise DataError(f"data.decode_timeout is {self.decode_timeout}: give seconds above 0")
-        if self.decoder_threads < 0:
-            raise DataError(
-                f"data.decoder_threads is {self.decoder_threads}: give at least 1, or 0 for FFmpeg's choice"
-            )
+        require_within(self, "", "missing_share", "corrupt_share", low=0, high=1, remedy="give a share between 0 and 1")
+        if self.num_classes is not None:
+            require_within(self, "", "num_classes", low=2, remedy="give at least 2, or None to count them")
+        if self.max_val_videos is not None:
+            require_within(self, "", "max_val_videos", low=1, remedy="give at least 1, or None for all")
+        require(self.decode_timeout > 0, "decode_timeout", self.decode_timeout, "give seconds above 0")
+        require_within(self, "", "decoder_threads", low=0, remedy="give at least 1, or 0 for FFmpeg's choice")
 
     def extent(self) -> SampleExtent:
         """Return the clip's side and frames, and the classes where they are given."""
         return SampleExtent(self.clip.crop_size, self.clip.num_frames, self.num_classes, objects=1)
-
-    @property
-    def place(self) -> str:
-        """Return `root`."""
-        return self.root
 
     def paths(self, split: str) -> tuple[Path, Path]:
         """(list file, folder of videos) of "train" or "val"."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from permafrost.data.errors import DataError
 from permafrost.data.pictures.draw import captioned, contact_sheet
-from permafrost.data.stream.records import PackedRecords, ReplacementTracker
+from permafrost.data.stream.records import PackedRecords, ReplacementTracker, spread
 from permafrost.data.task import Split, TaskDataset
 from permafrost.data.types import Sample, SampleKey
 from permafrost.data.video.config import ClipConfig, KineticsDataConfig
@@ -67,11 +68,8 @@ class KineticsClips(TaskDataset):
                 f"{self.num_missing} of {self.num_listed} {'training' if train else 'validation'} videos are missing, the "
                 f"first: {listed.missing[0]}"
             )
-        records = list(zip(listed.paths, listed.labels))
-        if not train and config.max_val_videos is not None and config.max_val_videos < len(records):
-            # Lists are often sorted by class: the first n would be of a few classes.
-            chosen = np.linspace(0, len(records) - 1, config.max_val_videos).round().astype(int)
-            records = [records[index] for index in chosen]
+        records: Sequence[tuple[str, int]] = list(zip(listed.paths, listed.labels))
+        records = records if train else spread(records, config.max_val_videos)
         self.records = PackedRecords(records)
         self._swapped = _flip_labels(config.clip, self.classes)
         missing = hashlib.sha256("\n".join(listed.missing).encode()).hexdigest()

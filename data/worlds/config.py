@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from permafrost.data.detection.config import CocoDataConfig
-from permafrost.data.errors import DataError
+from permafrost.data.errors import DataError, require, require_within
 from permafrost.data.segmentation.config import ADE20KDataConfig
 from permafrost.data.task import SampleExtent, TaskDataConfig
 from permafrost.data.video.config import ClipConfig, KineticsDataConfig
@@ -50,26 +50,19 @@ class ShapesWorld:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_train", "num_val"):
-            if not 1 <= getattr(self, name) <= 1_000_000:
-                raise DataError(f"data.world.{name} is {getattr(self, name)}: give 1 to 1000000 images")
-        if not 32 <= self.image_side <= 4096:
-            raise DataError(f"data.world.image_side is {self.image_side}: give 32 to 4096 pixels")
-        if not 1 <= self.objects[0] <= self.objects[1]:
-            raise DataError(f"data.world.objects is {self.objects}: give fewest and most, at least 1")
-        if not 0 < self.object_size[0] <= self.object_size[1] <= 1:
-            raise DataError(
-                f"data.world.object_size is {self.object_size}: give two rising shares of the side within 0..1"
-            )
-        if self.stretch < 1:
-            raise DataError(f"data.world.stretch is {self.stretch}: a ratio of axes is at least 1")
+        most = "give 1 to 1000000 images"
+        require_within(self, "world.", "num_train", "num_val", low=1, high=1_000_000, remedy=most)
+        require_within(self, "world.", "image_side", low=32, high=4096, remedy="give 32 to 4096 pixels")
+        (fewest, most), (small, large) = self.objects, self.object_size
+        require(1 <= fewest <= most, "world.objects", self.objects, "give fewest and most, at least 1")
+        remedy = "give two rising shares of the side within 0..1"
+        require(0 < small <= large <= 1, "world.object_size", self.object_size, remedy)
+        require_within(self, "world.", "stretch", low=1, remedy="a ratio of axes is at least 1")
         if self.clutter < 0 or self.seed < 0:
             raise DataError("data.world.clutter and data.world.seed cannot be negative")
-        for name in ("rotation", "contrast", "background_contrast", "textured_share", "crowd_share", "noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise DataError(f"data.world.{name} is {getattr(self, name)}: give a value between 0 and 1")
-        if not 0 < self.min_visible <= 1:
-            raise DataError(f"data.world.min_visible is {self.min_visible}: give a share above 0 and up to 1")
+        shares = ("rotation", "contrast", "background_contrast", "textured_share", "crowd_share", "noise")
+        require_within(self, "world.", *shares, low=0, high=1, remedy="give a value between 0 and 1")
+        require(0 < self.min_visible <= 1, "world.min_visible", self.min_visible, "give a share above 0 and up to 1")
 
 
 @dataclass
@@ -85,8 +78,8 @@ class SceneryWorld(ShapesWorld):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.regions[0] <= self.regions[1] <= 4:
-            raise DataError(f"data.world.regions is {self.regions}: give fewest and most, within 1 to 4")
+        fewest, most = self.regions
+        require(1 <= fewest <= most <= 4, "world.regions", self.regions, "give fewest and most, within 1 to 4")
 
 
 @dataclass
@@ -126,22 +119,20 @@ class MotionWorld:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_train", "num_val"):
-            if not 1 <= getattr(self, name) <= 1_000_000:
-                raise DataError(f"data.world.{name} is {getattr(self, name)}: give 1 to 1000000 videos")
-        if not 32 <= self.side <= 1024 or self.side % 2:
-            raise DataError(f"data.world.side is {self.side}: give an even number of pixels from 32 to 1024")
+        most = "give 1 to 1000000 videos"
+        require_within(self, "world.", "num_train", "num_val", low=1, high=1_000_000, remedy=most)
+        is_even = 32 <= self.side <= 1024 and self.side % 2 == 0
+        require(is_even, "world.side", self.side, "give an even number of pixels from 32 to 1024")
         if not 4 <= self.num_frames <= 1000 or not 1 <= self.rate <= 120:
             raise DataError(
                 f"data.world: {self.num_frames} frames at {self.rate} a second: give 4 to 1000 frames at 1 to 120"
             )
-        if not 0.05 <= self.object_size[0] <= self.object_size[1] <= 0.45:
-            raise DataError(f"data.world.object_size is {self.object_size}: give two rising shares within 0.05..0.45")
+        small, large = self.object_size
+        remedy = "give two rising shares within 0.05..0.45"
+        require(0.05 <= small <= large <= 0.45, "world.object_size", self.object_size, remedy)
         if self.clutter < 0 or self.seed < 0:
             raise DataError("data.world.clutter and data.world.seed cannot be negative")
-        for name in ("contrast", "noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise DataError(f"data.world.{name} is {getattr(self, name)}: give a value between 0 and 1")
+        require_within(self, "world.", "contrast", "noise", low=0, high=1, remedy="give a value between 0 and 1")
 
 
 class _Rendered(TaskDataConfig):
@@ -150,7 +141,7 @@ class _Rendered(TaskDataConfig):
     @property
     def fills_cache(self) -> bool:
         """Tell whether `root` names no folder."""
-        return not self.place
+        return not self.root
 
     def required_paths(self) -> list[Path]:
         """Return none: whoever lacks the world renders it."""

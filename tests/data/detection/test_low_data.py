@@ -14,7 +14,7 @@ from permafrost.data.detection.transforms import FitTransform, MultiScaleTransfo
 from permafrost.data.errors import DataError
 from permafrost.data.pictures.geometry import NO_CLASS, PAD_COLOR
 from permafrost.data.stream.loader import collate
-from permafrost.data.stream.split import choose_share
+from permafrost.data.stream.records import choose_share
 from permafrost.data.types import SampleKey
 
 
