@@ -38,17 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes this process's.
     """
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
-        # What is unwritten may meet a closed pipe: here it can be caught, at the interpreter's end it cannot.
-        sys.stdout.flush()
-        return code
+        return _run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader (`permafrost recipes | head`) has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
     except SystemExit as stop:
         # argparse and tyro have printed their message and leave this way; in-process callers get the code.
         return stop.code if isinstance(stop.code, int) else DONE if stop.code is None else FAILED

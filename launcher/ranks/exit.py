@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from permafrost.launcher.exit_codes import FAILED, INTERRUPTED
+from permafrost.launcher.streams import keep_working
 
 
 def run_and_leave(main: Callable[[], int | None]) -> NoReturn:
@@ -22,6 +23,7 @@ def run_and_leave(main: Callable[[], int | None]) -> NoReturn:
 
     Exit functions run and streams are flushed as ever; where torch was imported, the interpreter is not taken down.
     """
+    keep_working()
     try:
         code = main()
     except SystemExit as error:
@@ -36,9 +38,5 @@ def run_and_leave(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            # Whoever read it is gone; what was not read is not what this program is for.
-            code = code or FAILED
+        stream.flush()
     os._exit(code or 0)
