@@ -70,7 +70,7 @@ def watch_buckets(model: torch.nn.Module) -> dict[str, int]:
 
     def hook(state, bucket):
         buckets["total"] += bucket.buffer().nbytes
-        return allreduce_hook(dist.group.GROUP, bucket)
+        return allreduce_hook(dist.group.WORLD, bucket)
 
     model.register_comm_hook(None, hook)
     return buckets
