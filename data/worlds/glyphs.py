@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from permafrost._files import replacing
 from permafrost.data.cache import cache_folder
 from permafrost.data.errors import DataError
 from permafrost.data.pictures.read import open_image
@@ -377,36 +377,30 @@ def _source_hash() -> str:
 
 def _render_split(folder: Path, split: str, num_images: int, image_size: int, seed: int, num_workers: int) -> None:
     """Render a split into a folder beside the final one, then rename: a cache is complete or absent."""
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
     needed = num_images * image_size * image_size * 4
-    if shutil.disk_usage(partial).free < needed * 1.05:
-        partial.rmdir()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder.parent).free < needed * 1.05:
         raise DataError(
-            f"{partial.parent}: {needed / 1e9:.1f} GB needed for {num_images} images, "
-            "more than is free; set PERMAFROST_CACHE"
+            f"{folder.parent}: {needed / 1e9:.1f} GB needed for {num_images} images, more than is free; set PERMAFROST_CACHE"
         )
-    path = partial / "images.npy"
-    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(num_images, image_size, image_size, 4)).flush()
-    jobs = [
-        (path, split, start, min(start + _CHUNK, num_images), image_size, seed)
-        for start in range(0, num_images, _CHUNK)
-    ]
-    if num_workers > 1 and len(jobs) > 1:
-        # Spawned, not forked: the caller may hold threads (torch, TensorBoard).
-        with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-            list(pool.map(_render_chunk, jobs))
-    else:
-        for job in jobs:
-            _render_chunk(job)
-    (partial / "done.json").write_text(json.dumps({"split": split, "num_images": num_images, "seed": seed}))
     try:
-        partial.rename(folder)
+        with replacing(folder, folder=True) as partial:
+            path, shape = partial / "images.npy", (num_images, image_size, image_size, 4)
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
+            starts = range(0, num_images, _CHUNK)
+            jobs = [(path, split, start, min(start + _CHUNK, num_images), image_size, seed) for start in starts]
+            if num_workers > 1 and len(jobs) > 1:
+                # Spawned, not forked: the caller may hold threads (torch, TensorBoard).
+                with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+                    list(pool.map(_render_chunk, jobs))
+            else:
+                for job in jobs:
+                    _render_chunk(job)
+            (partial / "done.json").write_text(json.dumps({"split": split, "num_images": num_images, "seed": seed}))
     except OSError:
-        # Another process finished the same cache first.
+        # Another process may have finished the same cache first.
         if not (folder / "done.json").exists():
             raise
-        shutil.rmtree(partial)
 
 
 def _render_chunk(job: tuple[Path, str, int, int, int, int]) -> None:

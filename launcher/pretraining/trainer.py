@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from permafrost._files import replacing
 from permafrost.data.cache import cache_folder
 from permafrost.data.worlds import glyphs
 from permafrost.launcher.errors import CheckpointError, RunFolderError, TrainingStopped
-from permafrost.launcher.files import replacing
 from permafrost.launcher.machine import versions_of
 from permafrost.launcher.pretraining.batches import DROP_PATH, difficulty_limit, generator, train_batches
 from permafrost.launcher.pretraining.config import PretrainExperiment
@@ -247,7 +247,7 @@ def save_checkpoint(
         "average": average.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    with replacing(path) as partial:
+    with replacing(path, durable=True) as partial:
         torch.save(state, partial)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import warnings
@@ -28,15 +29,19 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from permafrost._files import new_beside, replacing, sync
 from permafrost.launcher.engines.base import HeadState
 from permafrost.launcher.errors import CheckpointError
-from permafrost.launcher.files import sync, write_atomically
+from permafrost.launcher.files import write_atomically
 from permafrost.launcher.provenance import versions
 from permafrost.launcher.run.folder import RunFolder
 
 FORMAT = 1
 STATE_FILE, HEAD_FILE, OPTIMIZER_FILE = "state.json", "head.safetensors", "optimizer.safetensors"
 EMA_FILE = "ema.safetensors"
+
+
+_LEFTOVER = re.compile(r"\.step_\d{8,}\.[0-9a-f]{12}\.(partial|removed)")
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -164,22 +169,16 @@ def save_checkpoint(
         if not is_finite(head):
             raise CheckpointError(f"head {name!r} is not finite at step {state.step}: not saved")
     target = run.checkpoint_folder(state.step)
-    partial = run.checkpoints / f".writing_{target.name}"
     _remove_leftovers(run.checkpoints)
     try:
-        _write_folder(partial, heads, state)
-        if target.exists():
-            # Only a damaged one that a resumed run passed over can be in the way.
-            os.rename(target, run.checkpoints / f".removing_{target.name}")
-        os.rename(partial, target)
-        sync(run.checkpoints)
+        with replacing(target, folder=True, durable=True) as partial:
+            _write_folder(partial, heads, state)
+            if target.exists():
+                # Only a damaged one that a resumed run passed over can be in the way.
+                target.replace(new_beside(target, "removed", folder=True))
         write_atomically(run.latest, target.name + "\n")
     except SafetensorError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"cannot write {target}: {error}") from error
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     _prune(run, state, keep=keep, protect=protect)
     return target
 
@@ -293,7 +292,6 @@ def _choose_head(folder: Path, head: str | None) -> str:
 
 
 def _write_folder(folder: Path, heads: Mapping[str, HeadState], state: TrainingState) -> None:
-    folder.mkdir(parents=True)
     files = {}
     for name, head in heads.items():
         (folder / name).mkdir()
@@ -401,11 +399,15 @@ def _prune(run: RunFolder, state: TrainingState, *, keep: int, protect: Collecti
     for folder in folders:
         if folder not in wanted:
             # Renamed first: a kill in the middle must not leave half a folder under a valid name.
-            os.rename(folder, run.checkpoints / f".removing_{folder.name}")
+            folder.replace(new_beside(folder, "removed", folder=True))
     _remove_leftovers(run.checkpoints)
 
 
 def _remove_leftovers(checkpoints: Path) -> None:
-    for pattern in (".writing_*", ".removing_*"):
-        for leftover in checkpoints.glob(pattern):
+    """Remove what this run's processes were writing or removing when they were killed; the run folder is locked by this one.
+
+    The names are such as `replacing` and `new_beside` alone give, and links are left where they are.
+    """
+    for leftover in checkpoints.iterdir():
+        if _LEFTOVER.fullmatch(leftover.name) and leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from permafrost._files import replacing
 from permafrost.model.errors import WeightsError
 from permafrost.model.spec import NUM_STAGES, SWIN_V1_SIZES, SWINV2_SIZES
 from permafrost.model.swin.parts import Swin
@@ -19,7 +20,7 @@ from permafrost.model.swin.v2 import INITIAL_LOGIT_SCALE, SwinV2, SwinV2Classifi
 from permafrost.model.weights.formats import listed, misfits
 from permafrost.model.weights.header import decode_header, encode_header
 from permafrost.model.weights.read import WeightFile
-from permafrost.model.weights.shards import write_safetensors, written_whole
+from permafrost.model.weights.shards import write_safetensors
 from permafrost.model.weights.tensor_map import is_finite
 
 
@@ -156,5 +157,5 @@ def save_weights(
         raise WeightsError(
             f"{path}: weights that are not finite (NaN or infinite) in {listed(broken)}; nothing is written."
         )
-    with written_whole(path) as partial:
+    with replacing(path) as partial:
         write_safetensors(tensors, partial, header)

@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from permafrost._files import replacing
 from permafrost.model.errors import WeightsError
 from permafrost.model.weights.formats import listed
 from permafrost.model.weights.tensor_map import Entry, Tensors, add_to_fingerprint
@@ -143,28 +142,6 @@ def read_sharded(index: Path) -> tuple[Tensors, dict[str, str], Manifest | None]
     return Tensors(entries), header, manifest
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give the path beside a new file or folder under which it is written; it takes its name when the block ends.
-
-    Until then the name ends in `.partial`; after an error nothing is left of it.
-    """
-    partial = path.with_name(path.name + ".partial")
-    _remove(partial)
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def write_safetensors(tensors: dict[str, Tensor], path: Path, header: Mapping[str, str]) -> None:
     """Writes one file with the permissions that this process gives its files; safetensors leaves it to the owner alone."""
     path.touch()
@@ -185,7 +162,7 @@ def save_sharded(
 ) -> Path:
     """Writes tensors as a sharded checkpoint, one shard after the other: about two shards are in memory at a time.
 
-    The folder appears when it is complete; until then its name ends in `.partial`.
+    The folder appears when it is complete; until then it has another name.
 
     Args:
         tensors: Tensors by official name.
@@ -209,8 +186,8 @@ def save_sharded(
     sizes = {name: _bytes(entry, dtype(name)) for name, entry in sorted(source.entries.items())}
     plan = _plan(sizes, max_shard_bytes)
     try:
-        with written_whole(folder) as partial:
-            partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(folder, folder=True) as partial:
             weight_map, shards, digest = {}, {}, hashlib.sha256()
             for number, names in enumerate(plan, start=1):
                 file = f"model-{number:05}-of-{len(plan):05}.safetensors"

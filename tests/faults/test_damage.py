@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from permafrost import _files
 from permafrost.launcher.cli import main
 
 RECIPE = f"{Path(__file__).with_name('recipe.py')}:tiny"
@@ -168,15 +170,24 @@ def test_a_disk_that_is_full_at_the_start(
     assert not (run / "recipe.json").exists()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_a_disk_that_is_full_at_the_end(unfinished: Path, ended: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_that_is_full_at_the_end(
+    unfinished: Path, ended: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Row 9. The last checkpoint is there and the marker of a run that has ended is not: the same command makes up for it."""
-    (unfinished / ".final.json.partial").symlink_to("/dev/full")
+    make = _files.new_beside
+
+    def full(path: Path, *arguments: object, **fields: object) -> Path:
+        if path.name == "final.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return make(path, *arguments, **fields)
+
+    monkeypatch.setattr(_files, "new_beside", full)
     assert main([*COMMAND, str(unfinished)]) == 2
     error = capsys.readouterr().err
     assert f"{unfinished / 'final.json'} could not be written: [Errno 28] No space left on device" in error
     assert "Make room and run the same command again" in error
     assert not (unfinished / "final.json").exists()
+    monkeypatch.undo()
     assert main([*COMMAND, str(unfinished)]) == 0
     assert (unfinished / "final.json").read_text() == (ended / "final.json").read_text()
 

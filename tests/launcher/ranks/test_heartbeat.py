@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from permafrost import _files
 from permafrost.launcher.machine import process
 from permafrost.launcher.ranks.heartbeat import (
     Beat,
@@ -98,8 +100,11 @@ def test_a_full_disk_does_not_look_like_death(tmp_path: Path, monkeypatch: pytes
     heartbeat = Heartbeat(tmp_path, rank=0, world_size=1, interval=0.02)
     watch = Watch(tmp_path)
     watch.poll()
-    # A folder in the way of the file that is written first: nothing new can be written, as on a full disk.
-    os.mkdir(tmp_path / ".rank_00000.json.partial")
+
+    def full(*arguments: object, **fields: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(_files, "new_beside", full)
     time.sleep(0.1)
     before = beat_path(tmp_path, 0).read_bytes()
     watch.poll()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable
@@ -232,26 +233,36 @@ def test_another_format_is_not_taken_for_damage(run: RunFolder) -> None:
 def test_a_kill_while_saving_leaves_the_one_before(run: RunFolder, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     save(run, 1)
 
-    class Killed(BaseException):
-        pass
-
     def die(*arguments: object, **fields: object) -> None:
-        raise Killed
+        os._exit(9)
 
     target = {
         "write": (safetensors.torch, "save_file"),
-        "rename": (module.os, "rename"),
+        "rename": (Path, "replace"),
         "sync": (module, "write_atomically"),
     }
-    with monkeypatch.context() as patch:
-        patch.setattr(*target[when], die)
-        with pytest.raises(Killed):
-            save(run, 2)
+    child = os.fork()
+    if not child:
+        # A process of its own: what a killed one would tidy up stays.
+        monkeypatch.setattr(*target[when], die)
+        save(run, 2)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     checkpoint, problems = load_newest(run)
     assert (checkpoint.state.step, problems) == (1, [])
     assert run.latest.read_text() == "step_00000001\n"
-    assert names(run) == [".writing_step_00000002", "step_00000001"]
+    leftover, kept = names(run)
+    assert re.fullmatch(r"\.step_00000002\.[0-9a-f]{12}\.partial", leftover)
+    assert kept == "step_00000001"
+    # Of others nothing is followed or removed.
+    (run.checkpoints / ".step_00000007.0123456789ab.partial").symlink_to(run.path / "elsewhere")
+    (run.path / "elsewhere").mkdir()
+    (run.path / "elsewhere" / "file").touch()
+    (run.checkpoints / ".step_00000002.partial").mkdir()
     save(run, 2)
+    assert (run.path / "elsewhere" / "file").exists()
+    (run.checkpoints / ".step_00000007.0123456789ab.partial").unlink()
+    (run.checkpoints / ".step_00000002.partial").rmdir()
     assert names(run) == ["step_00000001", "step_00000002"]
     assert load_newest(run)[0].state.step == 2
 
