@@ -66,8 +66,6 @@ class TaskDataConfig:
     """What `permafrost predict` reads, in a word."""
     input_suffixes: ClassVar[frozenset[str]] = IMAGE_SUFFIXES
     """Which files of a folder it takes. A file that is named itself may have any name."""
-    has_test_set: ClassVar[bool] = False
-    """There are samples without public labels, for whose results a benchmark server takes files (`--submission`)."""
 
     result_names: ClassVar[Mapping[str, str]] = {}
     """What tables call the kinds of results, by what stands before the slash in the metrics' names; else they are called that."""
@@ -128,12 +126,12 @@ class TaskDataConfig:
         self._refuse("build_val")
 
     def build_test(self, submission: Path) -> TaskDataset:
-        """Build the test set, whose evaluators' files are for a benchmark server; see `has_test_set`.
+        """Build the set of samples without public labels, for whose results a benchmark server takes files; there need not be one.
 
         Args:
-            submission: the folder that they are written to.
+            submission: the folder that its evaluators' files are named after or written to.
         """
-        self._refuse("build_test")
+        raise DataError(f"there is no submission of {self._kind()}: it has no test set (a method build_test)")
 
     def target_type(self) -> type[Target]:
         """Return the type of its samples' targets."""

@@ -102,7 +102,6 @@ class CocoDataConfig(TaskDataConfig):
     """Any data set in COCO's layout: annotations/instances_*.json and image folders. Classes are read from the JSON."""
 
     task: ClassVar[str] = "detection"
-    has_test_set: ClassVar[bool] = True
     result_names: ClassVar[Mapping[str, str]] = {"bbox": "box", "segm": "mask"}
     many_classes: ClassVar[int] = 80
     many_objects: ClassVar[int] = 100

@@ -84,7 +84,6 @@ class ADE20KDataConfig(TaskDataConfig):
     """Any data set in the layout of ADE20K's SceneParsing release: photos, and PNGs of labels beside them, 0 = ignore."""
 
     task: ClassVar[str] = "segmentation"
-    has_test_set: ClassVar[bool] = True
     many_classes: ClassVar[int] = 150
     many_objects: ClassVar[int] = 30
     objects_are: ClassVar[str] = "classes"

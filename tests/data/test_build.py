@@ -43,7 +43,7 @@ def test_a_subclass_is_not_built_as_its_parent(method: str, hand_made) -> None:
         """A kind of COCO that nothing builds."""
 
     config = MyCocoConfig(root=str(hand_made.root), image_size=64)
-    with pytest.raises(DataError, match=f"MyCocoConfig has no method {method}"):
+    with pytest.raises(DataError, match=f"MyCocoConfig.*method {method}"):
         BUILDERS[method](config)
 
 
@@ -66,7 +66,6 @@ class OwnDataConfig(TaskDataConfig):
     """Somebody else's."""
 
     task: ClassVar[str] = "own"
-    has_test_set: ClassVar[bool] = True
 
     def extent(self) -> SampleExtent:
         return SampleExtent(8)
