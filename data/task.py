@@ -138,12 +138,7 @@ class TaskDataConfig:
         self._refuse("target_type")
 
     def check(self, *, decode: bool = True, on_progress: Progress | None = None) -> list[Finding]:
-        """Return what is wrong with both splits; a run cannot start with the fatal findings.
-
-        Args:
-            decode: Decode every file, which finds damaged ones; otherwise only missing files are found.
-            on_progress: Called with the files done and all files of a split.
-        """
+        """Return what is wrong with both splits; arguments as of `data.build.check_data`."""
         self._refuse("check")
 
     def inputs(self, classes: Sequence[str], category_ids: Sequence[int]) -> InputReader:

@@ -16,15 +16,11 @@ from permafrost.data.task import Progress
 
 
 def check_coco(config: CocoDataConfig, *, decode: bool = True, on_progress: Progress | None = None) -> list[Finding]:
-    """Check both splits of a configuration: files, JSON entries, and every image.
-
-    Args:
-        config: what a run would use, with files behind it.
-        decode: Decode every image file, which finds truncated ones; otherwise only missing files are found.
-        on_progress: Called with the images done and all images, now and then.
+    """Check both splits: files, JSON entries, and every image; arguments as of `data.build.check_data`, with files behind the
+    configuration.
 
     Returns:
-        Findings in the order of the files. Training and evaluation refuse to start with the fatal ones; an unreadable
+        findings in the order of the files. Training and evaluation refuse to start with the fatal ones; an unreadable
         training image is replaced while training, so it is fatal only in the validation split.
     """
     findings: list[Finding] = []
@@ -33,7 +29,7 @@ def check_coco(config: CocoDataConfig, *, decode: bool = True, on_progress: Prog
             annotations, folder = locate(config, split)
             coco_file = load_coco_file(annotations)
         except DataError as error:
-            findings.append(Finding(str(config.paths[split][0]), str(error)))
+            findings.append(Finding(str(config.paths(split)[0]), str(error)))
             continue
         droppable = config.bad_annotations == "drop"
         for finding in coco_file.findings:

@@ -157,24 +157,14 @@ class CocoDataConfig(TaskDataConfig):
             )
         require_within(self, "", "semantic_classes", low=1, high=255, remedy="give 1 to 255 classes")
 
-    @property
-    def paths(self) -> dict[str, tuple[Path, Path]]:
-        """Split -> (annotation file, image folder)."""
+    def paths(self, split: str) -> tuple[Path, Path]:
+        """Return the annotation file and the image folder of "train", "val" or "test", which no run needs."""
         root = Path(self.root).expanduser()
-        return {
-            "train": (root / self.train_annotations, root / self.train_images),
-            "val": (root / self.val_annotations, root / self.val_images),
-        }
-
-    @property
-    def test_paths(self) -> tuple[Path, Path]:
-        """Annotation file and image folder of the test set; no run needs them."""
-        root = Path(self.root).expanduser()
-        return root / self.test_annotations, root / self.test_images
+        return root / getattr(self, f"{split}_annotations"), root / getattr(self, f"{split}_images")
 
     def required_paths(self) -> list[Path]:
-        """Annotation files and image folders of both splits."""
-        return [path for pair in self.paths.values() for path in pair]
+        """Return the annotation files and image folders of both splits."""
+        return [*self.paths("train"), *self.paths("val")]
 
     def extent(self) -> SampleExtent:
         """Return the square's side; only the files say the rest."""

@@ -29,7 +29,7 @@ from permafrost.data.detection.types import DetectionResult, DetectionTarget, De
 from permafrost.data.errors import DataError
 from permafrost.data.findings import Finding, raise_fatal
 from permafrost.data.pictures.read import ImageError, image_of, read_image
-from permafrost.data.stream.records import PackedRecords, ReplacementTracker, choose_share
+from permafrost.data.stream.records import Listing, PackedRecords, ReplacementTracker, choose_share
 from permafrost.data.task import Split, TaskDataset
 from permafrost.data.types import Sample, SampleKey
 
@@ -249,7 +249,7 @@ def locate(config: CocoDataConfig, split: str) -> tuple[Path, Path]:
     Raises:
         DataError: one is not; says the layout that is expected.
     """
-    annotations, images = config.test_paths if split == "test" else config.paths[split]
+    annotations, images = config.paths(split)
     layout = LAYOUT.format(**vars(config))
     root = Path(config.root).expanduser()
     if not root.is_dir():
@@ -293,19 +293,9 @@ def group_by_image(coco_file: CocoFile, dropped: set[int]) -> list[dict[str, Any
 
 
 def missing_images(records: Sequence[dict[str, Any]], folder: Path) -> list[Finding]:
-    """Findings for images without a file; lists each folder once, which is quicker than asking for every file."""
-    listed: dict[str, set[str]] = {}
-    findings = []
-    for record in records:
-        parent, name = os.path.split(os.path.join(folder, record["file_name"]))
-        if parent not in listed:
-            try:
-                listed[parent] = set(os.listdir(parent))
-            except OSError:
-                listed[parent] = set()
-        if name not in listed[parent]:
-            findings.append(Finding(os.path.join(parent, name), "there is no such image file"))
-    return findings
+    """Return findings for images without a file."""
+    listing, paths = Listing(), [os.path.join(folder, record["file_name"]) for record in records]
+    return [Finding(path, "there is no such image file") for path in paths if not listing.has(path)]
 
 
 def make_transforms(config: CocoDataConfig, train: bool) -> list[JitterTransform | MultiScaleTransform | FitTransform]:

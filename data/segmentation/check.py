@@ -19,15 +19,11 @@ UNREADABLE_PHOTO = "unreadable photos"
 def check_ade20k(
     config: ADE20KDataConfig, *, decode: bool = True, on_progress: Progress | None = None
 ) -> list[Finding]:
-    """Check both splits of a configuration: folders, pairs, and every photo with its labels.
-
-    Args:
-        config: what a run would use, with files behind it.
-        decode: Decode every file; otherwise only missing ones are found.
-        on_progress: Called with the images done and all images, now and then.
+    """Check both splits: folders, pairs, and every photo with its labels; arguments as of `data.build.check_data`, with files behind
+    the configuration.
 
     Returns:
-        Findings, each with its kind. Training and evaluation refuse to start with pairs that are incomplete; a pair that cannot be
+        findings, each with its kind. Training and evaluation refuse to start with pairs that are incomplete; a pair that cannot be
         used is replaced while training, so it is fatal only in the validation split.
     """
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,6 +39,23 @@ def choose_share(image_ids: Iterable[int], share: float, seed: int) -> set[int]:
     """
     ranked = sorted(image_ids, key=lambda image_id: hashlib.sha256(f"share/{seed}/{image_id}".encode()).digest())
     return set(ranked[: max(1, round(share * len(ranked)))])
+
+
+class Listing:
+    """Tells which files are there. Lists each folder once, which is quicker than asking for every file."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, set[str]] = {}
+
+    def has(self, path: str | Path) -> bool:
+        """Tell whether there is something of this name."""
+        parent, name = os.path.split(path)
+        if parent not in self._names:
+            try:
+                self._names[parent] = set(os.listdir(parent))
+            except OSError:
+                self._names[parent] = set()
+        return name in self._names[parent]
 
 
 class PackedRecords(Sequence):

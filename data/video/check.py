@@ -22,15 +22,11 @@ SHORT = "videos shorter than the sampling window, which are looped"
 def check_kinetics(
     config: KineticsDataConfig, *, decode: bool = True, on_progress: Progress | None = None
 ) -> list[Finding]:
-    """Check both splits of a configuration: lists, labels, missing files, and frames all over every video.
-
-    Args:
-        config: what a run would use, with files behind it.
-        decode: Decode frames of every video; otherwise only missing ones are found.
-        on_progress: Called with the videos done and all videos of a split.
+    """Check both splits: lists, labels, missing files, and frames all over every video; arguments as of `data.build.check_data`, with
+    files behind the configuration.
 
     Returns:
-        Findings, each with its kind. A list that cannot be used, and more missing or unreadable videos than the configuration tolerates,
+        findings, each with its kind. A list that cannot be used, and more missing or unreadable videos than the configuration tolerates,
         are fatal; single ones are not.
     """
     findings: list[Finding] = []

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from permafrost.data.errors import DataError
+from permafrost.data.stream.records import Listing
 from permafrost.data.video.config import EXTENSIONS, KineticsDataConfig
 
 _SHOWN = 5
@@ -90,21 +91,11 @@ def _sorted_out(
     entries: list[tuple[tuple[str, ...], int]],
     classes: list[str],
 ) -> VideoList:
-    """Splits what is listed into what is there and what is missing; each folder is listed once."""
-    listings: dict[str, set[str]] = {}
-
-    def there(path: str) -> bool:
-        parent, name = os.path.split(os.path.join(folder, path))
-        if parent not in listings:
-            try:
-                listings[parent] = set(os.listdir(parent))
-            except OSError:
-                listings[parent] = set()
-        return name in listings[parent]
-
+    """Split what is listed into what is there and what is missing."""
+    listing = Listing()
     paths, labels, missing = [], [], []
     for candidates, label in entries:
-        found = next((path for path in candidates if there(path)), None)
+        found = next((path for path in candidates if listing.has(os.path.join(folder, path))), None)
         if found is None:
             missing.append(candidates[0])
         else:

@@ -47,7 +47,7 @@ def run(permafrost_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def images(run: Path, tmp_path: Path) -> Path:
     """A copy of the validation images of the run's world."""
     experiment = parse_experiment(f"{RECIPE}:tiny", [])
-    _, folder = located(experiment.data).paths["val"]
+    _, folder = located(experiment.data).paths("val")
     return Path(shutil.copytree(folder, tmp_path / "images"))
 
 
@@ -66,7 +66,7 @@ def test_predictions_are_those_of_the_evaluation(run: Path, images: Path, tmp_pa
     predicted = json.loads((output / "predictions.json").read_text())
     assert len(predicted) == len(evaluated) > 10
     files = sorted(path.name for path in images.iterdir())
-    annotations = located(parse_experiment(f"{RECIPE}:tiny", []).data).paths["val"][0]
+    annotations = located(parse_experiment(f"{RECIPE}:tiny", []).data).paths("val")[0]
     truth = json.loads(annotations.read_text())
     names = {image["id"]: Path(image["file_name"]).name for image in truth["images"]}
     categories = {category["id"] for category in truth["categories"]}

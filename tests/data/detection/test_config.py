@@ -14,7 +14,7 @@ def test_impossible_fields_are_named(field, value):
 
 
 def test_paths_follow_the_fields():
-    paths = CocoDataConfig(root="~/x", val_images="elsewhere").paths
-    assert paths["val"][1].name == "elsewhere"
-    assert "~" not in str(paths["train"][0])
+    config = CocoDataConfig(root="~/x", val_images="elsewhere")
+    assert config.paths("val")[1].name == "elsewhere"
+    assert "~" not in str(config.paths("train")[0])
     assert ShapesDataConfig().root == ""

@@ -30,7 +30,7 @@ TINY = ShapesWorld(num_train=5, num_val=3, image_side=64, crowd_share=0.5)
 
 
 def _load(config: ShapesDataConfig, split: str) -> dict:
-    return json.loads(located(config).paths[split][0].read_text())
+    return json.loads(located(config).paths(split)[0].read_text())
 
 
 def test_equal_parameters_give_equal_bytes(tmp_path, file_bytes):
@@ -103,7 +103,7 @@ def test_files_follow_the_official_layout(shapes_config):
 
 def test_our_own_reader_finds_nothing_wrong(shapes_config):
     for split in ("train", "val"):
-        assert load_coco_file(located(shapes_config).paths[split][0]).findings == []
+        assert load_coco_file(located(shapes_config).paths(split)[0]).findings == []
 
 
 def test_boxes_and_areas_are_those_of_the_masks(shapes_config):
