@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, Self
 
+from permafrost._configuration import Configuration
 from permafrost.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class SampleExtent:
 
 
 @dataclass
-class TaskDataConfig:
+class TaskDataConfig(Configuration):
     """Where a task's data is and how it becomes samples: values only.
 
     What this package ships is built by the functions of `data.build`. A configuration from outside brings the methods from `located`

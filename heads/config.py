@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from permafrost._configuration import Configuration
+
 
 @dataclass
-class HeadConfig:
+class HeadConfig(Configuration):
     """Describe a head.
 
     The configuration of a head from outside this package builds it by a method of its own:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from permafrost._checks import Checks
+from permafrost._configuration import Configuration
 from permafrost.data.task import TaskDataConfig
 from permafrost.heads.config import HeadConfig
 from permafrost.heads.detection.config import MaskRCNNConfig
@@ -23,7 +24,7 @@ OffloadMode = Literal["off", "features", "all"]
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Configuration):
     """AdamW over one head's parameters.
 
     `learning_rate` belongs to `reference_batch` images; another global batch scales it by `batch_scaling`.
@@ -54,7 +55,7 @@ class OptimizerConfig:
 
 
 @dataclass
-class ScheduleConfig:
+class ScheduleConfig(Configuration):
     """Learning rate over the run: linear warm-up, then steps, a cosine or a power of what is left."""
 
     kind: Literal["multistep", "cosine", "poly", "constant"] = "multistep"
@@ -95,7 +96,7 @@ class ScheduleConfig:
 
 
 @dataclass
-class HeadExperiment:
+class HeadExperiment(Configuration):
     """One head of the run, with what trains it."""
 
     model: HeadConfig = field(default_factory=MaskRCNNConfig)
@@ -116,7 +117,7 @@ class HeadExperiment:
 
 
 @dataclass
-class EngineConfig:
+class EngineConfig(Configuration):
     """Which engine steps the heads. The recipe's global batch is the one source of truth for batch sizes."""
 
     kind: Literal["auto", "accelerate", "deepspeed"] = "auto"
@@ -141,7 +142,7 @@ class EngineConfig:
 
 
 @dataclass
-class MeshConfig:
+class MeshConfig(Configuration):
     """How the processes share the work: world = data x tensor. Heads are data-parallel over all of them either way."""
 
     tensor: int = 1
@@ -153,7 +154,7 @@ class MeshConfig:
 
 
 @dataclass
-class LoopConfig:
+class LoopConfig(Configuration):
     """How long, how often, from which seed."""
 
     num_steps: int = 90_000
@@ -189,7 +190,7 @@ class LoopConfig:
 
 
 @dataclass
-class Experiment:
+class Experiment(Configuration):
     """A complete run: one frozen backbone, one data set, one or several heads on the same frozen forward."""
 
     name: str

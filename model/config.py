@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from permafrost._configuration import Configuration
 from permafrost.model.errors import BackboneError
 from permafrost.model.spec import SWIN_V1_SIZES, TIMM_PREFIX, check_name, per_stage
 from permafrost.model.weights.known import find_public
@@ -34,7 +35,7 @@ NOT_SPLIT = {
 
 
 @dataclass
-class BackboneConfig:
+class BackboneConfig(Configuration):
     """The base network of a run: frozen, unless `frozen` says otherwise."""
 
     name: str

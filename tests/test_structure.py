@@ -28,7 +28,7 @@ def test_imports_go_one_way(root: Path, tmp_path: Path) -> None:
 
 def test_heads_know_features_targets_names_of_classes_and_kernels_alone(root: Path) -> None:
     allowed = re.compile(
-        r"permafrost\.(heads\b|data\.(types|\w+\.(types|classes))\b|model\.(spec|errors|kernels)\b|_(lazy|checks)\b)"
+        r"permafrost\.(heads\b|data\.(types|\w+\.(types|classes))\b|model\.(spec|errors|kernels)\b|_(lazy|checks|configuration)\b)"
     )
     imported = {
         (str(file.relative_to(root)), node.module)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from permafrost._configuration import Configuration
 from permafrost.data.errors import DataError, require, require_within
 from permafrost.data.task import SampleExtent, TaskDataConfig
 
 
 @dataclass
-class JitterConfig:
+class JitterConfig(Configuration):
     """Large-scale jitter with a fixed-size square crop (the paper, section 3.3; Simple Copy-Paste): training only."""
 
     scale_range: tuple[float, float] = (0.1, 2.0)
@@ -31,7 +32,7 @@ class JitterConfig:
 
 
 @dataclass
-class MultiScaleConfig:
+class MultiScaleConfig(Configuration):
     """The classical augmentation with the aspect ratio kept and nothing cut off: training only. Images of a batch are padded
     to the largest of them."""
 
@@ -62,7 +63,7 @@ def _check_flip_and_color(jitter: JitterConfig | MultiScaleConfig) -> None:
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Configuration):
     """How images are resized in evaluation and prediction."""
 
     resize: Literal["square", "short_side"] = "square"

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from permafrost._configuration import Configuration
 from permafrost.data.errors import DataError, require, require_within
 from permafrost.data.task import SampleExtent, TaskDataConfig
 
 
 @dataclass
-class SegmentationJitterConfig:
+class SegmentationJitterConfig(Configuration):
     """Training's augmentation, as the public Mask2Former recipe on ADE20K has it: a random shorter side, a square crop, SSD's
     colour jitter, a flip."""
 
@@ -52,7 +53,7 @@ class SegmentationJitterConfig:
 
 
 @dataclass
-class SegmentationEvaluationConfig:
+class SegmentationEvaluationConfig(Configuration):
     """How images are looked at in evaluation and prediction: whole or in windows, at one scale or several, flipped too or not."""
 
     mode: Literal["whole", "slide"] = "whole"

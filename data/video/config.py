@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from permafrost._configuration import Configuration
 from permafrost.data.errors import DataError, require, require_within
 from permafrost.data.task import SampleExtent, TaskDataConfig
 
@@ -14,7 +15,7 @@ EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 
 
 @dataclass
-class ClipConfig:
+class ClipConfig(Configuration):
     """How a clip is cut out of a video: Video-Swin's public Kinetics-400 recipe by default (32 frames, every second)."""
 
     num_frames: int = 32

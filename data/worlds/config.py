@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
+from permafrost._configuration import Configuration
 from permafrost.data.detection.config import CocoDataConfig
 from permafrost.data.errors import DataError, require, require_within
 from permafrost.data.segmentation.config import ADE20KDataConfig
@@ -16,7 +17,7 @@ TEXTURES = ("stripes", "checkers", "noise", "gradient")
 
 
 @dataclass
-class ShapesWorld:
+class ShapesWorld(Configuration):
     """Size and difficulty of the built-in world `shapes`. Other values are another world, in another cache folder."""
 
     classes: ClassVar[tuple[str, ...]] = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent")
@@ -83,7 +84,7 @@ class SceneryWorld(ShapesWorld):
 
 
 @dataclass
-class MotionWorld:
+class MotionWorld(Configuration):
     """Size and difficulty of the built-in world `motion`. Other values are another world, in another cache folder.
 
     The difficulty (object_size, contrast, clutter) follows the rule of benchmarks/motion_calibration.py.

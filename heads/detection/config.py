@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from permafrost._configuration import Configuration
 from permafrost.heads.checks import require, require_counts, require_positive, require_shares
 from permafrost.heads.config import HeadConfig
 from permafrost.heads.errors import HeadError
@@ -18,7 +19,7 @@ FIRST_STDS = (0.1, 0.1, 0.2, 0.2)
 
 
 @dataclass
-class RPNConfig:
+class RPNConfig(Configuration):
     """The region proposal network."""
 
     anchor_scale: float = 8.0
@@ -66,7 +67,7 @@ class RPNConfig:
 
 
 @dataclass
-class PoolingConfig:
+class PoolingConfig(Configuration):
     """RoIAlign, shared by the box and the mask branch."""
 
     sampling_ratio: int = 0
@@ -82,7 +83,7 @@ class PoolingConfig:
 
 
 @dataclass
-class BoxHeadConfig:
+class BoxHeadConfig(Configuration):
     """The second stage's classifier and box regressor."""
 
     resolution: int = 7
@@ -140,7 +141,7 @@ class BoxHeadConfig:
 
 
 @dataclass
-class MaskHeadConfig:
+class MaskHeadConfig(Configuration):
     """The mask branch: convolutions, one deconvolution that doubles the grid, one map per class."""
 
     resolution: int = 14
@@ -239,7 +240,7 @@ class CascadeConfig(MaskRCNNConfig):
 
 
 @dataclass
-class SemanticBranchConfig:
+class SemanticBranchConfig(Configuration):
     """Hybrid Task Cascade's branch of dense prediction, learned from a semantic map of each image (`data.semantic`)."""
 
     num_classes: int = 0

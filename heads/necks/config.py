@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from permafrost._configuration import Configuration
 from permafrost.heads.checks import require_counts
 
 NormKind = Literal["none", "group", "layer"]
@@ -12,7 +13,7 @@ NormKind = Literal["none", "group", "layer"]
 
 
 @dataclass
-class PyramidConfig:
+class PyramidConfig(Configuration):
     """What every feature pyramid has; its kinds follow. One from outside this package has a method `build(spec=)`."""
 
     channels: int = 256

@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from permafrost._configuration import Configuration
 from permafrost.heads.checks import require, require_counts, require_positive
 from permafrost.heads.config import HeadConfig
 
 
 @dataclass
-class PixelDecoderConfig:
+class PixelDecoderConfig(Configuration):
     """The pixel decoder: deformable attention over the coarser maps, then one step up to the finest."""
 
     num_blocks: int = 1
@@ -38,7 +39,7 @@ class PixelDecoderConfig:
 
 
 @dataclass
-class TransformerDecoderConfig:
+class TransformerDecoderConfig(Configuration):
     """The masked-attention decoder of a fixed number of queries; its width is the pixel decoder's."""
 
     num_blocks: int = 3
@@ -53,7 +54,7 @@ class TransformerDecoderConfig:
 
 
 @dataclass
-class SegmentationLossConfig:
+class SegmentationLossConfig(Configuration):
     """Losses of every prediction, and what the matching of queries to segments costs: the same weights."""
 
     class_weight: float = 2.0

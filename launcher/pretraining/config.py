@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from permafrost._checks import Checks
+from permafrost._configuration import Configuration
 from permafrost.launcher.errors import RecipeError
 
 CHECKS = Checks(RecipeError)
 
 
 @dataclass
-class PretrainExperiment:
+class PretrainExperiment(Configuration):
     """Supervised classification of the built-in `glyphs` world: stage (i) of the pipeline, the making of B."""
 
     name: str

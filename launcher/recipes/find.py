@@ -32,6 +32,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import permafrost._configuration
 from permafrost._nearest import did_you_mean, nearest
 from permafrost.launcher.errors import USER_ERRORS, RecipeError
 from permafrost.launcher.experiment import Experiment
@@ -316,6 +317,9 @@ def _explained(what: str):
         if isinstance(error, SyntaxError):
             place = f"{error.filename}, line {error.lineno}"
         else:
-            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+            # Where the recipe went wrong, not what refused it.
+            passed_over = ("importlib", permafrost._configuration.__file__)
+            stack = traceback.extract_tb(error.__traceback__)
+            frames = [frame for frame in stack if not any(name in frame.filename for name in passed_over)]
             place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else "unknown place"
         raise RecipeError(f"{what}: {type(error).__name__}: {error} ({place})") from error
