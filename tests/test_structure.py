@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 FOLDERS = ("configs", "data", "heads", "launcher", "model")
@@ -15,7 +16,7 @@ def sources(root: Path) -> list[Path]:
     return sorted(file for folder in FOLDERS for file in (root / folder).rglob("*.py"))
 
 
-def test_imports_go_one_way(root: Path, tmp_path: Path) -> None:
+def test_imports_go_one_way_without_circles_and_configurations_need_no_torch(root: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, root / "dev" / "package_tree.py", tmp_path / "tree"], check=True)
     lint = Path(sys.executable).with_name("lint-imports")
     command = [lint, "--no-cache", root / "pyproject.toml"]
@@ -87,6 +88,11 @@ def test_configurations_import_without_torch(root: Path, tmp_path: Path) -> None
     modules, recipes = map(int, result.stdout.split())
     assert modules == len(list((root / "configs").glob("[!_]*.py")))
     assert recipes > 100
+
+
+def test_folders_are_small_enough_to_find_a_file_in(root: Path) -> None:
+    counts = Counter(str(file.parent.relative_to(root)) for file in sources(root))
+    assert not {folder: count for folder, count in counts.items() if count > 20}
 
 
 def test_every_folder_of_code_is_a_package(root: Path) -> None:
