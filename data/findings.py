@@ -56,7 +56,7 @@ def raise_fatal(findings: Sequence[Finding], remedy: str = "") -> None:
 
 
 def count_kinds(findings: Sequence[Finding]) -> list[str]:
-    """How many findings there are of each kind, the most frequent first: "3 errors at FILE: annotations[].bbox"."""
+    """Return how many findings there are of each kind, the most frequent first: "3 errors at FILE: annotations[].bbox"."""
     kinds = Counter(
         (
             ("error" if finding.fatal else "warning") + "{}",
@@ -68,7 +68,7 @@ def count_kinds(findings: Sequence[Finding]) -> list[str]:
 
 
 def _kind(path: str) -> str:
-    """The place in a JSON, or the folder of an image."""
+    """Return the place in a JSON, or the folder of an image."""
     return path if ": " in path else f"images in {Path(path).parent}"
 
 

@@ -240,20 +240,20 @@ class TaskEvaluator(Protocol):
         """Take in the results of some samples."""
 
     def state(self) -> Any:
-        """What this rank collected: plain values, for `merge`."""
+        """Return what this rank collected: plain values, for `merge`."""
 
     def merge(self, states: Sequence[Any]) -> None:
         """Replace what was collected by the union of all ranks' states, this rank's included."""
 
     def compute(self) -> dict[str, float]:
-        """Metrics by name. A name is `measure`, or `kind/measure` where a head has several kinds of results; a single class's
+        """Return metrics by name. A name is `measure`, or `kind/measure` where a head has several kinds of results; a single class's
         is followed by `-<class>`, and a count's measure begins with `num_`."""
 
     def result_files(self, head: str) -> dict[str, bytes]:
-        """Content by file name of what is written beside the metrics: results_<head>.json and perhaps more."""
+        """Return the content by file name of what is written beside the metrics: results_<head>.json and perhaps more."""
 
     def pictures(self) -> dict[str, np.ndarray]:
-        """After `compute`: pictures of it for TensorBoard, (H, W, 3) uint8 by title, such as a confusion matrix."""
+        """Return pictures of what `compute` found, for TensorBoard, (H, W, 3) uint8 by title, such as a confusion matrix."""
 
 
 class InputReader(Protocol):
@@ -283,10 +283,10 @@ class InputReader(Protocol):
         the threshold."""
 
     def describe(self, result: Any) -> str:
-        """What was found, in a few words."""
+        """Return what was found, in a few words."""
 
     def entries(self, result: Any, file: Path) -> list[dict[str, Any]]:
-        """Its part of predictions.json."""
+        """Return its part of predictions.json."""
 
     def write(self, source: Any, result: Any, target: Path) -> None:
         """Draw the result.

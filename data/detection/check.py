@@ -48,7 +48,7 @@ def check_coco(config: CocoDataConfig, *, decode: bool = True, on_progress: Prog
 
 
 def _check_maps(coco_file: CocoFile, maps: SemanticMaps, decode: bool) -> list[Finding]:
-    """Findings about the semantic maps of the training images; a damaged one costs its image, a missing one the run."""
+    """Return findings about the semantic maps of the training images; a damaged one costs its image, a missing one the run."""
     found = []
     for image in coco_file.images:
         name, size = image.get("file_name"), (image.get("height"), image.get("width"))
@@ -74,7 +74,7 @@ def _check_images(
     decode: bool,
     on_progress: Progress | None,
 ) -> list[Finding]:
-    """Findings about the image files of one split."""
+    """Return findings about the image files of one split."""
     images = [image for image in coco_file.images if isinstance(image.get("file_name"), str) and image["file_name"]]
     if limit is not None and all(isinstance(image.get("id"), int) for image in images):
         images = sorted(images, key=lambda image: image["id"])[:limit]

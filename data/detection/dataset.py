@@ -42,7 +42,7 @@ MIN_SCORE = 0.5
 
 
 class CocoDetection(TaskDataset):
-    """Images with boxes, labels and masks, ready for the network. Indexed by SampleKey; a pure function of it.
+    """Images with boxes, labels and masks, ready for the network.
 
     Every annotation is checked at construction. In evaluation an index is one view of one image, an image's views following one
     another. In training an image file that cannot be decoded is replaced by the
@@ -54,14 +54,10 @@ class CocoDetection(TaskDataset):
         submission: of "test", of which only images and categories are read: what the server's files are named after.
 
     Attributes:
-        classes: names by label.
-        category_ids: the file's category ids by label.
-        notes: what was left out, one line each; to be said at start.
         fingerprint: hash of the annotation file and of the list of images used.
         image_ids: of the images used, in the order of the indices.
         num_views: of each image, in evaluation; 1 in training.
         max_batch: views of one size that follow one another, where there are several.
-        selection: `image_ids` where only a share of the images is used; None for all.
 
     Raises:
         DataError: a file is missing or malformed; says which, where inside of it, and what was expected; of a missing root or folder
@@ -129,7 +125,7 @@ class CocoDetection(TaskDataset):
 
     @property
     def groups(self) -> list[int]:
-        """How many indices in a row are views of one image."""
+        """Return how many indices in a row are views of one image."""
         return [self.num_views] * len(self.records)
 
     @property
@@ -151,7 +147,7 @@ class CocoDetection(TaskDataset):
         raise_fatal(missing_images(names, semantic.folder))
 
     def image_path(self, index: int) -> Path:
-        """The file of one image."""
+        """Return the file of one image."""
         return self.image_folder / self.records[index // self.num_views]["file_name"]
 
     def __getitem__(self, key: SampleKey) -> Sample:
@@ -184,7 +180,7 @@ class CocoDetection(TaskDataset):
     def _transformed(
         self, image: torch.Tensor, record: dict, generator: torch.Generator, view: int = 0
     ) -> tuple[NetworkInput, torch.Tensor]:
-        """The scene as the network sees it, and the (N,) int64 labels of its objects."""
+        """Return the scene as the network sees it, and the (N,) int64 labels of its objects."""
         height, width = record["height"], record["width"]
         objects = [entry for entry in record["annotations"] if not entry["iscrowd"]]
         crowds = [entry["bbox"] for entry in record["annotations"] if entry["iscrowd"]]
@@ -199,7 +195,7 @@ class CocoDetection(TaskDataset):
     def _pasted(
         self, scene: NetworkInput, labels: torch.Tensor, key: SampleKey, replaced: list[tuple[str, str]]
     ) -> tuple[NetworkInput, torch.Tensor]:
-        """With the configured probability, the scene with objects of another image on top."""
+        """Return, with the configured probability, the scene with objects of another image on top."""
         if not self.copy_paste:
             return scene, labels
         generator = key.generator("paste")
@@ -216,25 +212,23 @@ class CocoDetection(TaskDataset):
         return paste(scene, labels, above, above_labels, generator, min_box_side=self.config.jitter.min_box_side)
 
     def evaluator(self) -> CocoEvaluator:
-        """A fresh evaluator against the annotations of exactly these images."""
         submission = None if self.submission is None else (self.annotation_file, self.submission)
         return CocoEvaluator(list(self.records), self.classes, self.category_ids, self.config.evaluation, submission)
 
     def tracker(self) -> ReplacementTracker:
-        """A fresh count of replaced images, with this data set's limit."""
         return ReplacementTracker(len(self), self.config.corrupt_share)
 
     def metric_names(self) -> list[str]:
-        """Of COCOeval's numbers and of each class, for boxes and masks."""
+        """Return the names of COCOeval's numbers and of each class, for boxes and masks."""
         labels = [f"AP-{name}" for name in self.classes]
         return [f"{kind}/{name}" for kind in ("bbox", "segm") for name in (*STATISTICS, *labels)]
 
     def summary(self, metrics: dict[str, float]) -> str:
-        """The two APs."""
+        """Return the two APs."""
         return ", ".join(f"{tag} {metrics[tag]:.3f}" for tag in ("bbox/AP", "segm/AP") if tag in metrics)
 
     def caption(self, target: DetectionTarget) -> str:
-        """Which image it is, and how many objects it shows."""
+        """Say which image it is, and how many objects it shows."""
         return f"image {target.image_id}, {len(target.boxes)} objects"
 
     def draw(self, image: torch.Tensor, shown: DetectionTarget | DetectionResult) -> np.ndarray:
@@ -244,7 +238,7 @@ class CocoDetection(TaskDataset):
 
 
 def locate(config: CocoDataConfig, split: str) -> tuple[Path, Path]:
-    """Annotation file and image folder of a split, which are there.
+    """Return the annotation file and the image folder of a split, which are there.
 
     Raises:
         DataError: one is not; says the layout that is expected.
@@ -277,7 +271,7 @@ def refuse_or_drop(findings: Sequence[Finding], bad_annotations: str) -> set[int
 
 
 def group_by_image(coco_file: CocoFile, dropped: set[int]) -> list[dict[str, Any]]:
-    """One record per image, by id, with labels 0..K-1 instead of category ids; annotations stay in the file's order."""
+    """Return one record per image, by id, with labels 0..K-1 instead of category ids; annotations stay in the file's order."""
     labels = coco_file.labels
     records = {
         image["id"]: {**{name: image[name] for name in ("id", "file_name", "height", "width")}, "annotations": []}
@@ -307,7 +301,7 @@ def make_transforms(config: CocoDataConfig, train: bool) -> list[JitterTransform
 
 
 def semantic_maps(config: CocoDataConfig) -> SemanticMaps | None:
-    """Where a configuration's semantic maps are; None where it asks for none."""
+    """Return where a configuration's semantic maps are; None where it asks for none."""
     if not config.semantic:
         return None
     folder = None if config.semantic == INSTANCES else Path(config.root).expanduser() / config.semantic
@@ -322,7 +316,7 @@ def semantic_maps(config: CocoDataConfig) -> SemanticMaps | None:
 def to_target(
     scene: NetworkInput, labels: torch.Tensor, record: dict[str, Any], view: DetectionView | None = None
 ) -> DetectionTarget:
-    """What is known about a scene: its objects, labels and maps, the image's id and size on disk."""
+    """Return what is known about a scene: its objects, labels and maps, the image's id and size on disk."""
     return DetectionTarget(
         image_id=record["id"],
         boxes=scene.boxes,

@@ -83,7 +83,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor
 
 
 def _draw_label(draw: ImageDraw.ImageDraw, text: str, x: float, y: float, color: tuple, font, limits: tuple) -> None:
-    """Black text on a tag of the class's colour, above the corner (x, y) where there is room, within the picture."""
+    """Draw black text on a tag of the class's colour, above the corner (x, y) where there is room, within the picture."""
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     width, height = right - left + 4, bottom - top + 4
     x = min(max(0, x), max(0, limits[0] - width))

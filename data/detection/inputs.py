@@ -64,7 +64,7 @@ class Detections:
 
 
 class DetectionInputs:
-    """See InputReader. Images are resized as in evaluation and drawn on in their own size.
+    """Reads images without labels for a detection head: resized as in evaluation, drawn on in their own size.
 
     Args:
         config: how images are resized.

@@ -40,7 +40,7 @@ def decompress_counts(text: str) -> list[int]:
 
 
 def encode_segmentation(segmentation: list | dict, height: int, width: int) -> dict[str, Any]:
-    """pycocotools' compressed run lengths ({"counts": bytes, "size"}) of any checked segmentation."""
+    """Return pycocotools' compressed run lengths ({"counts": bytes, "size"}) of any checked segmentation."""
     if isinstance(segmentation, list):
         return mask_api.merge(mask_api.frPyObjects(segmentation, height, width))
     if isinstance(segmentation["counts"], list):
@@ -49,7 +49,7 @@ def encode_segmentation(segmentation: list | dict, height: int, width: int) -> d
 
 
 def decode_masks(segmentations: Sequence[list | dict], height: int, width: int) -> np.ndarray:
-    """Masks of one image's segmentations, uint8 0 or 1, (N, height, width)."""
+    """Return the masks of one image's segmentations, uint8 0 or 1, (N, height, width)."""
     if not segmentations:
         return np.zeros((0, height, width), dtype=np.uint8)
     encoded = [encode_segmentation(segmentation, height, width) for segmentation in segmentations]
@@ -84,12 +84,12 @@ def paste_mask(probabilities: np.ndarray, box: Sequence[float], height: int, wid
 
 
 def _pixel_range(start: float, stop: float, length: int) -> tuple[int, int]:
-    """First and behind-the-last pixel that an interval touches, within 0..length."""
+    """Return the first and behind-the-last pixel that an interval touches, within 0..length."""
     return max(0, int(np.floor(start))), min(length, int(np.ceil(stop)))
 
 
 def _interpolation(cells: int, start: float, stop: float, first: int, last: int) -> np.ndarray:
-    """Weights (last - first, cells) of linear interpolation at those pixels' centres; the cells fill start..stop."""
+    """Return weights (last - first, cells) of linear interpolation at those pixels' centres; the cells fill start..stop."""
     centres = (np.arange(first, last) + 0.5 - start) * (cells / max(stop - start, 1e-6)) - 0.5
     distance = np.abs(centres[:, None] - np.arange(cells)[None])
     return np.maximum(0.0, 1.0 - distance).astype(np.float32)

@@ -14,7 +14,7 @@ SHOWN_IOUS = (0.5, 0.75, 0.9)
 def precision_curves(
     precisions: Mapping[str, np.ndarray], ious: Sequence[float], recalls: Sequence[float]
 ) -> np.ndarray:
-    """Precision over recall, mean over the classes that occur, a panel for each kind and a line for each of SHOWN_IOUS.
+    """Draw precision over recall, mean over the classes that occur, a panel for each kind and a line for each of SHOWN_IOUS.
 
     Args:
         precisions: by kind ("bbox", "segm"), (T, R, K) as COCOeval gives it for all sizes and the largest number of detections; -1

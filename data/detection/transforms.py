@@ -62,7 +62,7 @@ class NetworkInput:
 
 
 def boxes_of_masks(masks: Tensor) -> Tensor:
-    """Tight boxes (N, 4) float32 xyxy of masks (N, H, W).
+    """Return tight boxes (N, 4) float32 xyxy of masks (N, H, W).
 
     The right and lower edges lie behind the last pixel: one pixel has a box of side 1. Empty masks give zeros.
     """
@@ -197,7 +197,7 @@ def _as_boxes(scene: Scene) -> tv_tensors.BoundingBoxes:
 
 
 def _jitter_color(image: Tensor, strength: float, draws: list[float]) -> Tensor:
-    """Brightness, contrast and saturation, each by a factor in 1 - strength to 1 + strength; draws are in [0, 1)."""
+    """Change brightness, contrast and saturation, each by a factor in 1 - strength to 1 + strength; draws are in [0, 1)."""
     adjust = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
     for change, draw in zip(adjust, draws):
         image = change(image, 1 + strength * (2 * draw - 1))
@@ -219,6 +219,6 @@ def _pad(scene: Scene, canvas: tuple[int, int], min_box_side: float) -> NetworkI
 
 
 def kept_boxes(boxes: Tensor, min_box_side: float) -> Tensor:
-    """(N',) int64 which of (N, 4) boxes have an area, and no side below `min_box_side` pixels."""
+    """Return (N',) int64, which of (N, 4) boxes have an area, and no side below `min_box_side` pixels."""
     sides = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1)
     return torch.nonzero((sides > 0) & (sides >= min_box_side))[:, 0]

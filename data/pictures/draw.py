@@ -13,7 +13,7 @@ MIN_SIDE = 320
 
 
 def class_color(label: int) -> tuple[int, int, int]:
-    """A vivid RGB colour per label; labels next to one another are far apart in hue (steps of the golden ratio)."""
+    """Return a vivid RGB colour per label; labels next to one another are far apart in hue (steps of the golden ratio)."""
     hue = (0.11 + label * 0.618034) % 1.0
     return tuple(round(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.85, 1.0))
 
@@ -26,7 +26,7 @@ def enlarged(picture: np.ndarray, min_side: int = MIN_SIDE) -> Image.Image:
 
 
 def captioned(picture: np.ndarray, caption: str) -> np.ndarray:
-    """A picture (H, W, 3) with a line of text on a dark bar above it."""
+    """Return a picture (H, W, 3) with a line of text on a dark bar above it."""
     font = ImageFont.load_default(size=14)
     bar = Image.new("RGB", (picture.shape[1], 20), (32, 32, 32))
     ImageDraw.Draw(bar).text((4, 1), caption, fill=(255, 255, 255), font=font)
@@ -34,12 +34,12 @@ def captioned(picture: np.ndarray, caption: str) -> np.ndarray:
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray, captions: tuple[str, str] = ("predicted", "true")) -> np.ndarray:
-    """Two pictures (H, W, 3) uint8 beside one another, each with its caption above."""
+    """Return two pictures (H, W, 3) uint8 beside one another, each with its caption above."""
     return contact_sheet([captioned(left, captions[0]), captioned(right, captions[1])], columns=2)
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], columns: int = 4, gap: int = 4) -> np.ndarray:
-    """Pictures (H, W, 3) uint8 of any sizes on one sheet, row by row, each in a cell of the largest size.
+    """Return pictures (H, W, 3) uint8 of any sizes on one sheet, row by row, each in a cell of the largest size.
 
     Args:
         pictures: At least one.

@@ -114,12 +114,12 @@ class ADE20KDataConfig(TaskDataConfig):
         require_within(self, "", "corrupt_share", low=0, high=1, remedy="give a share between 0 and 1")
 
     def paths(self, split: str) -> tuple[Path, Path]:
-        """Folders of photos and of label PNGs of "train" or "val"."""
+        """Return the folders of photos and of label PNGs of "train" or "val"."""
         root = Path(self.root).expanduser()
         return root / getattr(self, f"{split}_images"), root / getattr(self, f"{split}_annotations")
 
     def required_paths(self) -> list[Path]:
-        """Folders of photos and labels of both splits."""
+        """Return the folders of photos and labels of both splits."""
         return [*self.paths("train"), *self.paths("val")]
 
     def extent(self) -> SampleExtent:

@@ -44,7 +44,7 @@ MISSING_PHOTO = "labels without a photo"
 
 
 class SceneParsing(TaskDataset):
-    """Photos with the class of every pixel, ready for the network. Indexed by SampleKey; a pure function of it.
+    """Photos with the class of every pixel, ready for the network.
 
     In training index i is photo i; a pair that cannot be used is replaced by the next usable one, and says so in
     `Sample.replaced`. In evaluation an index is one view of one photo, a photo's views following one another, and an unusable
@@ -56,11 +56,8 @@ class SceneParsing(TaskDataset):
         submission: folder that evaluators write a label PNG of each image to; None writes none.
 
     Attributes:
-        classes: names by label.
-        notes: what was left out, one line each; to be said at start.
         category_ids: labels in the files, 1..K.
         fingerprint: hash of the names of files and classes.
-        groups: how many views each photo has, in evaluation.
 
     Raises:
         DataError: the layout is another one, there is no photo, or photos and labels do not pair; says how many.
@@ -110,18 +107,18 @@ class SceneParsing(TaskDataset):
 
     @property
     def num_images(self) -> int:
-        """Photos, each counted once."""
+        """Return the number of photos, each counted once."""
         return len(self.records)
 
     def image_path(self, index: int) -> Path:
-        """The photo of sample `index`."""
+        """Return the photo of sample `index`."""
         return Path(self.records[self._image_of(index)][0])
 
     def _image_of(self, index: int) -> int:
         return int(np.searchsorted(self._ends, index, side="right"))
 
     def read(self, image_id: int) -> tuple[Tensor, Tensor]:
-        """Photo (3, H, W) uint8 and classes (H, W) uint8, NO_CLASS where nobody knows.
+        """Read a photo (3, H, W) uint8 and classes (H, W) uint8, NO_CLASS where nobody knows.
 
         Raises:
             ImageError: either cannot be used.
@@ -174,7 +171,6 @@ class SceneParsing(TaskDataset):
         return Sample(image, _target(image_id, labels, size, original, view), key)
 
     def evaluator(self) -> SegmentationEvaluator:
-        """A fresh evaluator against the labels of exactly these images."""
         records = [self.records[index] for index in range(self.num_images)]
         truth: Callable[[int, tuple[int, int]], np.ndarray] | None = None
         if records[0][1] is not None:
@@ -187,7 +183,6 @@ class SceneParsing(TaskDataset):
         )
 
     def tracker(self) -> ReplacementTracker:
-        """A fresh count of replaced images, with this data set's limit."""
         return ReplacementTracker(self.num_images, self.config.corrupt_share)
 
     @property
@@ -197,21 +192,21 @@ class SceneParsing(TaskDataset):
         return f"{self.num_images:,} images{views}"
 
     def metric_names(self) -> list[str]:
-        """Means, and the IoU of each class."""
+        """Return the names of the means, and of the IoU of each class."""
         return [f"semantic/{name}" for name in (*NAMES, *(f"IoU-{name}" for name in self.classes))]
 
     def summary(self, metrics: dict[str, float]) -> str:
-        """The mean IoU and the pixels' accuracy."""
+        """Return the mean IoU and the pixels' accuracy."""
         return f"mIoU {metrics['semantic/mIoU']:.3f}, pixel accuracy {metrics['semantic/pixel_accuracy']:.3f}"
 
     def caption(self, target: SegmentationTarget) -> str:
-        """Which image it is, and which classes it shows."""
+        """Say which image it is, and which classes it shows."""
         shown = ", ".join(self.classes[label] for label in target.labels[:3].tolist())
         more = f" and {len(target.labels) - 3} more" if len(target.labels) > 3 else ""
         return f"image {target.image_id}: {shown or 'nothing labelled'}{more}"
 
     def draw(self, image: Tensor, shown: SegmentationTarget | SegmentationResult) -> np.ndarray:
-        """A sample with the classes of its pixels in colours, and a legend; a result's at the size of the sample."""
+        """Draw a sample with the classes of its pixels in colours, and a legend; a result's at the size of the sample."""
         height, width = shown.size
         is_target = isinstance(shown, SegmentationTarget)
         classes = shown.semantic[:height, :width] if is_target else best_class(class_scores(shown), shown.size)
@@ -230,7 +225,7 @@ def _target(
 
 
 def locate(config: ADE20KDataConfig, split: str) -> tuple[Path, Path]:
-    """Folders of photos and labels of a split, which are there.
+    """Return the folders of photos and labels of a split, which are there.
 
     Raises:
         DataError: one is not; says the layout that is expected, and which one was found where it is known.
@@ -255,7 +250,7 @@ def locate(config: ADE20KDataConfig, split: str) -> tuple[Path, Path]:
 
 
 def is_full_release(root: Path) -> bool:
-    """Whether a folder looks like the full release of ADE20K, in its form of 2016 or of 2021, or the folder above it."""
+    """Tell whether a folder looks like the full release of ADE20K, in its form of 2016 or of 2021, or the folder above it."""
     tops = [root, *root.glob("ADE20K_20*")]
     if any((top / name).exists() for top in tops for name in ("index_ade20k.mat", "index_ade20k.pkl", "images/ADE")):
         return True
@@ -265,7 +260,7 @@ def is_full_release(root: Path) -> bool:
 
 
 def find_pairs(photos: Path, annotations: Path) -> tuple[list[tuple[Path, Path]], list[Finding]]:
-    """Photos with the labels of their name, sorted; and what has no counterpart."""
+    """Return photos with the labels of their name, sorted; and what has no counterpart."""
     images, labels = _listed(photos, PHOTO_SUFFIXES), _listed(annotations, frozenset((".png",)))
     findings = [
         Finding(
@@ -302,6 +297,6 @@ def find_test_photos(config: ADE20KDataConfig) -> list[tuple[Path, None]]:
 
 
 def _listed(folder: Path, suffixes: frozenset[str]) -> dict[str, str]:
-    """File names by stem, in order; lists the folder once, which is quicker than asking for every file."""
+    """Return file names by stem, in order; list the folder once, which is quicker than asking for every file."""
     names = sorted(name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in suffixes)
     return {os.path.splitext(name)[0]: name for name in names}

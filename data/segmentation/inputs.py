@@ -40,7 +40,7 @@ class ClassMap:
 
 
 class SegmentationInputs:
-    """See InputReader.
+    """Reads photos without labels for a segmentation head.
 
     Args:
         config: which views a photo is seen in.
@@ -73,26 +73,26 @@ class SegmentationInputs:
         return samples, image
 
     def keep(self, results: Sequence[SegmentationResult], threshold: float) -> ClassMap:
-        """The photo's classes over all its views; every pixel has one, whatever the threshold."""
+        """Return the photo's classes over all its views; every pixel has one, whatever the threshold."""
         merger = ViewMerger()
         for result in results:
             classes = merger.add(result)
         return ClassMap(results[0].image_id, classes, self.classes)
 
     def describe(self, result: ClassMap) -> str:
-        """The largest classes with their shares of the pixels."""
+        """Return the largest classes with their shares of the pixels."""
         shares = class_shares(result.classes)
         more = f", {len(shares) - _NAMED} more" if len(shares) > _NAMED else ""
         return ", ".join(f"{self.classes[label]} {share:.0%}" for label, share in shares[:_NAMED]) + more
 
     def entries(self, result: ClassMap, file: Path) -> list[dict[str, Any]]:
-        """Each class that occurs: its label in the files (from 1), name, and share of the pixels, the largest first."""
+        """Return each class that occurs: its label in the files (from 1), name, and share of the pixels, the largest first."""
         shares = class_shares(result.classes)
         found = [{"label": k + 1, "class": self.classes[k], "share": round(share, 6)} for k, share in shares]
         return [{"image_id": result.image_id, "file_name": str(file), "classes": found}]
 
     def write(self, source: Tensor, result: ClassMap, target: Path) -> None:
-        """The photo under the colours of the classes, with a legend; and beside it, as <name>_labels.png, the labels themselves
+        """Write the photo under the colours of the classes, with a legend; and beside it, as <name>_labels.png, the labels themselves
         (8-bit gray, 1 to K, the benchmark's format)."""
         Image.fromarray(draw_classes(source, result.classes, self.classes)).save(target)
         labels = result.classes.numpy() + np.uint8(1)

@@ -87,7 +87,7 @@ class SegmentationJitter:
         return bool((counts > 0).sum() > 1) and float(counts.max() / counts.sum()) < self.jitter.single_category_limit
 
     def _change_colors(self, image: Tensor, draws: list[float]) -> Tensor:
-        """Brightness; then contrast, saturation and hue, with contrast first or last."""
+        """Change brightness; then contrast, saturation and hue, with contrast first or last."""
         jitter = self.jitter
         order_draw, *rest = draws
         is_on = [draw < jitter.color_probability for draw in rest[0::2]]
@@ -109,5 +109,5 @@ class SegmentationJitter:
 
 
 def _linear(image: Tensor, factor: float, shift: float) -> Tensor:
-    """factor * image + shift, within 0..255."""
+    """Return factor * image + shift, within 0..255."""
     return (image.float() * factor + shift).round().clamp(0, 255).to(torch.uint8)

@@ -22,7 +22,7 @@ from permafrost.data.segmentation.types import SegmentationView
 def plan_views(
     size: tuple[int, int], image_size: int, evaluation: SegmentationEvaluationConfig
 ) -> list[SegmentationView]:
-    """All views of an image of (height, width) `size`, in the order in which they are evaluated.
+    """Return all views of an image of (height, width) `size`, in the order in which they are evaluated.
 
     Args:
         size: of the image on disk.
@@ -43,12 +43,12 @@ def plan_views(
 
 
 def num_whole_views(evaluation: SegmentationEvaluationConfig) -> int:
-    """Views of every image under mode "whole"."""
+    """Return the number of views of every image under mode "whole"."""
     return len(evaluation.scales) * (1 + evaluation.flip)
 
 
 def _starts(side: int, window: int, stride: float) -> list[int]:
-    """Where windows begin along one side: equal steps of at most `stride` windows, the last one flush with the end."""
+    """Return where windows begin along one side: equal steps of at most `stride` windows, the last one flush with the end."""
     rest = side - window
     if rest <= 0:
         return [0]
@@ -59,7 +59,7 @@ def _starts(side: int, window: int, stride: float) -> list[int]:
 def see(
     image: Tensor, labels: Tensor, view: SegmentationView, window: int | None
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """What the network sees of an image in one view.
+    """Return what the network sees of an image in one view.
 
     Args:
         image: (3, H, W) uint8.

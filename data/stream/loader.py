@@ -92,7 +92,7 @@ def collate(samples: Sequence[Sample | _Failure]) -> Batch | _Failure:
 
 
 def _padded(sample: Sample, canvas: tuple[int, int]) -> Sample:
-    """The sample at the upper left of a larger canvas."""
+    """Return the sample at the upper left of a larger canvas."""
     return replace(sample, image=pad_to(sample.image, canvas, PAD_COLOR), target=sample.target.padded(canvas))
 
 
@@ -104,7 +104,7 @@ def _init_worker(worker: int) -> None:
 
 
 def _report_unless_deserted(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-    """What a worker's threads say of an error: nothing where the main process hung up while it was given a batch.
+    """Say what became of a worker's thread: nothing where the main process hung up while it was given a batch.
 
     Interrupted there, it closes the connection, and says itself that it was.
     """
@@ -171,7 +171,7 @@ class BatchLoader:
             self._loader._iterator = None
 
     def _explained(self, error: Exception, position: int, iterator: object) -> WorkerError:
-        """A worker that died or hung, in words: torch names neither the worker's number nor what it was loading."""
+        """Put a worker that died or hung into words: torch names neither the worker's number nor what it was loading."""
         text = f"{type(error).__name__}: {error}".split("\n")[0]
         indices = [key.index for key in self.batches[position]]
         due = f"batch {position} was due from worker {position % max(1, self.num_workers)}: samples {indices}"
@@ -188,7 +188,7 @@ class BatchLoader:
 
 
 def _dead_workers(iterator: object, patience: float = 0.0) -> list[tuple[int, int]]:
-    """(number, pid) of the workers of an iterator that ended; the first may take `patience` seconds to do so."""
+    """Return (number, pid) of the workers of an iterator that ended; the first may take `patience` seconds to do so."""
     workers = getattr(iterator, "_workers", [])
     deadline = time.monotonic() + patience
     while True:
@@ -231,7 +231,7 @@ class _Deaths:
 
     @contextlib.contextmanager
     def awaited(self) -> Iterator[None]:
-        """A stretch of code in which a worker's death may be raised."""
+        """Mark a stretch of code in which a worker's death may be raised."""
         self._awaiting = True
         try:
             yield
@@ -281,7 +281,7 @@ def train_loader(
     num_workers: int = 0,
     timeout: float = 300.0,
 ) -> BatchLoader:
-    """This rank's training batches of steps start_step to num_steps - 1, `accumulation` of them per step.
+    """Return this rank's training batches of steps start_step to num_steps - 1, `accumulation` of them per step.
 
     Args:
         dataset: Samples by key.
@@ -316,7 +316,7 @@ def val_loader(
     groups: Sequence[int] | None = None,
     max_batch: int | None = None,
 ) -> BatchLoader:
-    """This rank's evaluation batches, every sample once over all ranks, equally many batches on each.
+    """Return this rank's evaluation batches, every sample once over all ranks, equally many batches on each.
 
     Batches are dealt out in turn; a rank that runs short repeats the first batch with `is_padding` set, so that
     collective operations stay in step; its results are to be dropped. Samples have seed 0 and, unless padding, epoch

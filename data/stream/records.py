@@ -100,7 +100,7 @@ class ReplacementTracker:
 
     @property
     def count(self) -> int:
-        """Distinct files seen so far."""
+        """Return the number of distinct files seen so far."""
         return len(self.reasons)
 
     def update(self, replaced: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -33,7 +33,7 @@ class GlobalStream:
         self._orders: dict[int, list[int]] = {}
 
     def order(self, epoch: int) -> list[int]:
-        """The permutation of 0..N-1 of one epoch."""
+        """Return the permutation of 0..N-1 of one epoch."""
         if epoch not in self._orders:
             digest = hashlib.sha256(f"order/{self.seed}/{epoch}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
@@ -43,18 +43,18 @@ class GlobalStream:
         return self._orders[epoch]
 
     def key(self, position: int) -> SampleKey:
-        """The sample at a position of the stream."""
+        """Return the sample at a position of the stream."""
         epoch, offset = divmod(position, self.num_samples)
         return SampleKey(self.seed, epoch, self.order(epoch)[offset])
 
     def epoch(self, step: int, global_batch: int) -> float:
-        """Epochs completed before a step."""
+        """Return the epochs completed before a step."""
         return step * global_batch / self.num_samples
 
     def step_keys(
         self, step: int, global_batch: int, rank: int = 0, world_size: int = 1, accumulation: int = 1
     ) -> list[list[SampleKey]]:
-        """One rank's samples of a step, one list per micro-batch.
+        """Return one rank's samples of a step, one list per micro-batch.
 
         Args:
             step: 0-based step of the run.

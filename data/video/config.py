@@ -59,7 +59,7 @@ class ClipConfig(Configuration):
 
     @property
     def num_views(self) -> int:
-        """Clips that evaluation makes of each video."""
+        """Return the number of clips that evaluation makes of each video."""
         return self.test_clips * self.test_crops
 
 
@@ -113,12 +113,12 @@ class KineticsDataConfig(TaskDataConfig):
         return SampleExtent(self.clip.crop_size, self.clip.num_frames, self.num_classes, objects=1)
 
     def paths(self, split: str) -> tuple[Path, Path]:
-        """(list file, folder of videos) of "train" or "val"."""
+        """Return (list file, folder of videos) of "train" or "val"."""
         root = Path(self.root).expanduser()
         return root / getattr(self, f"{split}_list"), root / getattr(self, f"{split}_videos")
 
     def required_paths(self) -> list[Path]:
-        """Lists and folders of both splits."""
+        """Return the lists and folders of both splits."""
         pairs = [self.paths(split) for split in ("train", "val")]
         return [
             path for listed, folder in pairs for path in ((folder,) if self.layout == "folders" else (listed, folder))

@@ -32,7 +32,7 @@ SHOWN_CLASSES = 2
 
 
 class KineticsClips(TaskDataset):
-    """Clips with their class. Indexed by SampleKey; a pure function of it.
+    """Clips with their class.
 
     In training index i is video i, and a video that cannot be decoded is replaced by the next readable one, which says so in
     `Sample.replaced`. In evaluation index i is view i % V of video i // V (V views: clips over time, then crops), and a video that
@@ -43,9 +43,6 @@ class KineticsClips(TaskDataset):
         split: "train" augments, "val" gives every view; there is no test set without labels.
 
     Attributes:
-        classes: names by label.
-        category_ids: 0..K-1.
-        notes: what is missing, one line each; to be said at start.
         fingerprint: hash of the list and of what is missing.
 
     Raises:
@@ -84,7 +81,7 @@ class KineticsClips(TaskDataset):
 
     @property
     def num_views(self) -> int:
-        """Clips of each video: 1 in training."""
+        """Return the number of clips of each video: 1 in training."""
         return 1 if self.is_train else self.config.clip.num_views
 
     def __len__(self) -> int:
@@ -102,7 +99,7 @@ class KineticsClips(TaskDataset):
         return videos if self.is_train else f"{videos} ({len(self):,} clips)"
 
     def video_path(self, index: int) -> Path:
-        """The file that sample `index` is cut from."""
+        """Return the file that sample `index` is cut from."""
         return Path(self.records[index // self.num_views][0])
 
     def __getitem__(self, key: SampleKey) -> Sample:
@@ -167,7 +164,6 @@ class KineticsClips(TaskDataset):
         return Sample(images, target, key)
 
     def evaluator(self) -> VideoEvaluator:
-        """A fresh evaluator against the labels of exactly these videos."""
         labels = [self.records[index][1] for index in range(len(self.records))]
         paths = [os.path.basename(self.records[index][0]) for index in range(len(self.records))]
         return VideoEvaluator(
@@ -180,27 +176,26 @@ class KineticsClips(TaskDataset):
         )
 
     def tracker(self) -> ReplacementTracker:
-        """A fresh count of replaced videos, with this data set's limit."""
         return ReplacementTracker(len(self.records), self.config.corrupt_share, what="videos")
 
     def metric_names(self) -> list[str]:
-        """Shares of right videos, and of each class."""
+        """Return the names of the shares of right videos, and of each class."""
         measures = ["top1", "top5", "mean_class", *(f"top1-{name}" for name in self.classes)]
         return [f"video/{measure}" for measure in measures]
 
     def summary(self, metrics: dict[str, float]) -> str:
-        """The accuracies, and what they are over."""
+        """Return the accuracies, and what they are over."""
         shown = ", ".join(f"{name} {metrics[f'video/{name}']:.3f}" for name in ("top1", "top5"))
         counts = {name: int(metrics[f"video/num_{name}"]) for name in ("clips", "videos", "unreadable", "missing")}
         absent = "".join(f", {counts[name]} {name}" for name in ("unreadable", "missing") if counts[name])
         return f"{shown} over {counts['clips']:,} clips of {counts['videos']:,} videos{absent}"
 
     def caption(self, target: ClipTarget) -> str:
-        """Which video it is, and its class."""
+        """Say which video it is, and its class."""
         return f"video {target.video_id}: {self.classes[int(target.label)]}"
 
     def draw(self, image: torch.Tensor, shown: ClipTarget | ClipResult) -> np.ndarray:
-        """Some frames of a clip (T, 3, H, W) uint8 beside one another, under its class or the most probable ones."""
+        """Draw some frames of a clip (T, 3, H, W) uint8 beside one another, under its class or the most probable ones."""
         if isinstance(shown, ClipTarget):
             text = self.caption(shown)
         else:
@@ -212,7 +207,7 @@ class KineticsClips(TaskDataset):
 
 
 def _flip_labels(clip: ClipConfig, classes: list[str]) -> list[int | None]:
-    """By label: what a flipped clip shows; None for a class that is not flipped."""
+    """Return by label what a flipped clip shows; None for a class that is not flipped."""
     numbers = {name: number for number, name in enumerate(classes)}
     named = [name for pair in clip.flip_swaps for name in pair] + list(clip.never_flip)
     if unknown := [name for name in named if name not in numbers]:

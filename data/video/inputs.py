@@ -67,7 +67,7 @@ class SourceVideo:
 
 
 class VideoInputs:
-    """See InputReader.
+    """Reads videos without labels for a video head.
 
     Args:
         config: which views a video is seen in, and how it is decoded.
@@ -114,23 +114,23 @@ class VideoInputs:
         return samples, SourceVideo(file, facts["num_frames"], facts["rate"], int(frames[0].nbytes))
 
     def keep(self, results: Sequence[ClipResult], threshold: float) -> VideoClass:
-        """The best classes of the mean over the views, from the threshold up."""
+        """Return the best classes of the mean over the views, from the threshold up."""
         scores = torch.stack([result.scores for result in results]).double().mean(dim=0)
         best = torch.argsort(scores, descending=True, stable=True)[:TOP].tolist()
         top = [(label, float(scores[label])) for label in best if scores[label] >= threshold]
         return VideoClass(results[0].video_id, len(results), top, [self.classes[label] for label, _ in top])
 
     def describe(self, result: VideoClass) -> str:
-        """The best classes with their probabilities."""
+        """Return the best classes with their probabilities."""
         return ", ".join(f"{self.classes[label]} {score:.2f}" for label, score in result.top[:_NAMED]) or "nothing"
 
     def entries(self, result: VideoClass, file: Path) -> list[dict[str, Any]]:
-        """One entry: the file, over how many views, and the best classes, the best first."""
+        """Return one entry: the file, over how many views, and the best classes, the best first."""
         top = [{"label": k, "class": self.classes[k], "score": round(score, 6)} for k, score in result.top]
         return [{"video_id": result.video_id, "file_name": str(file), "num_views": result.num_views, "top": top}]
 
     def write(self, source: SourceVideo, result: VideoClass, target: Path) -> None:
-        """The video as H.264 in MP4, without sound, with the best classes beneath. It ends where decoding fails.
+        """Write the video as H.264 in MP4, without sound, with the best classes beneath. It ends where decoding fails.
 
         A video of variable frame rate plays at its mean rate.
 
@@ -164,7 +164,7 @@ class VideoInputs:
             Path(name).unlink(missing_ok=True)
 
     def _pictures(self, source: SourceVideo) -> Iterator[np.ndarray]:
-        """Every frame (H, W, 3) uint8, some at a time."""
+        """Yield every frame (H, W, 3) uint8, some at a time."""
         length = max(1, _CHUNK_BYTES // max(1, source.frame_bytes))
         for start in range(0, source.num_frames, length):
             indices = list(range(start, min(start + length, source.num_frames)))
@@ -197,13 +197,13 @@ def to_frames(given: Any) -> np.ndarray:
 
 
 def view_sampling(clip: ClipConfig, moment: int) -> dict[str, Any]:
-    """What a Decoder is asked for to get one of evaluation's clips over time."""
+    """Return what a Decoder is asked for to get one of evaluation's clips over time."""
     asked = {"kind": clip.sampling, "length": clip.num_frames, "clip": moment, "num_clips": clip.test_clips}
     return asked | {"stride": clip.frame_stride} if clip.sampling == "dense" else asked
 
 
 def draw_panel(top: Sequence[tuple[int, float]], classes: Sequence[str], width: int) -> np.ndarray:
-    """Classes with their probabilities as bars.
+    """Draw classes with their probabilities as bars.
 
     Args:
         top: (label, probability).
@@ -225,7 +225,7 @@ def draw_panel(top: Sequence[tuple[int, float]], classes: Sequence[str], width: 
 
 
 def _enlarged(picture: np.ndarray) -> np.ndarray:
-    """A frame by a whole factor, and its last row or column once more where H.264 asks for even sides."""
+    """Enlarge a frame by a whole factor, with its last row or column once more where H.264 asks for even sides."""
     factor = max(1, -(-_MIN_WIDTH // picture.shape[1]))
     picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
     height, width = picture.shape[:2]

@@ -42,7 +42,7 @@ class VideoList:
 
 
 def read_split(config: KineticsDataConfig, split: str) -> VideoList:
-    """The videos of "train" or "val".
+    """Return the videos of "train" or "val".
 
     Raises:
         DataError: a file or folder is not there, a line cannot be read, a label is outside the classes, nothing is listed, or

@@ -19,12 +19,12 @@ _TRIES = 10
 
 
 def to_clip(frames: np.ndarray) -> Tensor:
-    """Frames (T, H, W, 3) uint8 as (T, 3, H, W), without a copy."""
+    """Return frames (T, H, W, 3) uint8 as (T, 3, H, W), without a copy."""
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
 def random_crop(clip: Tensor, side: int, generator: torch.Generator, scale: tuple[float, float] = CROP_SCALE) -> Tensor:
-    """A random part of random aspect ratio, resized to a square (Szegedy et al. 2015, as in Video-Swin's training).
+    """Return a random part of random aspect ratio, resized to a square (Szegedy et al. 2015, as in Video-Swin's training).
 
     Args:
         clip: (T, 3, H, W) uint8.
@@ -49,7 +49,7 @@ def random_crop(clip: Tensor, side: int, generator: torch.Generator, scale: tupl
 
 
 def view_crop(clip: Tensor, short_side: int, side: int, crop: int, num_crops: int) -> Tensor:
-    """One of the squares along the longer side of the clip resized to `short_side`.
+    """Return one of the squares along the longer side of the clip resized to `short_side`.
 
     Args:
         clip: (T, 3, H, W) uint8.
