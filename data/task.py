@@ -193,9 +193,11 @@ class TaskDataset(ABC):
         """
 
     @property
-    @abstractmethod
     def extent(self) -> str:
-        """Return how much it holds, in words: "300 images"."""
+        """Return how much it holds, in words: "300 images", with their views where there are several."""
+        num_images = len(self) if self.groups is None else len(self.groups)
+        views = "" if num_images == len(self) else f" ({len(self):,} views)"
+        return f"{num_images:,} images{views}"
 
     @abstractmethod
     def evaluator(self) -> TaskEvaluator:

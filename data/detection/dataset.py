@@ -128,12 +128,6 @@ class CocoDetection(TaskDataset):
         """Return how many indices in a row are views of one image."""
         return [self.num_views] * len(self.records)
 
-    @property
-    def extent(self) -> str:
-        """Return the number of images, and of their views where there are several."""
-        views = "" if self.num_views == 1 else f" ({len(self):,} views)"
-        return f"{len(self.records):,} images{views}"
-
     def _check_semantic(self, semantic: SemanticMaps, records: Sequence[dict[str, Any]]) -> None:
         """Raise where an image has no map; whether its values fit shows when it is read, or in `permafrost check-data`."""
         if semantic.folder is None:

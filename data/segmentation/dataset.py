@@ -185,12 +185,6 @@ class SceneParsing(TaskDataset):
     def tracker(self) -> ReplacementTracker:
         return ReplacementTracker(self.num_images, self.config.corrupt_share)
 
-    @property
-    def extent(self) -> str:
-        """Return the number of photos, and of their views where there are several."""
-        views = "" if self.num_images == len(self) else f" ({len(self):,} views)"
-        return f"{self.num_images:,} images{views}"
-
     def metric_names(self) -> list[str]:
         """Return the names of the means, and of the IoU of each class."""
         return [f"semantic/{name}" for name in (*NAMES, *(f"IoU-{name}" for name in self.classes))]
