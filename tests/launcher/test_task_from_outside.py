@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import permafrost
 from permafrost.launcher.cli import main
 from permafrost.launcher.run.folder import read_json_lines
 
@@ -62,6 +63,11 @@ def test_it_predicts_on_files(run: Path, tmp_path: Path) -> None:
     assert 0.5 < entry["mean_depth"] < 3.5
     with Image.open(tmp_path / "out" / "one.png") as picture:
         assert picture.size == (72 // 4, 48 // 4)
+
+
+def test_it_is_loaded_by_the_front_door(run: Path) -> None:
+    found = permafrost.load_run(run, device="cpu").predict(np.full((64, 64, 3), 90, dtype=np.uint8))
+    assert found.depth.shape == (16, 16)
 
 
 def test_it_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
