@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
+from permafrost._checks import Checks
+
 
 class DataError(ValueError):
     """A data set is missing, malformed or too damaged to train on: says which file, what was expected, what to do."""
 
 
-def require(condition: bool, name: str, value: object, remedy: str) -> None:
-    """Raise DataError unless the condition holds: "data.<name> is <value>: <remedy>"."""
-    if not condition:
-        raise DataError(f"data.{name} is {value}: {remedy}")
-
-
-def require_within(
-    config: object, prefix: str, *names: str, low: float, high: float = float("inf"), remedy: str
-) -> None:
-    """Raise DataError unless each of these fields lies within low..high; `prefix`, "jitter.", stands before its name in the message."""
-    for name in names:
-        require(low <= getattr(config, name) <= high, prefix + name, getattr(config, name), remedy)
+_CHECKS = Checks(DataError, "data.")
+require, require_within = _CHECKS.require, _CHECKS.within

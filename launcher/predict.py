@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from permafrost.data.errors import DataError
 from permafrost.launcher.errors import CheckpointError, RunFolderError
+from permafrost.launcher.files import write_atomically
 from permafrost.launcher.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ def predict_run(
         return done
     target = folder / PREDICTIONS
     try:
-        target.write_text(json.dumps(done.results) + "\n")
+        write_atomically(target, json.dumps(done.results) + "\n")
     except OSError as error:
         raise RunFolderError(f"{target} cannot be written: {error.strerror or error}") from None
     say(f"{len(done.pictures)} pictures and {PREDICTIONS} in {folder}")
@@ -170,9 +172,8 @@ def picture_names(files: Sequence[Path], ending: str = ".png") -> list[str]:
 def _prepare_output(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".permafrost_{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise RunFolderError(
             f"--output {folder} is not a folder that can be written: {error.strerror or error}"

@@ -7,14 +7,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Checks:
-    """Checks that raise one package's error; `prefix`, "rpn.", stands before the fields' names in the message."""
+    """Checks that raise one package's error; `place`, "data.", and `prefix`, "rpn.", stand before the fields' names in the message."""
 
     error: type[ValueError]
+    place: str = ""
 
     def require(self, condition: bool, name: str, value: object, remedy: str) -> None:
         """Raise the error unless the condition holds."""
         if not condition:
-            raise self.error(f"{name} is {value!r}: {remedy}")
+            raise self.error(f"{self.place}{name} is {value!r}: {remedy}")
+
+    def within(
+        self, config: object, prefix: str, *names: str, low: float, high: float = float("inf"), remedy: str
+    ) -> None:
+        """Raise the error unless each of these fields lies within low..high."""
+        for name in names:
+            self.require(low <= getattr(config, name) <= high, prefix + name, getattr(config, name), remedy)
 
     def counts(self, prefix: str, config: object, *names: str, least: int = 1) -> None:
         """Raise the error unless each of these fields is at least `least`."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from permafrost._files import replacing
 from permafrost.data.errors import DataError
 from permafrost.data.pictures.draw import class_color
 from permafrost.data.types import Sample, SampleKey
@@ -139,10 +140,9 @@ class VideoInputs:
         """
         import av
 
-        name = str(target.with_name(f".{target.stem}.part.mp4"))
         panel: np.ndarray | None = None
-        try:
-            with av.open(name, "w") as sink:
+        with replacing(target) as partial:
+            with av.open(str(partial), "w", format="mp4") as sink:
                 rate = Fraction(source.rate or _FALLBACK_RATE).limit_denominator(1001)
                 stream = sink.add_stream("libx264", rate=rate)
                 stream.pix_fmt = "yuv420p"
@@ -159,9 +159,6 @@ class VideoInputs:
                     sink.mux(stream.encode(None))
             if panel is None:
                 raise OSError(f"no frame of {source.path} can be decoded once more")
-            os.replace(name, target)
-        finally:
-            Path(name).unlink(missing_ok=True)
 
     def _pictures(self, source: SourceVideo) -> Iterator[np.ndarray]:
         """Yield every frame (H, W, 3) uint8, some at a time."""

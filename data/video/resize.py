@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from permafrost._files import replacing
 from permafrost.data.errors import DataError
 from permafrost.data.video.config import EXTENSIONS
 from permafrost.data.video.decoder import Decoder
@@ -31,10 +31,12 @@ def resize_video(path: Path, target: Path, short_side: int) -> dict[str, Any]:
     import av
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own per target: what a killed process left is written over by the next try.
-    name = str(target.parent / f".{target.stem}.part.mp4")
     try:
-        with av.open(str(path)) as source, av.open(name, "w") as sink:
+        with (
+            replacing(target) as partial,
+            av.open(str(path)) as source,
+            av.open(str(partial), "w", format="mp4") as sink,
+        ):
             if not source.streams.video:
                 raise VideoError("it holds no video stream")
             stream = source.streams.video[0]
@@ -61,11 +63,8 @@ def resize_video(path: Path, target: Path, short_side: int) -> dict[str, Any]:
             if output is None:
                 raise VideoError("it holds no frame")
             sink.mux(output.encode(None))
-        os.replace(name, target)
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"it cannot be resized: {type(error).__name__}: {error}".split("\n")[0]) from error
-    finally:
-        Path(name).unlink(missing_ok=True)
     return {"num_frames": num_frames, "width": width, "height": height}
 
 

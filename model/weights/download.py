@@ -168,7 +168,8 @@ def _attempt(url: str, partial: Path, validator: Path, by_hand: str) -> int:
             validator.write_text(etag)
         else:
             validator.unlink(missing_ok=True)
-        with partial.open("ab" if resumed else "wb") as file:
+        # The name is fixed, for the next try goes on with what is there; what a link points to is not written over.
+        with open(partial, "ab" if resumed else "wb", opener=_without_links) as file:
             for chunk in _chunks(response):
                 if not file.tell() and chunk.lstrip()[:1] == b"<":
                     raise WeightsError(f"{url} was answered with a web page instead of the file. {by_hand}")
@@ -188,3 +189,7 @@ def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
         if not chunk:
             return
         yield chunk
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)

@@ -170,6 +170,15 @@ def test_a_range_that_does_not_exist_starts_anew(server, cache) -> None:
     assert server.requests == [f"bytes={len(CONTENT) + 4}-", None]
 
 
+def test_what_a_link_points_to_is_not_written_over(server, cache, tmp_path) -> None:
+    (tmp_path / "thesis").write_text("four years")
+    cache.mkdir(parents=True)
+    (cache / "weights.pth.partial").symlink_to(tmp_path / "thesis")
+    with pytest.raises(WeightsError, match=r"symbolic links"):
+        fetch(server.url, file="weights.pth")
+    assert (tmp_path / "thesis").read_text() == "four years"
+
+
 def test_busy_servers_are_asked_again(server) -> None:
     server.statuses = [503, 429, 500]
     assert fetch(server.url, file="weights.pth").read_bytes() == CONTENT
