@@ -35,7 +35,7 @@ class Network(Protocol):
         """Do what the config asks of a network that learns, before it is trained, and return it for `describe`.
 
         Raises:
-            BackboneError: If it cannot do it.
+            BackboneError: if it cannot do it.
         """
 
     def describe(self) -> dict[str, Any]:
@@ -49,12 +49,12 @@ class Backbone(nn.Module):
     """Images in, feature maps out: a network with the statistics of its images, and where its weights come from.
 
     Args:
-        network: The network (see Network), with its weights, in the dtype it is to compute in.
-        config: What it was asked to be.
-        mean: Mean of the network's training images per channel, pixels in [0, 1].
-        std: Standard deviation likewise.
-        fingerprint: Hash of the source tensors.
-        choices: What `describe` reports besides what the module knows itself.
+        network: the network (see Network), with its weights, in the dtype it is to compute in.
+        config: what it was asked to be.
+        mean: mean of the network's training images per channel, pixels in [0, 1].
+        std: standard deviation likewise.
+        fingerprint: hash of the source tensors.
+        choices: what `describe` reports besides what the module knows itself.
     """
 
     mean: Tensor
@@ -122,7 +122,7 @@ class Backbone(nn.Module):
         all alike have the maps of one. It then takes clips only, of a multiple of as many frames.
 
         Raises:
-            BackboneError: If it is no Swin, or inflated already.
+            BackboneError: if it is no Swin, or inflated already.
         """
         embed = next((module for module in self.network.modules() if isinstance(module, PatchEmbed)), None)
         if embed is None or self.patch_frames > 1:

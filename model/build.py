@@ -34,15 +34,15 @@ def load_backbone(
     """Load a base network: a frozen one, unless `frozen` is False.
 
     Args:
-        name: A name in the table of sizes (permafrost.model.spec), or `timm/` and a timm model's.
-        weights: A file or folder, a known name, "random" ("random:SEED"), or, for a timm model, "pretrained".
-        device: Where to put it.
-        tensor_group: As of build_backbone.
-        **options: The other fields of BackboneConfig, by their names. `dtype` may also be a torch.dtype, and None is "auto".
+        name: a name in the table of sizes (permafrost.model.spec), or `timm/` and a timm model's.
+        weights: a file or folder, a known name, "random" ("random:SEED"), or, for a timm model, "pretrained".
+        device: where to put it.
+        tensor_group: as of build_backbone.
+        **options: the other fields of BackboneConfig, by their names. `dtype` may also be a torch.dtype, and None is "auto".
 
     Raises:
-        BackboneError: As of build_backbone, and if there is no such option, with the nearest.
-        WeightsError, KernelError: As of build_backbone.
+        BackboneError: as of build_backbone, and if there is no such option, with the nearest.
+        WeightsError, KernelError: as of build_backbone.
     """
     known = [field.name for field in fields(BackboneConfig)]
     for option in options:
@@ -60,15 +60,15 @@ def build_backbone(
     """Build the network of a config, with its weights.
 
     Args:
-        config: What it is.
-        device: Where it is to run.
-        tensor_group: Processes to split it over (permafrost.model.split.fairscale_groups); loading and every forward are then
+        config: what it is.
+        device: where it is to run.
+        tensor_group: processes to split it over (permafrost.model.split.fairscale_groups); loading and every forward are then
             collective over them. None: this process has all of it.
 
     Raises:
-        BackboneError: If the device cannot do what is asked for, or the network cannot be split over the group.
-        WeightsError: If the weights cannot be read or belong to another network, on any member of the group.
-        KernelError: If a kernel is asked for by name that cannot run here.
+        BackboneError: if the device cannot do what is asked for, or the network cannot be split over the group.
+        WeightsError: if the weights cannot be read or belong to another network, on any member of the group.
+        KernelError: if a kernel is asked for by name that cannot run here.
     """
     device = find_device(device)
     dtype, reason = choose_dtype(config, device)
@@ -108,7 +108,7 @@ def empty_network(config: BackboneConfig) -> Network:
     """Build a network on the meta device, without memory for its weights.
 
     Raises:
-        BackboneError: If timm has no such model, or it is none for a backbone.
+        BackboneError: if timm has no such model, or it is none for a backbone.
     """
     if not config.name.startswith(TIMM_PREFIX):
         return empty_swin(config)

@@ -21,7 +21,7 @@ class CompiledNetwork:
     padding and windows depend on them.
 
     Args:
-        network: On the device and in the dtype it stays in. It is not changed: its parameters, names and hooks are as
+        network: on the device and in the dtype it stays in. It is not changed: its parameters, names and hooks are as
             before, but hooks do not run in a compiled forward.
     """
 
@@ -46,7 +46,7 @@ class CompiledNetwork:
         further ones run as they are, and a warning says so.
 
         Raises:
-            BackboneError: If it cannot be compiled here.
+            BackboneError: if it cannot be compiled here.
         """
         size = (*images.shape, images.get_device())
         if size in self._sizes:

@@ -25,7 +25,7 @@ def require_graphs(device: torch.device) -> None:
     """Checks that graphs can be captured.
 
     Raises:
-        BackboneError: If the device has none.
+        BackboneError: if the device has none.
     """
     if device.type != "cuda":
         raise BackboneError(
@@ -37,7 +37,7 @@ class CapturedNetwork:
     """Calls a forward by replaying what it launched.
 
     Args:
-        forward: Of a folded network, or a CompiledNetwork of one: (B, 3, H, W) to feature maps, the same launches each time.
+        forward: of a folded network, or a CompiledNetwork of one: (B, 3, H, W) to feature maps, the same launches each time.
     """
 
     def __init__(self, forward: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
@@ -67,7 +67,7 @@ class CapturedNetwork:
         are, and a warning says so.
 
         Raises:
-            BackboneError: If it cannot be captured.
+            BackboneError: if it cannot be captured.
         """
         require_graphs(images.device)
         key = (*images.shape, images.get_device())

@@ -45,7 +45,7 @@ class Fp8Linear(nn.Module):
     """A linear layer with an 8-bit weight, which quantises what comes in.
 
     Args:
-        linear: The layer it stands for; its channels are multiples of MULTIPLE.
+        linear: the layer it stands for; its channels are multiples of MULTIPLE.
 
     Attributes:
         weight: (C_out, C_in) in FORMAT.
@@ -92,7 +92,7 @@ def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Checks that products of 8-bit numbers can be had.
 
     Raises:
-        BackboneError: If not, naming the field and the remedy.
+        BackboneError: if not, naming the field and the remedy.
     """
     remedy = "set backbone.fp8 to False"
     if device.type != "cuda":

@@ -47,7 +47,7 @@ class FrozenBackbone(Backbone):
         """Replays its forward as a CUDA graph from now on, with one for each size of images; what is compiled stays compiled.
 
         Raises:
-            BackboneError: If it is not on a GPU.
+            BackboneError: if it is not on a GPU.
         """
         require_graphs(self.device)
         self._captured = CapturedNetwork(self._compute)
@@ -83,7 +83,7 @@ class FrozenBackbone(Backbone):
             (B, T, C_i, ...).
 
         Raises:
-            BackboneError: If shape, dtype or range of the images are others.
+            BackboneError: if shape, dtype or range of the images are others.
         """
         self._check_images(images)
         return self._folded(images, self._maps)
@@ -121,7 +121,7 @@ class FrozenBackbone(Backbone):
         """Refuses to make parameters trainable.
 
         Raises:
-            BackboneError: If `requires_grad` is true.
+            BackboneError: if `requires_grad` is true.
         """
         if requires_grad:
             raise BackboneError("A frozen backbone has no trainable parameters; load one with frozen=False.")

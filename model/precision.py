@@ -23,7 +23,7 @@ def find_device(device: torch.device | str) -> torch.device:
     """Return the device of this name.
 
     Raises:
-        BackboneError: If there is none here.
+        BackboneError: if there is none here.
     """
     try:
         device = torch.device(device)
@@ -51,7 +51,7 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
     """Computes a little of everything that a network does.
 
     Raises:
-        BackboneError: If the device cannot do that in this dtype, or only by emulating it.
+        BackboneError: if the device cannot do that in this dtype, or only by emulating it.
     """
     name = str(dtype).removeprefix("torch.")
     advice = "choose another dtype (backbone.dtype), float32 is everywhere"

@@ -21,11 +21,11 @@ class FeatureSpec:
     Map i of an image (H, W) has shape (channels[i], ceil(H / strides[i]), ceil(W / strides[i])).
 
     Attributes:
-        channels: Channels of each map.
-        strides: Input pixels per step of each map, strictly increasing.
+        channels: channels of each map.
+        strides: input pixels per step of each map, strictly increasing.
 
     Raises:
-        BackboneError: If the two differ in length, are empty, hold a value below 1, or the strides do not increase.
+        BackboneError: if the two differ in length, are empty, hold a value below 1, or the strides do not increase.
     """
 
     channels: tuple[int, ...]
@@ -58,9 +58,9 @@ class SwinSize:
     """What the tables of Swin sizes have in common.
 
     Attributes:
-        embed_dim: Channels of the first stage; each later stage doubles them.
-        depths: Blocks of each stage.
-        num_heads: Attention heads of each stage (32 channels per head throughout).
+        embed_dim: channels of the first stage; each later stage doubles them.
+        depths: blocks of each stage.
+        num_heads: attention heads of each stage (32 channels per head throughout).
     """
 
     embed_dim: int
@@ -83,7 +83,7 @@ class SwinV1Size(SwinSize):
     """One row of the table of Swin V1 sizes.
 
     Attributes:
-        window_size: Window of a model that is built without weights which know better.
+        window_size: window of a model that is built without weights which know better.
     """
 
     window_size: int = 7
@@ -94,8 +94,8 @@ class SwinV2Size(SwinSize):
     """One row of the table of SwinV2 sizes.
 
     Attributes:
-        extra_norm_interval: A LayerNorm on the main branch after every so many blocks, counted within a stage; 0: none.
-        window_size: Window of a model that is built without weights which know better.
+        extra_norm_interval: a LayerNorm on the main branch after every so many blocks, counted within a stage; 0: none.
+        window_size: window of a model that is built without weights which know better.
     """
 
     extra_norm_interval: int = 0
@@ -129,11 +129,11 @@ def per_stage(value: int | Sequence[int], *, field: str) -> tuple[int, ...]:
     """Spreads one number over the stages, or checks that there is one per stage.
 
     Args:
-        value: One integer of at least 1, or four of them.
-        field: Name of the field, for the error.
+        value: one integer of at least 1, or four of them.
+        field: name of the field, for the error.
 
     Raises:
-        BackboneError: If it is neither.
+        BackboneError: if it is neither.
     """
     values = (value,) * NUM_STAGES if isinstance(value, int) else value
     valid = isinstance(values, Sequence) and not isinstance(values, (str, bytes)) and len(values) == NUM_STAGES
@@ -150,7 +150,7 @@ def check_name(name: str) -> None:
     Of a timm/ name only the form is checked: whether timm knows it shows when it is loaded, since asking imports torch.
 
     Raises:
-        BackboneError: If not, with the nearest name that can.
+        BackboneError: if not, with the nearest name that can.
     """
     names = (*SWINV2_SIZES, *SWIN_V1_SIZES)
     if name in names:

@@ -59,14 +59,14 @@ class TrainableBackbone(Backbone):
         """Computes the raw feature maps, finest first.
 
         Args:
-            images: As FrozenBackbone takes them.
-            generators: What drop path draws from, in training; one for each image or clip.
+            images: as FrozenBackbone takes them.
+            generators: what drop path draws from, in training; one for each image or clip.
 
         Returns:
             Maps as of FrozenBackbone, in the parameters' dtype or that of the autocast.
 
         Raises:
-            BackboneError: If shape, dtype or range of the images are others.
+            BackboneError: if shape, dtype or range of the images are others.
         """
         self._check_images(images)
         return self._folded(images, lambda flat: self.network(self._normalise(flat), generator=generators))
@@ -84,7 +84,7 @@ def require_gradients(backbone: TrainableBackbone, name: str) -> None:
     """Run a backward, since engines wait for every parameter's gradient, and only a backward tells what is really used.
 
     Raises:
-        BackboneError: If a parameter gets none, naming it.
+        BackboneError: if a parameter gets none, naming it.
     """
     parameters = dict(backbone.named_parameters())
     side = 2 * max(backbone.spec.strides)

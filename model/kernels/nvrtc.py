@@ -22,16 +22,16 @@ def compile_cubin(
 
     Args:
         source: CUDA C++.
-        name: What messages call it.
-        headers: What it may include, by name.
-        defines: Macros, as NAME or NAME=VALUE.
-        architecture: Compute capability times 10, as in 90.
+        name: what messages call it.
+        headers: what it may include, by name.
+        defines: macros, as NAME or NAME=VALUE.
+        architecture: compute capability times 10, as in 90.
 
     Returns:
         The cubin, and what the assembler said about registers and spills.
 
     Raises:
-        KernelError: If NVRTC cannot be had, does not know the architecture, or refuses the source.
+        KernelError: if NVRTC cannot be had, does not know the architecture, or refuses the source.
     """
     try:
         from cuda.bindings import nvrtc
@@ -85,13 +85,13 @@ class LoadedKernel:
     """A kernel on one GPU.
 
     Args:
-        cubin: From compile_cubin, for this GPU's architecture.
-        name: The kernel's name in it.
-        shared_bytes: Dynamic shared memory of a block.
-        device: The GPU.
+        cubin: from compile_cubin, for this GPU's architecture.
+        name: the kernel's name in it.
+        shared_bytes: dynamic shared memory of a block.
+        device: the GPU.
 
     Raises:
-        KernelError: If the driver refuses it: mostly, if the GPU has less shared memory.
+        KernelError: if the driver refuses it: mostly, if the GPU has less shared memory.
     """
 
     def __init__(self, cubin: bytes, name: str, *, shared_bytes: int, device: torch.device) -> None:

@@ -45,16 +45,16 @@ def choose_kernel(
 
     Args:
         asked: "auto", or what the recipe names.
-        field: The recipe's field, for messages.
-        op: Folder of the op.
-        plain: What PyTorch's own operators are called.
-        dtype: What the network computes in.
-        device: Where the network is.
-        learns: Whether the network is trained, for which kernels have no backward.
-        attempt: Runs the op once in each shape the network needs, with a kernel; raises if that cannot be done.
+        field: the recipe's field, for messages.
+        op: folder of the op.
+        plain: what PyTorch's own operators are called.
+        dtype: what the network computes in.
+        device: where the network is.
+        learns: whether the network is trained, for which kernels have no backward.
+        attempt: runs the op once in each shape the network needs, with a kernel; raises if that cannot be done.
 
     Raises:
-        KernelError: If a kernel that is asked for by name cannot run here.
+        KernelError: if a kernel that is asked for by name cannot run here.
     """
     if asked in COMPILED:
         if learns:
@@ -88,7 +88,7 @@ def _attempt(kernel: str, *, field: str, plain: str, device: torch.device, attem
     """Runs a kernel once.
 
     Raises:
-        KernelError: If it cannot be run, whatever the reason, naming the field and the remedy.
+        KernelError: if it cannot be run, whatever the reason, naming the field and the remedy.
     """
     try:
         if device.type != "cuda" and not (kernel == "triton" and is_interpreted()):

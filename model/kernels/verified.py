@@ -14,13 +14,13 @@ class Verified:
     """A kernel that has passed its tests and beaten PyTorch's own operators on a GPU.
 
     Attributes:
-        op: Folder of the op beside this file.
+        op: folder of the op beside this file.
         kernel: "triton", "cuda", or what else the recipe calls it.
-        architecture: Compute capability times 10, as in 90.
+        architecture: compute capability times 10, as in 90.
         dtype: "float32", "float16" or "bfloat16".
-        card: As the driver calls it.
-        date: Of the run, as in 2026-11-26.
-        torch: Its version.
+        card: as the driver calls it.
+        date: of the run, as in 2026-11-26.
+        torch: its version.
     """
 
     op: str

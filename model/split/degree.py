@@ -21,12 +21,12 @@ def check_tensor_degree(name: str, degree: int, size: SwinV2Size | None = None) 
     """Checks that a base network can be split over a tensor group of this degree.
 
     Args:
-        name: Name of the network, in the table of sizes unless `size` is given.
-        degree: Processes of a group; 1 splits nothing and fits every network.
-        size: The network's row; None looks the name up.
+        name: name of the network, in the table of sizes unless `size` is given.
+        degree: processes of a group; 1 splits nothing and fits every network.
+        size: the network's row; None looks the name up.
 
     Raises:
-        BackboneError: If the degree is below 1, the network is no SwinV2, or its heads do not divide.
+        BackboneError: if the degree is below 1, the network is no SwinV2, or its heads do not divide.
     """
     if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
         raise BackboneError(f"A tensor group has at least 1 process, found {degree!r}.")

@@ -33,10 +33,10 @@ class TensorGroup:
     Every method is collective over the group. None builds a graph: the network is frozen.
 
     Attributes:
-        group: The group that tensors travel in, on the device's backend; fairscale's mappings use it.
-        control: Group of the same processes for what lives on the host: sizes, errors, small objects.
+        group: the group that tensors travel in, on the device's backend; fairscale's mappings use it.
+        control: group of the same processes for what lives on the host: sizes, errors, small objects.
         rank: 0-based place of this process in the group.
-        degree: Number of processes.
+        degree: number of processes.
     """
 
     group: dist.ProcessGroup
@@ -63,8 +63,8 @@ class TensorGroup:
         """Every member's tensor on every member.
 
         Args:
-            x: This member's, of the shape `shapes` says; any may be empty.
-            shapes: Shape of each member's tensor, in rank order.
+            x: this member's, of the shape `shapes` says; any may be empty.
+            shapes: shape of each member's tensor, in rank order.
 
         Returns:
             One tensor per member, in rank order.
@@ -105,7 +105,7 @@ def join_tensor_group(degree: int) -> TensorGroup:
     leaves the old groups, whose backbones cannot be used any longer.
 
     Raises:
-        BackboneError: If there is no process group, or its size is not a multiple of the degree.
+        BackboneError: if there is no process group, or its size is not a multiple of the degree.
     """
     global _joined
     if not (dist.is_available() and dist.is_initialized()):

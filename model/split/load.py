@@ -32,10 +32,10 @@ def load_split(
         As load_swin, once it has succeeded on every member; the fingerprint is that of the whole network.
 
     Raises:
-        BackboneError: If `group` is no TensorGroup, its degree does not fit the network, or something is asked for that a split
+        BackboneError: if `group` is no TensorGroup, its degree does not fit the network, or something is asked for that a split
             network cannot do.
-        Exception: This member's own, whatever it is.
-        WeightsError: Naming what another member met, as this one would wait for it in vain.
+        Exception: this member's own, whatever it is.
+        WeightsError: naming what another member met, as this one would wait for it in vain.
     """
     if not isinstance(group, TensorGroup):
         raise BackboneError(
@@ -72,7 +72,7 @@ class ShardReader:
     compares.
 
     Args:
-        group: The tensor group.
+        group: the tensor group.
     """
 
     def __init__(self, group: TensorGroup) -> None:
@@ -103,7 +103,7 @@ class ShardReader:
         """The fingerprint of all that was taken, whole, the same on every member. Collective.
 
         Raises:
-            WeightsError: On every member, if one of them took parts of other weights than the first.
+            WeightsError: on every member, if one of them took parts of other weights than the first.
         """
         fingerprint, expected = self._group.gather_objects((self._digest.hexdigest(), self._sums))[0]
         (own,) = (total for member, total in self._sums.items() if member == self._group.rank)

@@ -50,10 +50,10 @@ def shard(name: str, tensor: Tensor, rank: int, degree: int) -> Tensor:
     """One member's part of a parameter.
 
     Args:
-        name: Official name of the parameter.
-        tensor: The whole parameter, on any device; of one that is mapped from a file only the part is read.
-        rank: The member's place in its group.
-        degree: Members of the group.
+        name: official name of the parameter.
+        tensor: the whole parameter, on any device; of one that is mapped from a file only the part is read.
+        rank: the member's place in its group.
+        degree: members of the group.
 
     Returns:
         The heads' rows of q, of k and of v for the joined projection, rows or columns for other split parameters, and
@@ -108,11 +108,11 @@ class SplitSwinV2(nn.Module):
     the meta device included. Names of parameters stay.
 
     Args:
-        network: The whole network.
-        group: The group; only its `rank` and `degree` are read here.
+        network: the whole network.
+        group: the group; only its `rank` and `degree` are read here.
 
     Raises:
-        BackboneError: If the heads of the split stages do not divide by the degree.
+        BackboneError: if the heads of the split stages do not divide by the degree.
     """
 
     def __init__(self, network: SwinV2, group: TensorGroup) -> None:
@@ -252,7 +252,7 @@ class SplitBackbone(FrozenBackbone):
         """As FrozenBackbone.forward; an error of one member is an error on all, since the others would wait for it.
 
         Raises:
-            BackboneError: If the images of any member cannot be used.
+            BackboneError: if the images of any member cannot be used.
         """
         problem = None
         try:
@@ -277,7 +277,7 @@ class SplitBackbone(FrozenBackbone):
         """Maps of images (N, 3, H, W), in as many passes as the member with most images needs.
 
         Args:
-            images: This member's.
+            images: this member's.
             shapes: (N, H, W) of every member's, in rank order.
         """
         most = max(count for count, *_ in shapes)

@@ -23,7 +23,7 @@ def draw_kept(keep: Tensor, num_images: int, generator: Generators) -> Tensor:
         keep: (..., 1), probability of keeping each branch.
         num_images: B. With a generator per sample a multiple of their number: the frames of a clip, which follow one
             another, share its draw.
-        generator: See Generators.
+        generator: see Generators.
 
     Returns:
         (..., B) bool.

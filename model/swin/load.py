@@ -52,8 +52,8 @@ def load_swin(
         `describe`.
 
     Raises:
-        BackboneError: If this device cannot do what is asked for.
-        WeightsError: If the weights cannot be read, or belong to another network.
+        BackboneError: if this device cannot do what is asked for.
+        WeightsError: if the weights cannot be read, or belong to another network.
     """
     if config.fp8:
         require_fp8(device, dtype)
@@ -104,14 +104,14 @@ def read_swin(config: BackboneConfig, *, check_values: bool = True) -> tuple[Wei
     """Read the file of a Swin's weights, as far as names, shapes and windows go.
 
     Args:
-        config: Whose weights are no random ones.
-        check_values: As of read_weights.
+        config: whose weights are no random ones.
+        check_values: as of read_weights.
 
     Returns:
         The file, and the config with what the file states where the config leaves it open: windows and extra norms.
 
     Raises:
-        WeightsError: If it cannot be read, or contradicts the config.
+        WeightsError: if it cannot be read, or contradicts the config.
     """
     file = read_weights(config.weights, check_values=check_values, **config.file_options)
     is_v1 = config.name in SWIN_V1_SIZES

@@ -79,7 +79,7 @@ class ShiftedWindowAttention(nn.Module):
     """Self-attention within (shifted) windows of a map. A subclass adds the parameters and two methods.
 
     Args:
-        num_heads: Heads A.
+        num_heads: heads A.
     """
 
     qkv: nn.Linear
@@ -99,7 +99,7 @@ class ShiftedWindowAttention(nn.Module):
         """Computes all that depends on the parameters but not on the image.
 
         Args:
-            window: Side of the window that is used, which may be smaller than the configured one.
+            window: side of the window that is used, which may be smaller than the configured one.
 
         Returns:
             The bias of q, k, v (3 * C,); the logit scale, a number or (A, 1, 1); the position bias of every offset
@@ -139,8 +139,8 @@ class ShiftedWindowAttention(nn.Module):
 
         Args:
             x: (B, H, W, C).
-            window: Side of a window.
-            shift: Cyclic shift of the windows; needs H and W above `window`.
+            window: side of a window.
+            shift: cyclic shift of the windows; needs H and W above `window`.
 
         Returns:
             (B, H, W, C).
@@ -182,7 +182,7 @@ class ShiftedWindowAttention(nn.Module):
         """Attends to a window of zeros with a kernel of window_attention.
 
         Raises:
-            Exception: Of any kind, if it cannot.
+            Exception: of any kind, if it cannot.
         """
         device = self.qkv.weight.device
         channels = self.qkv.out_features
@@ -222,7 +222,7 @@ class Mlp(nn.Module):
         """Computes the hidden channels of a token with the GELU in the epilogue.
 
         Raises:
-            Exception: Of any kind, if that cannot be done.
+            Exception: of any kind, if that cannot be done.
         """
         check_epilogue(dtype)
         if not isinstance(self.fc1, nn.Linear):
@@ -274,7 +274,7 @@ def stage_windows(
     """Per stage the window, and the one that the position bias belongs to: the same unless it is given.
 
     Raises:
-        BackboneError: If one is neither an integer of at least 1 nor one per stage.
+        BackboneError: if one is neither an integer of at least 1 nor one per stage.
     """
     windows = per_stage(default if window_size is None else window_size, field="window_size")
     if pretrained_window_size is None:
@@ -286,9 +286,9 @@ class Stage(nn.Module):
     """Blocks of one resolution, then the step to the next.
 
     Args:
-        blocks: The blocks; every second one shifts its windows.
-        downsample: The step to the next resolution; None in the last stage.
-        window_size: Side of a window on maps larger than it.
+        blocks: the blocks; every second one shifts its windows.
+        downsample: the step to the next resolution; None in the last stage.
+        window_size: side of a window on maps larger than it.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None, *, window_size: int) -> None:
@@ -322,15 +322,15 @@ class Swin(nn.Module):
     are those of the official checkpoints, so a published state dict loads without renaming; nothing else is stored.
 
     Args:
-        size: Row of the table of sizes.
-        layers: The four stages.
-        window_size: Side of a window, per stage.
-        pretrained_window_size: Window that the parameters of the position bias belong to, per stage.
-        drop_path_rate: Probability of dropping a residual branch of an image in the last block, rising linearly from 0
+        size: row of the table of sizes.
+        layers: the four stages.
+        window_size: side of a window, per stage.
+        pretrained_window_size: window that the parameters of the position bias belong to, per stage.
+        drop_path_rate: probability of dropping a residual branch of an image in the last block, rising linearly from 0
             in the first; in training mode only.
 
     Raises:
-        BackboneError: If a value is out of range.
+        BackboneError: if a value is out of range.
     """
 
     min_image_size = PATCH_SIZE
@@ -375,11 +375,11 @@ class Swin(nn.Module):
         """Choose what computes, for all blocks alike; permafrost.model.kernels.selection says how.
 
         Args:
-            config: Which kernels are asked for, and whether the network learns.
-            dtype: What the network computes in.
+            config: which kernels are asked for, and whether the network learns.
+            dtype: what the network computes in.
 
         Raises:
-            KernelError: If a kernel that is asked for cannot run here.
+            KernelError: if a kernel that is asked for cannot run here.
         """
         blocks = [(module, stage) for stage in self.layers for module in stage.modules()]
         attentions = [(one, stage.window_size) for one, stage in blocks if isinstance(one, ShiftedWindowAttention)]
@@ -449,7 +449,7 @@ class Swin(nn.Module):
             Four maps (B, C_i, ceil(H / s_i), ceil(W / s_i)) in channels_last.
 
         Raises:
-            BackboneError: If the images are not (B, 3, H, W) or smaller than a patch.
+            BackboneError: if the images are not (B, 3, H, W) or smaller than a patch.
         """
         channels = self.patch_embed.proj.in_channels
         if images.ndim != 4 or images.shape[1] != channels:

@@ -37,7 +37,7 @@ def resample_table(table: Tensor, window: int) -> Tensor:
 
     Args:
         table: (A, 2P - 1, 2P - 1), P being the window of training.
-        window: The other window W.
+        window: the other window W.
 
     Returns:
         (A, 2W - 1, 2W - 1); the table itself if the window is its own.
@@ -52,10 +52,10 @@ class WindowAttention(ShiftedWindowAttention):
     """Scaled dot product self-attention within (shifted) windows of a map, with a table of position biases.
 
     Args:
-        dim: Channels C.
-        num_heads: Heads A.
-        window_size: The configured window.
-        pretrained_window: Window the table belongs to.
+        dim: channels C.
+        num_heads: heads A.
+        window_size: the configured window.
+        pretrained_window: window the table belongs to.
     """
 
     cosine = False
@@ -72,7 +72,7 @@ class WindowAttention(ShiftedWindowAttention):
         """Computes all that depends on the parameters but not on the image.
 
         Args:
-            window: Side of the window that is used, at most the configured one.
+            window: side of the window that is used, at most the configured one.
 
         Returns:
             The bias of q, k, v (3 * C,); the logit scale 1 / sqrt(D); the position bias of every offset
@@ -98,10 +98,10 @@ class Block(nn.Module):
     """Attention and MLP, each normalised *before* its branch.
 
     Args:
-        dim: Channels C.
-        num_heads: Attention heads.
-        window_size: See WindowAttention.
-        pretrained_window: See WindowAttention.
+        dim: channels C.
+        num_heads: attention heads.
+        window_size: see WindowAttention.
+        pretrained_window: see WindowAttention.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int, pretrained_window: int) -> None:
@@ -137,15 +137,15 @@ class SwinV1(Swin):
     """The Swin V1 network: normalised images in, four raw feature maps out.
 
     Args:
-        size: Name in the table of sizes, or a row of its own.
-        window_size: Side of a window, for all stages or one per stage; None takes the table's. On a map no larger than
+        size: name in the table of sizes, or a row of its own.
+        window_size: side of a window, for all stages or one per stage; None takes the table's. On a map no larger than
             the window a stage uses one window as large as the map's shorter side, unshifted.
-        pretrained_window_size: Window that the position tables belong to, for all stages or one per stage; they are
+        pretrained_window_size: window that the position tables belong to, for all stages or one per stage; they are
             resampled where it is not `window_size`. None: equal to `window_size`.
-        **options: As of Swin.
+        **options: as of Swin.
 
     Raises:
-        BackboneError: If a value is out of range or the name is not in the table.
+        BackboneError: if a value is out of range or the name is not in the table.
     """
 
     def __init__(

@@ -52,9 +52,9 @@ class WindowAttention(ShiftedWindowAttention):
     """Cosine self-attention within (shifted) windows of a map, with a continuous position bias.
 
     Args:
-        dim: Channels C.
-        num_heads: Heads A.
-        pretrained_window: Window whose largest offset scales the coordinates of the position bias.
+        dim: channels C.
+        num_heads: heads A.
+        pretrained_window: window whose largest offset scales the coordinates of the position bias.
     """
 
     cosine = True
@@ -96,10 +96,10 @@ class Block(nn.Module):
     """Attention and MLP, each normalised *after* its branch (res-post-norm).
 
     Args:
-        dim: Channels C.
-        num_heads: Attention heads.
-        pretrained_window: See WindowAttention.
-        extra_norm: Also normalise the main branch at the end of the block.
+        dim: channels C.
+        num_heads: attention heads.
+        pretrained_window: see WindowAttention.
+        extra_norm: also normalise the main branch at the end of the block.
     """
 
     def __init__(self, dim: int, num_heads: int, pretrained_window: int, *, extra_norm: bool) -> None:
@@ -129,7 +129,7 @@ class Block(nn.Module):
         """Adds a branch of a token with a kernel of residual_norm.
 
         Raises:
-            Exception: Of any kind, if it cannot.
+            Exception: of any kind, if it cannot.
         """
         x = torch.zeros(1, *self.norm1.normalized_shape, dtype=dtype, device=self.norm1.weight.device)
         residual_norm(x, x, self.norm2, self.enorm, kernel=kernel)
@@ -161,13 +161,13 @@ def build_stage(
     """Builds the blocks of one resolution and the step to the next.
 
     Args:
-        dim: Channels C.
-        depth: Number of blocks.
-        num_heads: Attention heads.
-        window_size: Side of a window on maps larger than it.
-        pretrained_window: See WindowAttention.
-        extra_norm_interval: An extra norm after every so many blocks of this stage; 0: none.
-        last: Whether no stage follows.
+        dim: channels C.
+        depth: number of blocks.
+        num_heads: attention heads.
+        window_size: side of a window on maps larger than it.
+        pretrained_window: see WindowAttention.
+        extra_norm_interval: an extra norm after every so many blocks of this stage; 0: none.
+        last: whether no stage follows.
     """
     blocks = (
         Block(
@@ -185,17 +185,17 @@ class SwinV2(Swin):
     """The SwinV2 network: normalised images in, four raw feature maps out.
 
     Args:
-        size: Name in the table of sizes, or a row of its own.
-        window_size: Side of a window, for all stages or one per stage; None takes the table's. On a map no larger than
+        size: name in the table of sizes, or a row of its own.
+        window_size: side of a window, for all stages or one per stage; None takes the table's. On a map no larger than
             the window a stage uses one window as large as the map's shorter side, unshifted.
-        pretrained_window_size: Window that scales the coordinates of the position bias, for all stages or one per
+        pretrained_window_size: window that scales the coordinates of the position bias, for all stages or one per
             stage. It belongs to the weights: the window each stage really had when they were trained. None: equal to
             `window_size`, which is right for training from scratch.
-        extra_norm_interval: Overrides the table's.
-        **options: As of Swin.
+        extra_norm_interval: overrides the table's.
+        **options: as of Swin.
 
     Raises:
-        BackboneError: If a value is out of range or the name is not in the table.
+        BackboneError: if a value is out of range or the name is not in the table.
     """
 
     def __init__(
@@ -281,9 +281,9 @@ class SwinV2Classifier(SwinV2):
     """SwinV2 with the final norm, mean pooling and a linear classifier: what pretraining trains.
 
     Args:
-        size: See SwinV2.
-        num_classes: Number of classes K.
-        **kwargs: See SwinV2.
+        size: see SwinV2.
+        num_classes: number of classes K.
+        **kwargs: see SwinV2.
     """
 
     def __init__(self, size: str | SwinV2Size, *, num_classes: int, **kwargs) -> None:

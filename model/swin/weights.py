@@ -32,8 +32,8 @@ def draw_weights(network: Swin, *, seed: int) -> Iterator[tuple[str, Tensor]]:
     seed means the same network everywhere.
 
     Args:
-        network: Gives names and shapes; may live on the meta device.
-        seed: Seed of the draw.
+        network: gives names and shapes; may live on the meta device.
+        seed: seed of the draw.
 
     Yields:
         Name and value of each parameter, by name.
@@ -57,12 +57,12 @@ def check_fit(network: Swin, name: str, file: WeightFile) -> None:
     """Check that a file holds exactly the tensors of a network.
 
     Args:
-        network: The network, on any device.
-        name: Its name.
-        file: The file. Final norm and classifier are allowed, and passed over, in a network without them.
+        network: the network, on any device.
+        name: its name.
+        file: the file. Final norm and classifier are allowed, and passed over, in a network without them.
 
     Raises:
-        WeightsError: If a tensor is missing, unexpected or of another shape, listing which.
+        WeightsError: if a tensor is missing, unexpected or of another shape, listing which.
     """
     stated = file.metadata.get("name")
     if stated is not None and stated != name:
@@ -124,14 +124,14 @@ def save_weights(
     num_classes; `read_weights` takes them from there.
 
     Args:
-        model: The network or the classifier.
-        path: The file.
-        metadata: What else the header says. `image_size`, `mean`, `std` are read back; the rest (`provenance`,
+        model: the network or the classifier.
+        path: the file.
+        metadata: what else the header says. `image_size`, `mean`, `std` are read back; the rest (`provenance`,
             `command`, `accuracy`, ...) is kept as text. Text is stored as it is, anything else as JSON.
-        dtype: The tensors' dtype in the file.
+        dtype: the tensors' dtype in the file.
 
     Raises:
-        WeightsError: If metadata contradicts the model, or a weight is not finite.
+        WeightsError: if metadata contradicts the model, or a weight is not finite.
     """
     names = [name for name, size in (SWINV2_SIZES | SWIN_V1_SIZES).items() if size == model.size]
     own: dict[str, Any] = {

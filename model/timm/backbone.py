@@ -49,11 +49,11 @@ class TimmNetwork(nn.Module):
 
     Args:
         name: timm/ and a model's name, with or without a tag.
-        taps: Indices into timm's `feature_info`, rising; negative ones count from the end. None: the last of each stride
+        taps: indices into timm's `feature_info`, rising; negative ones count from the end. None: the last of each stride
             from 4 up. Maps of one stride are joined along the channels.
 
     Raises:
-        BackboneError: If timm has no such model, it gives no maps, or has no such layers.
+        BackboneError: if timm has no such model, it gives no maps, or has no such layers.
     """
 
     def __init__(self, name: str, *, taps: Sequence[int] | None = None) -> None:
@@ -97,7 +97,7 @@ class TimmNetwork(nn.Module):
         generator (its Swins drop branches by default); both are replaced.
 
         Raises:
-            BackboneError: If the model cannot do it.
+            BackboneError: if the model cannot do it.
         """
         drop_path_rate, checkpoint_activations = config.drop_path_rate, config.checkpoint_activations
         if checkpoint_activations:
@@ -147,7 +147,7 @@ class TimmNetwork(nn.Module):
 
         Args:
             images: (B, 3, H, W), normalised, in the parameters' dtype.
-            generator: What drop path draws from, in training; see draw_kept.
+            generator: what drop path draws from, in training; see draw_kept.
 
         Returns:
             Maps (B, C_i, ceil(H / s_i), ceil(W / s_i)) as `spec` says, channels_last.
@@ -181,7 +181,7 @@ class TimmNetwork(nn.Module):
         """Runs it once on a small image, since timm's own account of a model is not checked anywhere else.
 
         Raises:
-            BackboneError: If the model does not take images of any size, or its maps are not what it says.
+            BackboneError: if the model does not take images of any size, or its maps are not what it says.
         """
         parameter = next(self.model.parameters())
         sides = (2 * self.multiple, 3 * self.multiple)
@@ -221,7 +221,7 @@ def check_known(name: str) -> str:
     """Return the name as timm spells it, without the prefix.
 
     Raises:
-        BackboneError: If timm has no such model, or no such tag of it, with the nearest.
+        BackboneError: if timm has no such model, or no such tag of it, with the nearest.
     """
     own_name = name.removeprefix(TIMM_PREFIX)
     architecture, _, tag = own_name.partition(".")
@@ -241,14 +241,14 @@ def build_model(name: str) -> nn.Module:
     """timm's model for images of any size, whole, without memory for its weights.
 
     Args:
-        name: As timm spells it.
+        name: as timm spells it.
 
     Returns:
         The model on the meta device where timm allows it; on the CPU where a module keeps tables that it cannot compute
         later, or reads values while it is built (timm 1.0.20 does so for every model).
 
     Raises:
-        BackboneError: If it gives no feature maps.
+        BackboneError: if it gives no feature maps.
     """
     try:
         with torch.device("meta"):
@@ -277,8 +277,8 @@ def load_timm(
         The network, and where it comes from: `weights`, `mean`, `std`, `fingerprint`, and `choices` for `describe`.
 
     Raises:
-        BackboneError: As of TimmNetwork, or if the model does not run on images of any size.
-        WeightsError: If the weights cannot be had, or belong to another network.
+        BackboneError: as of TimmNetwork, or if the model does not run on images of any size.
+        WeightsError: if the weights cannot be had, or belong to another network.
     """
     network = TimmNetwork(config.name, taps=config.taps)
     file = find_weights(network.name, config, model=network.model, build=lambda: build_model(network.name))
@@ -343,7 +343,7 @@ def _hiera_maps(model: Hiera, images: Tensor, taps: Sequence[int]) -> list[Tenso
     the abswin models have that part, and it is repeated exactly.
 
     Args:
-        model: Up to its last tapped stage.
+        model: up to its last tapped stage.
         images: (B, 3, H, W) with sides in multiples of 32.
         taps: Stages.
 

@@ -29,9 +29,9 @@ class TimmWeights:
     """Weights that belong to a timm model.
 
     Attributes:
-        source: What errors and reports call them.
-        tensors: Every tensor under timm's name and in the model's shape, on the CPU.
-        originals: Those of them that timm resampled, as the source has them.
+        source: what errors and reports call them.
+        tensors: every tensor under timm's name and in the model's shape, on the CPU.
+        originals: those of them that timm resampled, as the source has them.
     """
 
     source: str
@@ -48,13 +48,13 @@ def find_weights(name: str, config: BackboneConfig, *, model: nn.Module, build: 
     """Return the weights that a config names, converted to timm's names and the model's shapes.
 
     Args:
-        name: What the model is called in timm, with its tag if it has one.
-        config: Its `weights` are "random", "random:SEED", "pretrained", or a file.
-        model: The model, as far as it is used.
-        build: Makes the whole model on the meta device: what timm's conversions ask for shapes.
+        name: what the model is called in timm, with its tag if it has one.
+        config: its `weights` are "random", "random:SEED", "pretrained", or a file.
+        model: the model, as far as it is used.
+        build: makes the whole model on the meta device: what timm's conversions ask for shapes.
 
     Raises:
-        WeightsError: If they cannot be had, or belong to another network.
+        WeightsError: if they cannot be had, or belong to another network.
     """
     if config.random_seed is not None:
         return TimmWeights(f"random (seed {config.random_seed})", random_tensors(model, seed=config.random_seed))
@@ -85,8 +85,8 @@ def random_tensors(model: nn.Module, *, seed: int) -> dict[str, Tensor]:
     layers are tapped.
 
     Args:
-        model: Gives names, shapes and kinds of modules; may live on the meta device.
-        seed: Seed of the draw.
+        model: gives names, shapes and kinds of modules; may live on the meta device.
+        seed: seed of the draw.
     """
     wanted = model.state_dict().keys()
     tensors = {}
@@ -121,14 +121,14 @@ def check_fit(file: TimmWeights, name: str, *, model: nn.Module, whole: nn.Modul
     """Checks that weights hold every tensor that is used, and none that the whole model does not know.
 
     Args:
-        file: After timm's conversion.
-        name: The model's name, for the error.
-        model: The model as far as it is used.
-        whole: The model with what lies behind the last tapped layer; such tensors, and a classifier of any size, may be
+        file: after timm's conversion.
+        name: the model's name, for the error.
+        model: the model as far as it is used.
+        whole: the model with what lies behind the last tapped layer; such tensors, and a classifier of any size, may be
             there or not.
 
     Raises:
-        WeightsError: If a tensor is missing, unexpected, of another shape or not finite, listing which.
+        WeightsError: if a tensor is missing, unexpected, of another shape or not finite, listing which.
     """
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in file.tensors.items()}
@@ -163,9 +163,9 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, dtype: torch.dtype)
     own them and cast with the weights, but for rotary frequencies: as in timm (not in all its versions), those stay float32.
 
     Args:
-        model: The model; changed in place.
-        tensors: At least the tensors of its state dict, but for counters of batches.
-        dtype: What floating-point tensors are cast to.
+        model: the model; changed in place.
+        tensors: at least the tensors of its state dict, but for counters of batches.
+        dtype: what floating-point tensors are cast to.
     """
     resident = {}
     for key, expected in model.state_dict().items():
@@ -226,7 +226,7 @@ def _download(name: str) -> tuple[str, dict[str, Tensor]]:
     """The state dict that timm has for a model, through its hub client and cache.
 
     Raises:
-        WeightsError: If there is none, it is not in PyTorch's format, or cannot be reached.
+        WeightsError: if there is none, it is not in PyTorch's format, or cannot be reached.
     """
     import timm
     from timm.models import load_state_dict_from_hf

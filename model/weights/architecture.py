@@ -17,12 +17,12 @@ class Architecture:
 
     Attributes:
         version: 1 or 2.
-        embed_dim: Channels of the first stage.
-        depths: Blocks of each stage.
-        num_heads: Attention heads of each stage.
-        extra_norm_interval: Blocks between extra norms on the main branch; 0: none.
-        num_classes: Of its classifier; None without one.
-        name: The name it goes by; None if it has none.
+        embed_dim: channels of the first stage.
+        depths: blocks of each stage.
+        num_heads: attention heads of each stage.
+        extra_norm_interval: blocks between extra norms on the main branch; 0: none.
+        num_classes: of its classifier; None without one.
+        name: the name it goes by; None if it has none.
     """
 
     version: int
@@ -44,7 +44,7 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]], *, source: str) ->
     A V1 block has a table of position biases ((2 * window - 1) ** 2, heads), a V2 block a logit scale (heads, 1, 1).
 
     Raises:
-        WeightsError: If these are not the weights of a Swin, or some are missing.
+        WeightsError: if these are not the weights of a Swin, or some are missing.
     """
     depths = [0] * NUM_STAGES
     heads: dict[int, dict[int, int]] = {1: {}, 2: {}}

@@ -41,15 +41,15 @@ def fetch(url: str, *, file: str, sha256: str | None = None) -> Path:
     """Downloads a file unless it is there already.
 
     Args:
-        url: Where it is.
-        file: Its name in the weights folder.
-        sha256: Its checksum, if known.
+        url: where it is.
+        file: its name in the weights folder.
+        sha256: its checksum, if known.
 
     Returns:
         The file, complete.
 
     Raises:
-        WeightsError: If it cannot be had, or the environment forbids to download; says where it can be put by hand.
+        WeightsError: if it cannot be had, or the environment forbids to download; says where it can be put by hand.
     """
     target = weights_folder() / file
     if target.is_file():

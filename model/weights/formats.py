@@ -65,9 +65,9 @@ class Reading:
     """A file's tensors under official names, and how they came by them.
 
     Attributes:
-        tensors: Parameters and buffers.
-        rule: In words, what was done to the names.
-        dropped: Names in the file of what is no part of the network.
+        tensors: parameters and buffers.
+        rule: in words, what was done to the names.
+        dropped: names in the file of what is no part of the network.
     """
 
     tensors: Tensors
@@ -79,15 +79,15 @@ def choose_state_dict(loaded: Any, *, path: Path, weights_key: str | None) -> tu
     """Finds the weights in what a PyTorch checkpoint holds.
 
     Args:
-        loaded: The checkpoint: a state dict, or a dictionary with one.
-        path: The file, for errors.
-        weights_key: The entry to take; None takes `model`, `state_dict` or `teacher`, the first that is there.
+        loaded: the checkpoint: a state dict, or a dictionary with one.
+        path: the file, for errors.
+        weights_key: the entry to take; None takes `model`, `state_dict` or `teacher`, the first that is there.
 
     Returns:
         The state dict, and the entry it was found under (None: the checkpoint itself).
 
     Raises:
-        WeightsError: If there is none.
+        WeightsError: if there is none.
     """
     key = weights_key
     if key is None and isinstance(loaded, dict):
@@ -113,12 +113,12 @@ def to_official_names(tensors: Tensors, *, path: Path, prefix: str | None) -> Re
     """Gives tensors their official names.
 
     Args:
-        tensors: All of the file.
-        path: The file, for errors.
-        prefix: Take only names that start with this, without it ("": all). None finds the prefix itself.
+        tensors: all of the file.
+        path: the file, for errors.
+        prefix: take only names that start with this, without it ("": all). None finds the prefix itself.
 
     Raises:
-        WeightsError: If no name starts with the prefix, or it cannot be told which prefix is meant.
+        WeightsError: if no name starts with the prefix, or it cannot be told which prefix is meant.
     """
     if any(".attn.w_msa." in name for name in tensors):
         raise WeightsError(
@@ -175,10 +175,10 @@ def misfits(
     """Return a line for each way in which a file does not fit a network: what is missing, unexpected, of another shape.
 
     Args:
-        missing: Names of the network that the file lacks.
-        unexpected: Names of the file that the network does not know.
-        expected: Shape of each of the network's tensors.
-        found: Shape of each of the file's.
+        missing: names of the network that the file lacks.
+        unexpected: names of the file that the network does not know.
+        expected: shape of each of the network's tensors.
+        found: shape of each of the file's.
     """
     shapes = [
         f"{key} is {found[key]}, expected {expected[key]}"
@@ -222,7 +222,7 @@ def _renamed(entries: Mapping[str, Entry], rename: Callable[[str], str], path: P
     """Renames; two names must not become one.
 
     Raises:
-        WeightsError: If they would.
+        WeightsError: if they would.
     """
     renamed: dict[str, Entry] = {}
     for name, entry in entries.items():

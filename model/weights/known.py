@@ -21,13 +21,13 @@ class PublicWeights:
     """A released file.
 
     Attributes:
-        backbone: The base network it belongs to.
-        url: Where it is.
-        image_size: Side of its training images in pixels.
-        window: Its configured window.
-        pretrained_window_size: The window that scales the position bias's coordinates, per stage; None for Swin V1,
+        backbone: the base network it belongs to.
+        url: where it is.
+        image_size: side of its training images in pixels.
+        window: its configured window.
+        pretrained_window_size: the window that scales the position bias's coordinates, per stage; None for Swin V1,
             which has no such coordinates.
-        sha256: Its checksum, where one is published.
+        sha256: its checksum, where one is published.
     """
 
     backbone: str

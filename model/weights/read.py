@@ -42,8 +42,8 @@ class KnownWeights:
     """Weights that go by a name of their own.
 
     Attributes:
-        backbone: The base network they belong to.
-        file: File of this package, in its folder `pretrained`.
+        backbone: the base network they belong to.
+        file: file of this package, in its folder `pretrained`.
     """
 
     backbone: str
@@ -60,15 +60,15 @@ class WeightFile:
     """What a weights file holds.
 
     Attributes:
-        source: What errors and reports call it.
-        tensors: Every weight under its official name, in the file's dtype, on the CPU. They are read on demand, and
+        source: what errors and reports call it.
+        tensors: every weight under its official name, in the file's dtype, on the CPU. They are read on demand, and
             refused then if they are not finite; a plain dictionary may be given.
-        windows: The windows the file states.
-        metadata: The header's fields, decoded: name, image_size, mean, std, num_classes, extra_norm_interval, where
+        windows: the windows the file states.
+        metadata: the header's fields, decoded: name, image_size, mean, std, num_classes, extra_norm_interval, where
             given, and every other one as text.
-        rule: How the file's names became the official ones.
-        dropped: Names in the file of what is no part of the network.
-        manifest: The manifest of a sharded checkpoint that has one.
+        rule: how the file's names became the official ones.
+        dropped: names in the file of what is no part of the network.
+        manifest: the manifest of a sharded checkpoint that has one.
     """
 
     source: str
@@ -90,13 +90,13 @@ class WeightFile:
         """Reads the backbone's tensors, each once.
 
         Args:
-            keep: Makes of a name and its tensor what is to stay in memory; it must copy.
+            keep: makes of a name and its tensor what is to stay in memory; it must copy.
 
         Returns:
             What was kept, and the fingerprint.
 
         Raises:
-            WeightsError: If a tensor is not finite, or not what the manifest says was written.
+            WeightsError: if a tensor is not finite, or not what the manifest says was written.
         """
         tensors = self.backbone_tensors()
         kept, digest = materialise(((name, tensors[name]) for name in sorted(tensors)), keep)
@@ -109,7 +109,7 @@ class WeightFile:
         """Hashes the shards of a checkpoint that has a manifest.
 
         Raises:
-            WeightsError: If one is not what was written, naming it.
+            WeightsError: if one is not what was written, naming it.
         """
         damaged = self.manifest.damaged_shards() if self.manifest else []
         if damaged:
@@ -134,16 +134,16 @@ def read_weights(
     """Reads a weights file, as far as names, shapes and windows go: tensors are read when they are used.
 
     Args:
-        weights: A file, a folder that holds one, the index of a sharded checkpoint, a name in KNOWN_WEIGHTS, or one in
+        weights: a file, a folder that holds one, the index of a sharded checkpoint, a name in KNOWN_WEIGHTS, or one in
             permafrost.model.weights.known, which is downloaded once.
-        prefix: Take only tensors whose names start with this, and strip it; "" takes all names as they are. None finds
+        prefix: take only tensors whose names start with this, and strip it; "" takes all names as they are. None finds
             the prefix.
-        weights_key: The entry of a PyTorch checkpoint that holds the weights. None finds it.
-        check_values: Refuse a tensor that is not finite when it is read. False, for a reader of parts, leaves all of
+        weights_key: the entry of a PyTorch checkpoint that holds the weights. None finds it.
+        check_values: refuse a tensor that is not finite when it is read. False, for a reader of parts, leaves all of
             the file unread that is not asked for.
 
     Raises:
-        WeightsError: If there is no such file, it is no weights file, or holds something else than weights.
+        WeightsError: if there is no such file, it is no weights file, or holds something else than weights.
     """
     path = locate(weights)
     public = None if Path(weights).expanduser().exists() else find_public(weights)
@@ -172,7 +172,7 @@ def locate(weights: str | os.PathLike[str]) -> Path:
     """Finds the file behind a path or a known name; of a folder, the file or index in it. Public files are downloaded.
 
     Raises:
-        WeightsError: If there is none, naming what comes nearest.
+        WeightsError: if there is none, naming what comes nearest.
     """
     if str(weights) in KNOWN_WEIGHTS:
         path = PRETRAINED_FOLDER / KNOWN_WEIGHTS[str(weights)].file

@@ -111,8 +111,8 @@ class _Array:
         """The array as a tensor of its own memory.
 
         Raises:
-            ValueError: Bytes, shape and type do not fit together.
-            _Refused: It is an array of anything but numbers.
+            ValueError: bytes, shape and type do not fit together.
+            _Refused: it is an array of anything but numbers.
         """
         content, number_type, shape, order = self._content
         if not isinstance(number_type, _NumberType) or number_type.code not in _ARRAY_TYPES:
@@ -132,13 +132,13 @@ def read_pickle(path: Path) -> tuple[Any, tuple[str, ...]]:
     """Reads a PyTorch checkpoint, of the zip or the older format, or a plain pickle with numpy arrays.
 
     Args:
-        path: The file. Tensors of the zip format are memory-mapped.
+        path: the file. Tensors of the zip format are memory-mapped.
 
     Returns:
         What it holds, and the names of the classes whose objects were left inert.
 
     Raises:
-        WeightsError: If it is damaged or names a function of the standard library, `os.system` for example.
+        WeightsError: if it is damaged or names a function of the standard library, `os.system` for example.
     """
     if _is_plain_pickle(path):
         return _load_plain(path)
@@ -217,7 +217,7 @@ def _resolve(name: str, inert: set[str]) -> Any:
     """What stands for a global name in a pickle; nothing is imported, whatever the name.
 
     Raises:
-        _Refused: If it belongs to the standard library and is no plain container or value.
+        _Refused: if it belongs to the standard library and is no plain container or value.
     """
     functions: dict[str, Callable[..., Any]] = {
         "torch._utils._rebuild_tensor": torch._utils._rebuild_tensor,

@@ -52,10 +52,10 @@ class Manifest:
     """What `manifest.json` says.
 
     Attributes:
-        folder: Where it lies.
-        shards: Per file its `num_bytes` and `sha256`.
-        architecture: As `permafrost convert` printed it.
-        fingerprint: Of the backbone's tensors.
+        folder: where it lies.
+        shards: per file its `num_bytes` and `sha256`.
+        architecture: as `permafrost convert` printed it.
+        fingerprint: of the backbone's tensors.
     """
 
     folder: Path
@@ -75,7 +75,7 @@ def read_single(path: Path) -> tuple[Tensors, dict[str, str]]:
         Its tensors, to be read on demand, and its header.
 
     Raises:
-        WeightsError: If it is damaged.
+        WeightsError: if it is damaged.
     """
     try:
         file = safe_open(path, framework="pt", device="cpu")
@@ -98,7 +98,7 @@ def read_sharded(index: Path) -> tuple[Tensors, dict[str, str], Manifest | None]
         The tensors, to be read on demand; the shards' header; the manifest, if there is one.
 
     Raises:
-        WeightsError: If the index makes no sense, a shard is missing or damaged, or index and shards disagree.
+        WeightsError: if the index makes no sense, a shard is missing or damaged, or index and shards disagree.
     """
     content = _read_json(index)
     weight_map = content.get("weight_map")
@@ -165,19 +165,19 @@ def save_sharded(
     The folder appears when it is complete; until then it has another name.
 
     Args:
-        tensors: Tensors by official name.
-        folder: The new folder; it may exist if it is empty.
-        header: The header of every shard, as `read_weights` reads it.
-        architecture: Plain values for the manifest.
-        in_fingerprint: Which names belong to the backbone.
-        dtype: Dtype of a tensor in the file; None leaves it.
-        max_shard_bytes: Most bytes of tensors in one shard; a larger tensor gets a shard of its own.
+        tensors: tensors by official name.
+        folder: the new folder; it may exist if it is empty.
+        header: the header of every shard, as `read_weights` reads it.
+        architecture: plain values for the manifest.
+        in_fingerprint: which names belong to the backbone.
+        dtype: dtype of a tensor in the file; None leaves it.
+        max_shard_bytes: most bytes of tensors in one shard; a larger tensor gets a shard of its own.
 
     Returns:
         The index.
 
     Raises:
-        WeightsError: If the folder holds something or cannot be written, or a tensor does not fit its new dtype.
+        WeightsError: if the folder holds something or cannot be written, or a tensor does not fit its new dtype.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

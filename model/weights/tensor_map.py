@@ -15,9 +15,9 @@ class Entry:
     """A tensor that can be read.
 
     Attributes:
-        shape: Its shape.
-        dtype: Its dtype.
-        read: Reads it; from a memory-mapped file that costs no memory of its own.
+        shape: its shape.
+        dtype: its dtype.
+        read: reads it; from a memory-mapped file that costs no memory of its own.
     """
 
     shape: tuple[int, ...]
@@ -29,7 +29,7 @@ class Tensors(Mapping[str, Tensor]):
     """Named tensors, read on demand and not kept; names, shapes and dtypes are known without reading.
 
     Args:
-        entries: The tensors by name.
+        entries: the tensors by name.
     """
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
@@ -76,8 +76,8 @@ def materialise(
     """Reads every tensor once, hashes it, and keeps what is made of it.
 
     Args:
-        tensors: Names and tensors, in the order of the names.
-        keep: Makes of a name and its tensor what is to stay; it must copy, for the tensor may be a view into a file.
+        tensors: names and tensors, in the order of the names.
+        keep: makes of a name and its tensor what is to stay; it must copy, for the tensor may be a view into a file.
 
     Returns:
         What was kept, and the fingerprint of the tensors as they were read.

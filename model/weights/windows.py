@@ -44,8 +44,8 @@ class Windows:
     """The windows of all stages; None where a file does not tell.
 
     Attributes:
-        window_size: Side of the windows, per stage.
-        pretrained_window_size: Window that scales the coordinates of the position bias, or whose offsets the position
+        window_size: side of the windows, per stage.
+        pretrained_window_size: window that scales the coordinates of the position bias, or whose offsets the position
             table lists, per stage.
     """
 
@@ -67,7 +67,7 @@ def windows_of_buffers(tensors: Mapping[str, Tensor], *, source: str) -> Windows
     the network.
 
     Raises:
-        WeightsError: If they contradict one another.
+        WeightsError: if they contradict one another.
     """
     sides: dict[int, set[int]] = {}
     pretrained: dict[int, set[int]] = {}
@@ -118,18 +118,18 @@ def choose_windows(
     """Brings what the file states and what the recipe asks for together.
 
     Args:
-        stored: What the file states.
-        window_size: The recipe's window; None takes the file's.
-        pretrained_window_size: The recipe's statement about the weights; None takes the file's.
-        source: The file, for errors.
-        position_tables: Whether the network is a Swin V1, whose biases are a table that belongs to one window.
+        stored: what the file states.
+        window_size: the recipe's window; None takes the file's.
+        pretrained_window_size: the recipe's statement about the weights; None takes the file's.
+        source: the file, for errors.
+        position_tables: whether the network is a Swin V1, whose biases are a table that belongs to one window.
 
     Returns:
         Windows without None; with None only for position tables that the file does not have, which is for the
         comparison with the network to say.
 
     Raises:
-        WeightsError: If recipe and file contradict each other, or neither knows.
+        WeightsError: if recipe and file contradict each other, or neither knows.
     """
     wanted = None if window_size is None else per_stage(window_size, field="window_size")
     stated = None

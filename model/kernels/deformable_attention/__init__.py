@@ -34,13 +34,13 @@ def deformable_attention(
         sizes: (height, width) of each of the N maps; S is the sum of their areas.
         locations: (B, Q, A, N, P, 2), x and y of the points in 0..1 of each map's width and height.
         weights: (B, Q, A, N, P), in the dtype of `locations`.
-        kernel: What computes it.
+        kernel: what computes it.
 
     Returns:
         (B, Q, A * D) in the dtype of `value`.
 
     Raises:
-        KernelError: If shapes do not go together, or the kernel does not take these tensors or cannot be had here.
+        KernelError: if shapes do not go together, or the kernel does not take these tensors or cannot be had here.
     """
     sizes = [(int(height), int(width)) for height, width in sizes]
     _check_arguments(value, sizes, locations, weights)
@@ -115,7 +115,7 @@ def _kernels():
     """Imports the kernels where they are first wanted.
 
     Raises:
-        KernelError: If that fails.
+        KernelError: if that fails.
     """
     try:
         from permafrost.model.kernels.deformable_attention import triton

@@ -26,7 +26,7 @@ def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
     Where the library has no epilogue for it, PyTorch computes the GELU afterwards: on a CPU the exact one.
 
     Raises:
-        KernelError: If a gradient is wanted.
+        KernelError: if a gradient is wanted.
     """
     if torch.is_grad_enabled() and any(one.requires_grad for one in (x, layer.weight, layer.bias)):
         raise KernelError("A product with a GELU in its epilogue has no gradient, and one is wanted.")
@@ -39,7 +39,7 @@ def check_dtype(dtype: torch.dtype) -> None:
     """Checks that the approximation lies below the rounding.
 
     Raises:
-        KernelError: If it does not.
+        KernelError: if it does not.
     """
     if dtype not in DTYPES:
         raise KernelError(f"it approximates by 1e-4, which is too much for {str(dtype).removeprefix('torch.')}")

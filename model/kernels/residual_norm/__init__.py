@@ -29,16 +29,16 @@ def residual_norm(
     Args:
         x: (..., C), the main branch.
         y: (..., C), what the branch gives, in the dtype of `x`.
-        norm: Of the branch, over C, with weight and bias.
-        extra: Of the sum, likewise; None: there is none.
-        kernel: What computes it. "triton" has no gradient.
+        norm: of the branch, over C, with weight and bias.
+        extra: of the sum, likewise; None: there is none.
+        kernel: what computes it. "triton" has no gradient.
 
     Returns:
         (..., C) in the dtype of `x`.
 
     Raises:
-        BackboneError: If shapes or dtypes do not go together.
-        KernelError: If the kernel does not take these tensors, or cannot be had here.
+        BackboneError: if shapes or dtypes do not go together.
+        KernelError: if the kernel does not take these tensors, or cannot be had here.
     """
     for one in (norm, extra):
         if one is not None and tuple(one.normalized_shape) != tuple(x.shape[-1:]):

@@ -31,8 +31,8 @@ def residual_norm_reference(
         y: (..., C), what the branch gives.
         weight: (C,), of the branch's norm.
         bias: (C,), likewise.
-        eps: Added to the variance, likewise.
-        extra: Weight, bias and eps of the norm on the main branch; None: there is none.
+        eps: added to the variance, likewise.
+        extra: weight, bias and eps of the norm on the main branch; None: there is none.
 
     Returns:
         (..., C), contiguous, in the dtype of `x`.

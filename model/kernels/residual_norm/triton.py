@@ -78,12 +78,12 @@ def residual_norm_triton(
 
     Args:
         x: (..., C), contiguous.
-        y: As `x`.
+        y: as `x`.
         weight: (C,).
         bias: (C,).
-        eps: As in the reference.
-        extra: As in the reference.
-        out: As `x`.
+        eps: as in the reference.
+        extra: as in the reference.
+        out: as `x`.
     """
     channels = x.shape[-1]
     num_tokens = x.numel() // channels

@@ -46,17 +46,17 @@ def window_attention(
         scale: (A,), or one number for all heads.
         table: (A, (2 * window - 1) ** 2), the position bias of every offset. With `cosine` between 0 and 16, as SwinV2's
             16 * sigmoid(...) always is: kernels may take that for granted.
-        window: Side of a window.
-        shift: Cyclic shift of the windows.
-        cosine: Whether q and k are scaled to length 1 (SwinV2), or not (Swin V1).
-        kernel: What computes it.
+        window: side of a window.
+        shift: cyclic shift of the windows.
+        cosine: whether q and k are scaled to length 1 (SwinV2), or not (Swin V1).
+        kernel: what computes it.
 
     Returns:
         (B, H, W, C) in the dtype of `qkv`.
 
     Raises:
-        BackboneError: If shapes, window and shift do not go together.
-        KernelError: If the kernel does not take these tensors, or cannot be had here.
+        BackboneError: if shapes, window and shift do not go together.
+        KernelError: if the kernel does not take these tensors, or cannot be had here.
     """
     _check_arguments(qkv, qkv_bias, table, window, shift)
     num_heads = len(table)
@@ -84,7 +84,7 @@ def check_kernel_takes(kernel: Kernel, *, dtype: torch.dtype, head_dim: int, win
     """Checks what a kernel is asked for against what it can do.
 
     Raises:
-        KernelError: Naming what it cannot.
+        KernelError: naming what it cannot.
     """
     if kernel == "reference":
         return
@@ -124,7 +124,7 @@ def _launcher(kernel: str):
     """Imports a kernel where it is first wanted.
 
     Raises:
-        KernelError: If that fails.
+        KernelError: if that fails.
     """
     try:
         if kernel == "triton":

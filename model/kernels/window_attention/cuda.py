@@ -48,14 +48,14 @@ class Plan:
     """The constants of a build; `struct Config` in the source says what follows from them.
 
     Attributes:
-        dtype: Of the map.
-        window: Side of a window.
+        dtype: of the map.
+        window: side of a window.
         head_dim: D.
-        cosine: See the reference.
-        heads: Heads of a block.
-        warps: Warps of a block.
-        group: Tiles of 16 keys whose logits are in registers together.
-        chunk_groups: Groups of keys that are in shared memory together.
+        cosine: see the reference.
+        heads: heads of a block.
+        warps: warps of a block.
+        group: tiles of 16 keys whose logits are in registers together.
+        chunk_groups: groups of keys that are in shared memory together.
     """
 
     dtype: torch.dtype
@@ -132,7 +132,7 @@ def compile_plan(chosen: Plan, architecture: int) -> tuple[bytes, str]:
     """Compiles a build for one kind of GPU: the cubin, and the assembler's messages.
 
     Raises:
-        KernelError: See compile_cubin.
+        KernelError: see compile_cubin.
     """
     source, headers = sources()
     defines = [f"CONFIG={chosen.config}"]
@@ -163,13 +163,13 @@ def window_attention_cuda(
         qkv_bias: (3 * C,), in the dtype of `qkv`.
         scale: (A,), float32.
         table: (A, (2 * window - 1) ** 2), float32.
-        out: As `qkv`.
-        window: As in the reference.
-        shift: As in the reference.
-        cosine: As in the reference.
+        out: as `qkv`.
+        window: as in the reference.
+        shift: as in the reference.
+        cosine: as in the reference.
 
     Raises:
-        KernelError: If the tensors are not on a GPU, or it cannot be built for theirs.
+        KernelError: if the tensors are not on a GPU, or it cannot be built for theirs.
     """
     if qkv.device.type != "cuda":
         raise KernelError(f"The cuda kernel of window attention needs tensors on a GPU, these are on {qkv.device}.")
@@ -197,7 +197,7 @@ def describe_launch(
     """The size of the grid, and the kernel's argument.
 
     Raises:
-        KernelError: If the grid is larger than a GPU takes.
+        KernelError: if the grid is larger than a GPU takes.
     """
     batch, height, width, _ = out.shape
     down, across = -(-height // window), -(-width // window)

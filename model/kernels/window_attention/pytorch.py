@@ -21,9 +21,9 @@ def materialise_bias(
         table: (A, (2 * window - 1) ** 2).
         height: H.
         width: W.
-        window: Side of a window.
-        shift: Cyclic shift of the windows.
-        dtype: Of the result.
+        window: side of a window.
+        shift: cyclic shift of the windows.
+        dtype: of the result.
 
     Returns:
         (1, A, L, L), and (N of an image, 1, L, L) or None without a shift.
@@ -77,7 +77,7 @@ def attend(
         scale: (A,).
         bias: (1, A, L, L).
         penalty: (N of an image, 1, L, L) or None.
-        cosine: Whether q and k are scaled to length 1.
+        cosine: whether q and k are scaled to length 1.
         fused: scaled_dot_product_attention instead of a product, an addition, a softmax and a product.
     """
     scale = scale[:, None, None].to(torch.promote_types(q.dtype, torch.float32))

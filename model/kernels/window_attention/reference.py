@@ -40,9 +40,9 @@ def window_attention_reference(
         qkv_bias: (3 * C,), the bias of that projection.
         scale: (A,), the factor of the inner products.
         table: (A, (2 * window - 1) ** 2), the position bias of every offset, rows outermost.
-        window: Side of a window.
-        shift: Cyclic shift of the windows, below `window`; needs H and W above `window` if it is not 0.
-        cosine: Whether q and k are scaled to length 1.
+        window: side of a window.
+        shift: cyclic shift of the windows, below `window`; needs H and W above `window` if it is not 0.
+        cosine: whether q and k are scaled to length 1.
 
     Returns:
         (B, H, W, C) in the dtype of `qkv`; computed in float32, or float64 if `qkv` is.

@@ -147,7 +147,7 @@ def block_size(tokens: int, head_dim: int, dtype: str) -> int:
     float32, which is multiplied without tensor cores, keeps to tiles whose operands fit the registers.
 
     Args:
-        tokens: Tokens per window L.
+        tokens: tokens per window L.
         head_dim: D.
         dtype: "float32", "float16" or "bfloat16".
     """
@@ -160,10 +160,10 @@ def launch_options(num_heads: int, head_dim: int, window: int, *, cosine: bool, 
     """The constants a kernel is compiled with, and the warps of its programs.
 
     Args:
-        num_heads: Heads A.
+        num_heads: heads A.
         head_dim: D.
-        window: Side of a window.
-        cosine: See the reference.
+        window: side of a window.
+        cosine: see the reference.
         dtype: "float32", "float16" or "bfloat16".
     """
     size = block_size(window * window, head_dim, dtype)
@@ -190,10 +190,10 @@ def window_attention_triton(
         qkv_bias: (3 * C,), in the dtype of `qkv`.
         scale: (A,), float32.
         table: (A, (2 * window - 1) ** 2), float32.
-        out: As `qkv`.
-        window: As in the reference.
-        shift: As in the reference.
-        cosine: As in the reference.
+        out: as `qkv`.
+        window: as in the reference.
+        shift: as in the reference.
+        cosine: as in the reference.
     """
     batch, height, width, channels = out.shape
     num_heads = len(table)
