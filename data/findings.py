@@ -24,11 +24,11 @@ class Finding:
     """One thing that is wrong with a data set.
 
     Attributes:
-        path: The file, and the place inside of it for a JSON.
-        what: What was found and what was expected.
-        fatal: Whether training and evaluation refuse to start.
-        annotation: Position in `annotations` when leaving out that one entry would cure it, else None.
-        kind: What findings of its kind have in common, for counts; empty is the place in the JSON, or the folder.
+        path: the file, and the place inside of it for a JSON.
+        what: what was found and what was expected.
+        fatal: whether training and evaluation refuse to start.
+        annotation: position in `annotations` when leaving out that one entry would cure it, else None.
+        kind: what findings of its kind have in common, for counts; empty is the place in the JSON, or the folder.
     """
 
     path: str

@@ -28,7 +28,7 @@ class CocoFile:
     """The content of one annotation file.
 
     Attributes:
-        path: The file.
+        path: the file.
         digest: sha256 of its bytes, hex.
         images: as in the file.
         annotations: as in the file.

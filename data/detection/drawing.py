@@ -35,8 +35,8 @@ def draw_detections(
         masks: (N, H, W) bool or 0/1, or (N, M, M) probabilities on each box's own grid, or None. Floating-point masks
             are taken as grids.
         scores: (N,), shown beside the class; None for ground truth.
-        classes: Names by label; a label without a name shows its number.
-        min_score: Objects with a lower score are left out.
+        classes: names by label; a label without a name shows its number.
+        min_score: objects with a lower score are left out.
         min_side: A smaller picture is enlarged by a whole factor to at least about this many pixels.
 
     Returns:

@@ -39,12 +39,12 @@ class CocoEvaluator:
     its share (`update`), the shares meet on one (`state`, `merge`), and that one scores (`compute`).
 
     Args:
-        records: One per image: id, file_name, height, width, and annotations with bbox (xywh), segmentation, label,
+        records: one per image: id, file_name, height, width, and annotations with bbox (xywh), segmentation, label,
             iscrowd, area.
-        classes: Names by label.
-        category_ids: The data set's category ids by label.
-        evaluation: How the views of an image become one result, if there are several.
-        submission: The file that lists the test set's images, and the folder that results for COCO's server are named after; None
+        classes: names by label.
+        category_ids: the data set's category ids by label.
+        evaluation: how the views of an image become one result, if there are several.
+        submission: the file that lists the test set's images, and the folder that results for COCO's server are named after; None
             is no test set.
     """
 

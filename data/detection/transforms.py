@@ -78,8 +78,8 @@ class JitterTransform:
     """Large-scale jitter for training.
 
     Args:
-        image_size: Side S of the square, pixels.
-        jitter: Ranges and probabilities.
+        image_size: side S of the square, pixels.
+        jitter: ranges and probabilities.
     """
 
     def __init__(self, image_size: int, jitter: JitterConfig) -> None:
@@ -109,7 +109,7 @@ class MultiScaleTransform:
     """Classical multi-scale training: a random shorter side, padding to whole multiples of DIVISOR.
 
     Args:
-        scales: Sides and probabilities.
+        scales: sides and probabilities.
     """
 
     def __init__(self, scales: MultiScaleConfig) -> None:
@@ -132,10 +132,10 @@ class FitTransform:
     """The whole image, resized: evaluation.
 
     Args:
-        image_size: Side S of the square, pixels.
-        evaluation: Whether it is fitted into the square, or by which shorter side.
-        size: Another side of the square, or shorter side; None is theirs.
-        is_flipped: Whether it is mirrored, left to right.
+        image_size: side S of the square, pixels.
+        evaluation: whether it is fitted into the square, or by which shorter side.
+        size: another side of the square, or shorter side; None is theirs.
+        is_flipped: whether it is mirrored, left to right.
     """
 
     def __init__(

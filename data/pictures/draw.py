@@ -42,9 +42,9 @@ def contact_sheet(pictures: Sequence[np.ndarray], columns: int = 4, gap: int = 4
     """Return pictures (H, W, 3) uint8 of any sizes on one sheet, row by row, each in a cell of the largest size.
 
     Args:
-        pictures: At least one.
-        columns: Pictures in a row.
-        gap: Pixels between cells.
+        pictures: at least one.
+        columns: pictures in a row.
+        gap: pixels between cells.
     """
     if not pictures:
         raise ValueError("a contact sheet needs at least one picture")

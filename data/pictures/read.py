@@ -57,7 +57,7 @@ def read_image(path: Path, expected_size: tuple[int, int] | None = None) -> Tens
     """Decode an image file.
 
     Args:
-        path: One of FORMATS. Grayscale, palette, CMYK and 16-bit pictures are converted; transparency is
+        path: one of FORMATS. Grayscale, palette, CMYK and 16-bit pictures are converted; transparency is
             dropped.
         expected_size: (height, width) that the annotations were made for; None takes any.
 

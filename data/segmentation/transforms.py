@@ -31,8 +31,8 @@ class SegmentationJitter:
     """Random scale, square crop, colours and flip.
 
     Args:
-        image_size: Side S of the square, pixels.
-        jitter: Ranges and probabilities.
+        image_size: side S of the square, pixels.
+        jitter: ranges and probabilities.
     """
 
     def __init__(self, image_size: int, jitter: SegmentationJitterConfig) -> None:

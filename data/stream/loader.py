@@ -116,10 +116,10 @@ class BatchLoader:
     """Iterable over batches of given keys, each time from the start.
 
     Args:
-        dataset: Samples by key.
-        batches: The keys of every batch, in order; read lazily.
-        num_workers: Processes; 0 loads in this one.
-        timeout: Seconds without a batch from the workers that are an error; 0 waits for ever.
+        dataset: samples by key.
+        batches: the keys of every batch, in order; read lazily.
+        num_workers: processes; 0 loads in this one.
+        timeout: seconds without a batch from the workers that are an error; 0 waits for ever.
     """
 
     def __init__(
@@ -284,16 +284,16 @@ def train_loader(
     """Return this rank's training batches of steps start_step to num_steps - 1, `accumulation` of them per step.
 
     Args:
-        dataset: Samples by key.
-        stream: The order of samples.
-        global_batch: Images per step over all ranks and micro-batches.
-        rank: This rank.
-        world_size: Number of ranks.
-        accumulation: Micro-batches per step on each rank.
-        start_step: First step; above 0 when resuming.
-        num_steps: Steps of the whole run.
-        num_workers: Worker processes.
-        timeout: Seconds without a batch that are an error.
+        dataset: samples by key.
+        stream: the order of samples.
+        global_batch: images per step over all ranks and micro-batches.
+        rank: this rank.
+        world_size: number of ranks.
+        accumulation: micro-batches per step on each rank.
+        start_step: first step; above 0 when resuming.
+        num_steps: steps of the whole run.
+        num_workers: worker processes.
+        timeout: seconds without a batch that are an error.
 
     Raises:
         DataError: the global batch does not divide; while iterating, data cannot be read.
@@ -323,15 +323,15 @@ def val_loader(
     0. It can be iterated again and again.
 
     Args:
-        dataset: Samples by key.
-        batch_size: Samples in a batch, at most.
-        rank: This rank.
-        world_size: Number of ranks.
-        num_workers: Worker processes.
-        timeout: Seconds without a batch that are an error.
-        groups: How many samples in a row belong together (the views of an image): they stay on one rank and in order. Where a
+        dataset: samples by key.
+        batch_size: samples in a batch, at most.
+        rank: this rank.
+        world_size: number of ranks.
+        num_workers: worker processes.
+        timeout: seconds without a batch that are an error.
+        groups: how many samples in a row belong together (the views of an image): they stay on one rank and in order. Where a
             group has several, a batch holds samples of one only. None: each by itself.
-        max_batch: The data set's own limit of a batch, which may be lower.
+        max_batch: the data set's own limit of a batch, which may be lower.
     """
     # Views of different sizes would be padded to the largest, and what is found would depend on the batch.
     batch_size = min(batch_size, max_batch or batch_size)

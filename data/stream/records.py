@@ -65,7 +65,7 @@ class PackedRecords(Sequence):
     change (gigabytes for COCO), an array is shared.
 
     Args:
-        records: What to keep; every access unpacks a fresh copy.
+        records: what to keep; every access unpacks a fresh copy.
     """
 
     def __init__(self, records: Sequence[Any]) -> None:
@@ -87,9 +87,9 @@ class ReplacementTracker:
     """Counts distinct unreadable training images (or videos) in the main process, and stops the run when there are too many.
 
     Args:
-        num_images: Images of the data set.
-        share: Largest share that is tolerated; MIN_TOLERATED images always are.
-        what: What the files are called in the message.
+        num_images: images of the data set.
+        share: largest share that is tolerated; MIN_TOLERATED images always are.
+        what: what the files are called in the message.
     """
 
     def __init__(self, num_images: int, share: float, what: str = "images") -> None:

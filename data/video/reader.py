@@ -135,7 +135,7 @@ def _video_stream(container: Any) -> Any:
     """The stream that is read.
 
     Raises:
-        VideoError: There is none, or nothing here decodes it.
+        VideoError: there is none, or nothing here decodes it.
     """
     if not container.streams.video:
         kinds = sorted({stream.type for stream in container.streams}) or ["nothing"]

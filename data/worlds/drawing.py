@@ -18,10 +18,10 @@ def rings_mask(rings: Sequence[np.ndarray], height: int, width: int, supersample
     """Rasterise nested rings by the even-odd rule, anti-aliased by box supersampling.
 
     Args:
-        rings: Contours (N, 2), xy pixels, outermost first; a ring at even nesting depth adds, at odd depth cuts a hole.
-        height: Rows of the mask.
-        width: Columns of the mask.
-        supersample: Subpixels per pixel and axis.
+        rings: contours (N, 2), xy pixels, outermost first; a ring at even nesting depth adds, at odd depth cuts a hole.
+        height: rows of the mask.
+        width: columns of the mask.
+        supersample: subpixels per pixel and axis.
 
     Returns:
         Coverage, float32 (height, width) in [0, 1].
@@ -39,12 +39,12 @@ def strokes_mask(
     """Rasterise polylines of one thickness with round ends and joints.
 
     Args:
-        paths: Polylines (N, 2), xy pixels, N >= 2.
-        height: Rows of the mask.
-        width: Columns of the mask.
-        thickness: Stroke width in pixels.
-        closed: Whether the last point of each path is joined to its first.
-        supersample: Subpixels per pixel and axis.
+        paths: polylines (N, 2), xy pixels, N >= 2.
+        height: rows of the mask.
+        width: columns of the mask.
+        thickness: stroke width in pixels.
+        closed: whether the last point of each path is joined to its first.
+        supersample: subpixels per pixel and axis.
 
     Returns:
         Coverage, float32 (height, width) in [0, 1].
@@ -87,11 +87,11 @@ def fourier_ring(
     """Random smooth closed contour around the origin in polar form, always simple (star-shaped), radius at most 1.
 
     Args:
-        rng: Source of the harmonics.
-        num_harmonics: Highest angular frequency; harmonics start at 2 (the first one only shifts the contour).
-        roughness: Standard deviation of the log radius that the harmonics give together.
-        num_points: Points of the ring.
-        decay: Exponent of the amplitudes' fall with frequency.
+        rng: source of the harmonics.
+        num_harmonics: highest angular frequency; harmonics start at 2 (the first one only shifts the contour).
+        roughness: standard deviation of the log radius that the harmonics give together.
+        num_points: points of the ring.
+        decay: exponent of the amplitudes' fall with frequency.
 
     Returns:
         Ring (num_points, 2).
@@ -110,11 +110,11 @@ def band_noise(rng: np.random.Generator, height: int, width: int, low: float, hi
     """Gaussian noise kept between two spatial frequencies, scaled to about [0, 1]; it tiles at its borders.
 
     Args:
-        rng: Source of the noise.
-        height: Rows.
-        width: Columns.
-        low: Lowest frequency kept, cycles per pixel.
-        high: Highest frequency kept, cycles per pixel; 0.5 is the finest.
+        rng: source of the noise.
+        height: rows.
+        width: columns.
+        low: lowest frequency kept, cycles per pixel.
+        high: highest frequency kept, cycles per pixel; 0.5 is the finest.
 
     Returns:
         Field (height, width), mean near 0.5, two standard deviations on either side reach 0 and 1.
@@ -132,10 +132,10 @@ def smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float)
     """Value noise: random values on a coarse grid, bicubically enlarged.
 
     Args:
-        rng: Source of the grid values.
-        height: Rows.
-        width: Columns.
-        cell: Grid spacing in pixels.
+        rng: source of the grid values.
+        height: rows.
+        width: columns.
+        cell: grid spacing in pixels.
 
     Returns:
         Field (height, width).
@@ -159,8 +159,8 @@ def composite(image: np.ndarray, layer: np.ndarray, mask: np.ndarray, opacity: f
     Args:
         image: (H, W, 3).
         layer: (H, W, 3), or one colour (3,).
-        mask: Coverage (H, W).
-        opacity: Multiplies the coverage.
+        mask: coverage (H, W).
+        opacity: multiplies the coverage.
 
     Returns:
         A new image (H, W, 3), float32.

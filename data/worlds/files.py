@@ -29,15 +29,15 @@ class WorldFiles:
     """How the files of one kind of world come about; equal worlds give equal files, however many processes render.
 
     Attributes:
-        kind: The world's name.
-        renderer: Part of the cache folder's name: raised when what unchanged parameters give changes.
-        unit: What a split is counted in, to be said when it is written ("images").
+        kind: the world's name.
+        renderer: part of the cache folder's name: raised when what unchanged parameters give changes.
+        unit: what a split is counted in, to be said when it is written ("images").
         per_process: A further process pays from this many on: it takes half a second to start.
-        folders: Made before anything is rendered, relative to the world's folder.
-        render_part: Takes a world, its folder, part and parts; writes every `parts`-th of both splits from `part` on, and returns
+        folders: made before anything is rendered, relative to the world's folder.
+        render_part: takes a world, its folder, part and parts; writes every `parts`-th of both splits from `part` on, and returns
             JSON values.
-        finish: Takes a world, its folder and what all parts returned, in their order; writes what describes the whole.
-        module: Its __main__ calls `main`: a rendering process is `python -m module JOB`.
+        finish: takes a world, its folder and what all parts returned, in their order; writes what describes the whole.
+        module: its __main__ calls `main`: a rendering process is `python -m module JOB`.
     """
 
     kind: str
@@ -68,11 +68,11 @@ class WorldFiles:
         bytes.
 
         Args:
-            world: Its parameters, a dataclass with num_train and num_val.
-            folder: Where it belongs; None is its place in the cache.
+            world: its parameters, a dataclass with num_train and num_val.
+            folder: where it belongs; None is its place in the cache.
 
         Raises:
-            DataError: The folder holds something else, or cannot be written.
+            DataError: the folder holds something else, or cannot be written.
         """
         folder = self.folder(world) if folder is None else folder
         if self._is_there(world, folder):
@@ -119,13 +119,13 @@ class WorldFiles:
         """Render both splits into an existing folder, and MANIFEST last.
 
         Args:
-            world: Its parameters.
-            folder: Exists and is empty.
-            num_processes: Rendering processes, this one included; None is one for each core that this process may use,
+            world: its parameters.
+            folder: exists and is empty.
+            num_processes: rendering processes, this one included; None is one for each core that this process may use,
                 fewer for a small world.
 
         Raises:
-            OSError: The folder cannot be written.
+            OSError: the folder cannot be written.
             DataError: A rendering process died.
         """
         if num_processes is None:
@@ -164,7 +164,7 @@ class WorldFiles:
         """One rendering process: the job is its argument, what render_part returns goes to stdout as JSON.
 
         Args:
-            make: The world's dataclass.
+            make: the world's dataclass.
         """
         job = json.loads(sys.argv[1])
         # JSON knows no tuples.

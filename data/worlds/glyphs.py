@@ -45,7 +45,7 @@ class GlyphSplit:
             memory map.
         labels: int64 (N,).
         difficulties: float64 (N,) in [0, 1].
-        class_names: Names in label order.
+        class_names: names in label order.
     """
 
     images: np.ndarray
@@ -71,14 +71,14 @@ def load_split(
 
     Args:
         split: "train" or "val": disjoint seeds.
-        num_images: Pictures in the split; classes take turns, so they are equally frequent.
-        image_size: Side in pixels.
-        seed: Another seed is another sample of the same world.
-        cache_dir: Folder of the caches; None is $PERMAFROST_CACHE, else ~/.cache/permafrost.
-        num_workers: Rendering processes.
+        num_images: pictures in the split; classes take turns, so they are equally frequent.
+        image_size: side in pixels.
+        seed: another seed is another sample of the same world.
+        cache_dir: folder of the caches; None is $PERMAFROST_CACHE, else ~/.cache/permafrost.
+        num_workers: rendering processes.
 
     Raises:
-        DataError: An unknown split, no picture asked for, or not enough disk space.
+        DataError: an unknown split, no picture asked for, or not enough disk space.
     """
     if split not in _SPLIT_SEEDS:
         raise DataError(f"unknown split {split!r} of the glyphs world: expected one of {sorted(_SPLIT_SEEDS)}")
@@ -98,9 +98,9 @@ def render(split: str, index: int, image_size: int = 128, seed: int = 0) -> tupl
 
     Args:
         split: "train" or "val".
-        index: Position in the split.
-        image_size: Side in pixels.
-        seed: Seed of the whole sample.
+        index: position in the split.
+        image_size: side in pixels.
+        seed: seed of the whole sample.
 
     Returns:
         The picture, uint8 (image_size, image_size, 4), RGB and the visible part of the figure, and its label.

@@ -34,10 +34,10 @@ def render_clip(world: MotionWorld, split: str, index: int, label: int | None = 
     """Draw one clip.
 
     Args:
-        world: The world's parameters.
+        world: the world's parameters.
         split: "train" or "val"; the two share no random number.
         index: 0-based index within the split.
-        label: Its class; None is label_of(index). All else that is drawn does not depend on it within an order-only pair.
+        label: its class; None is label_of(index). All else that is drawn does not depend on it within an order-only pair.
 
     Returns:
         (T, side, side, 3) uint8.

@@ -21,9 +21,9 @@ def write_video(path: Path, frames: np.ndarray | Sequence[np.ndarray], rate: int
     """Encode frames (T, H, W, 3) uint8, H and W even, as H.264 in MP4.
 
     Args:
-        path: The file.
+        path: the file.
         frames: RGB pictures.
-        rate: Frames per second.
+        rate: frames per second.
         crf: x264's constant rate factor.
     """
     import av

@@ -32,7 +32,7 @@ def render_labelled(world: SceneryWorld, split: str, index: int) -> tuple[np.nda
     """Draw one image.
 
     Args:
-        world: The world's parameters.
+        world: the world's parameters.
         split: "train" or "val"; the two share no random number.
         index: 0-based index within the split.
 

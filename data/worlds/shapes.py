@@ -114,7 +114,7 @@ def render_scene(world: ShapesWorld, split: str, index: int) -> tuple[np.ndarray
     """Draw one image.
 
     Args:
-        world: The world's parameters.
+        world: the world's parameters.
         split: "train" or "val"; the two share no random number.
         index: 0-based index within the split.
 

@@ -32,18 +32,18 @@ def convert(
     """Read weights, say what they are, and write them as a sharded checkpoint.
 
     Args:
-        weights: As `permafrost.model.weights.read.read_weights` takes it.
-        folder: The new folder.
-        dtype: Name of the dtype in the files; None leaves each tensor's. What position biases are computed from stays
+        weights: as `permafrost.model.weights.read.read_weights` takes it.
+        folder: the new folder.
+        dtype: name of the dtype in the files; None leaves each tensor's. What position biases are computed from stays
             at least in float32, as it does when a backbone is loaded in that dtype.
-        max_shard_bytes: Most bytes of tensors in a shard.
-        prefix: As in `read_weights`.
-        weights_key: As in `read_weights`.
-        window_size: The window of each stage in training (one number: of all), where the file does not say.
-        pretrained_window_size: What scales the coordinates, likewise.
+        max_shard_bytes: most bytes of tensors in a shard.
+        prefix: as in `read_weights`.
+        weights_key: as in `read_weights`.
+        window_size: the window of each stage in training (one number: of all), where the file does not say.
+        pretrained_window_size: what scales the coordinates, likewise.
 
     Raises:
-        WeightsError: If the weights cannot be read, are no Swin, are not finite, or the folder cannot be written.
+        WeightsError: if the weights cannot be read, are no Swin, are not finite, or the folder cannot be written.
     """
     file = read_weights(weights, prefix=prefix, weights_key=weights_key)
     file.check_shards()
@@ -79,7 +79,7 @@ def _complete(
     """Return the windows that the file states, and those that were given where it does not.
 
     Raises:
-        WeightsError: If both are there and differ.
+        WeightsError: if both are there and differ.
     """
 
     def one(given: tuple[int, ...] | None, stated: tuple[int, ...] | None, field: str) -> tuple[int, ...] | None:

@@ -36,7 +36,7 @@ class PlannedGroup(TensorGroup):
     The other members' parts have the shape of this one's, as equal images give.
 
     Attributes:
-        sent: Bytes that leave a member in a ring, by collective.
+        sent: bytes that leave a member in a ring, by collective.
     """
 
     sent: defaultdict[str, int]
@@ -68,12 +68,12 @@ class BackbonePlan:
     """One process's part of a frozen network, for one micro-batch.
 
     Attributes:
-        num_parameters: Of the whole network.
-        frozen_bytes: Resident for good: this process's weights, and the constants that are kept of them.
-        map_bytes: The feature maps of this process's images.
-        peak_bytes: Most that a forward holds besides the weights, its images' maps included.
-        flops: Of a forward.
-        sent: Bytes this process sends in a forward, by collective.
+        num_parameters: of the whole network.
+        frozen_bytes: resident for good: this process's weights, and the constants that are kept of them.
+        map_bytes: the feature maps of this process's images.
+        peak_bytes: most that a forward holds besides the weights, its images' maps included.
+        flops: of a forward.
+        sent: bytes this process sends in a forward, by collective.
     """
 
     num_parameters: int
@@ -88,7 +88,7 @@ def settle_windows(config: BackboneConfig) -> tuple[BackboneConfig, list[str]]:
     """Return the config of a plan, and notes: a Swin's windows and extra norms are those of the weights' file, if it is here.
 
     Raises:
-        WeightsError: The file contradicts the recipe.
+        WeightsError: the file contradicts the recipe.
     """
     if config.name.startswith(TIMM_PREFIX) or config.random_seed is not None:
         return config, []
@@ -115,7 +115,7 @@ def spec_of(config: BackboneConfig) -> FeatureSpec:
     """Return the channels and strides of a network's maps.
 
     Raises:
-        BackboneError: As empty_network.
+        BackboneError: as empty_network.
     """
     sizes = SWINV2_SIZES | SWIN_V1_SIZES
     return sizes[config.name].spec if config.name in sizes else empty_network(config).spec
@@ -142,13 +142,13 @@ def plan_backbone(
     """Run a network's forward on the meta device.
 
     Args:
-        config: Which network, as settle_windows returned it.
-        dtype: What it computes in.
-        tensor: Processes it is split over.
-        images: Shape of this process's images, (B, 3, H, W), or of its clips, (B, T, 3, H, W).
+        config: which network, as settle_windows returned it.
+        dtype: what it computes in.
+        tensor: processes it is split over.
+        images: shape of this process's images, (B, 3, H, W), or of its clips, (B, T, 3, H, W).
 
     Raises:
-        BackboneError: As empty_network.
+        BackboneError: as empty_network.
         RecipeError: A timm model cannot be run without numbers.
     """
     # They are kept for good and belong to the plan, also when this process has met them before.

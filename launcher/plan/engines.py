@@ -39,16 +39,16 @@ class EngineMemory:
     """Bytes on one rank's device, for one head.
 
     Attributes:
-        weights: Of the head, for good.
-        optimizer: Moments and master weights, for good.
-        gradients: Held at the optimizer's step: gradients, and what they are collected in.
-        resident_gradients: What of them is there for good, in the forward too.
-        bucket: What gradients pass through, during a backward only.
-        gathered: Whole weights that ZeRO 3 gathers for forward and backward.
-        keeps_gradients: Whether gradients pile up whole on this rank during the backward.
-        reducing: More than that while a bucket is reduced, at the end of the backward.
-        stepping: More than `gradients` while the optimizer steps.
-        host: Bytes in host memory.
+        weights: of the head, for good.
+        optimizer: moments and master weights, for good.
+        gradients: held at the optimizer's step: gradients, and what they are collected in.
+        resident_gradients: what of them is there for good, in the forward too.
+        bucket: what gradients pass through, during a backward only.
+        gathered: whole weights that ZeRO 3 gathers for forward and backward.
+        keeps_gradients: whether gradients pile up whole on this rank during the backward.
+        reducing: more than that while a bucket is reduced, at the end of the backward.
+        stepping: more than `gradients` while the optimizer steps.
+        host: bytes in host memory.
     """
 
     weights: int
@@ -75,9 +75,9 @@ class EnginePlan:
     Attributes:
         stage: ZeRO's, 0 for Accelerate.
         num_ranks: n.
-        accumulation: Micro-batches a step.
-        zero: The JSON's section zero_optimization.
-        is_fused: Whether AdamW steps without temporaries, as on CUDA.
+        accumulation: micro-batches a step.
+        zero: the JSON's section zero_optimization.
+        is_fused: whether AdamW steps without temporaries, as on CUDA.
     """
 
     stage: Stage
@@ -104,7 +104,7 @@ class EnginePlan:
         """Return what a rank holds, the one that holds most.
 
         Args:
-            groups: Elements of every parameter, by AdamW's parameter groups.
+            groups: elements of every parameter, by AdamW's parameter groups.
         """
         if self.stage == 0:
             return self._accelerate(groups)

@@ -31,13 +31,13 @@ class TrainedPlan:
     """A backbone that is trained, over one micro-batch.
 
     Attributes:
-        numels: Elements of each parameter, in the order in which the backward gives their gradients.
-        saved_bytes: What the forward leaves for the backward, feature maps among it.
-        forward_peak: Most that the forward holds, parameters aside.
-        backward_peaks: As of HeadPlan, while the feature maps' gradients are there.
-        forward_flops: Of a forward.
-        flops: Of a forward and a backward.
-        map_dtype: Of the feature maps.
+        numels: elements of each parameter, in the order in which the backward gives their gradients.
+        saved_bytes: what the forward leaves for the backward, feature maps among it.
+        forward_peak: most that the forward holds, parameters aside.
+        backward_peaks: as of HeadPlan, while the feature maps' gradients are there.
+        forward_flops: of a forward.
+        flops: of a forward and a backward.
+        map_dtype: of the feature maps.
     """
 
     numels: tuple[int, ...]
@@ -53,10 +53,10 @@ def build_trained(config: BackboneConfig) -> TrainableBackbone:
     """Build the backbone without memory for its weights.
 
     Args:
-        config: Which network, as settle_windows returned it.
+        config: which network, as settle_windows returned it.
 
     Raises:
-        RecipeError: It is a timm model.
+        RecipeError: it is a timm model.
     """
     if config.name.startswith(TIMM_PREFIX):
         raise RecipeError(
@@ -76,14 +76,14 @@ def plan_trained(
     """Run a network's forward and backward on fake tensors.
 
     Args:
-        config: Which network, as settle_windows returned it.
-        batch: Images; of clips the maps that come of them.
-        size: Their height and width.
+        config: which network, as settle_windows returned it.
+        batch: images; of clips the maps that come of them.
+        size: their height and width.
         precision: "float32" or "bfloat16", of the autocast.
         device_type: "cuda" or "cpu", where it will run.
 
     Raises:
-        RecipeError: It is a timm model.
+        RecipeError: it is a timm model.
     """
     network = build_trained(config).network.train()
     clear_tables()
@@ -134,8 +134,8 @@ def join_plans(backbone: TrainedPlan, head: HeadPlan) -> HeadPlan:
     """Return the plan of both as one module.
 
     Args:
-        backbone: What runs first in a forward and last in a backward.
-        head: On maps that get a gradient.
+        backbone: what runs first in a forward and last in a backward.
+        head: on maps that get a gradient.
     """
     saved = backbone.saved_bytes
     *own, last = head.backward_peaks

@@ -35,15 +35,15 @@ class HeadPlan:
     """One head over one micro-batch.
 
     Attributes:
-        numels: Elements of each parameter, in the order in which the backward gives their gradients.
-        saved_bytes: What the forward leaves for the backward; the feature maps not among it.
-        forward_peak: Most that the forward holds, feature maps and parameters aside.
-        backward_peaks: The same of the backward, up to each parameter's gradient, that one included and the ones before
+        numels: elements of each parameter, in the order in which the backward gives their gradients.
+        saved_bytes: what the forward leaves for the backward; the feature maps not among it.
+        forward_peak: most that the forward holds, feature maps and parameters aside.
+        backward_peaks: the same of the backward, up to each parameter's gradient, that one included and the ones before
             it not; and after the last one.
-        host_bytes: Of buffers in host memory.
-        forward_flops: Of a forward.
-        flops: Of a forward and a backward.
-        is_extrapolated: Whether this was estimated from smaller runs.
+        host_bytes: of buffers in host memory.
+        forward_flops: of a forward.
+        flops: of a forward and a backward.
+        is_extrapolated: whether this was estimated from smaller runs.
     """
 
     numels: tuple[int, ...]

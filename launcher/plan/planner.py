@@ -46,10 +46,10 @@ class Machines:
     """What the recipe is to run on.
 
     Attributes:
-        gpus: On each node.
-        nodes: How many.
-        memory: Bytes of each GPU; None: unknown, then nothing is judged.
-        tflops: What a GPU really computes in a second, 10^12.
+        gpus: on each node.
+        nodes: how many.
+        memory: bytes of each GPU; None: unknown, then nothing is judged.
+        tflops: what a GPU really computes in a second, 10^12.
         device_type: "cuda", or "cpu" for the numbers of a run on CPUs.
     """
 
@@ -92,11 +92,11 @@ class Row:
     """One layout's numbers, for one rank: bytes on the device, bytes sent and floating-point operations a step.
 
     Attributes:
-        memory: By kind; `peak` is the most at any moment and not their sum, as not all are there at once.
-        phase: When the peak is: "backbone", "head forward", "head backward" or "optimizer".
-        host: Bytes in host memory.
-        sent: By who sends and collective.
-        seconds: Of a step, without overlap.
+        memory: by kind; `peak` is the most at any moment and not their sum, as not all are there at once.
+        phase: when the peak is: "backbone", "head forward", "head backward" or "optimizer".
+        host: bytes in host memory.
+        sent: by who sends and collective.
+        seconds: of a step, without overlap.
     """
 
     layout: Layout
@@ -119,14 +119,14 @@ class Planner:
     """Makes rows; what they share is found out once.
 
     Args:
-        experiment: The recipe's.
-        machines: What it is to run on.
-        objects: In each image (see data.task.TaskDataConfig.objects_are); None: what the data can have, or is assumed.
+        experiment: the recipe's.
+        machines: what it is to run on.
+        objects: in each image (see data.task.TaskDataConfig.objects_are); None: what the data can have, or is assumed.
         num_classes: K; None: what the data says, or is assumed.
 
     Raises:
-        LaunchError: The global batch, or the recipe's tensor groups, do not divide over the ranks.
-        RecipeError: Plan cannot run the network.
+        LaunchError: the global batch, or the recipe's tensor groups, do not divide over the ranks.
+        RecipeError: plan cannot run the network.
     """
 
     experiment: Experiment
@@ -211,7 +211,7 @@ class Planner:
         """Return how many images one forward on one rank takes.
 
         Raises:
-            LaunchError: The global batch does not divide.
+            LaunchError: the global batch does not divide.
         """
         return micro_batch_size(
             global_batch=self.experiment.loop.global_batch,

@@ -38,12 +38,12 @@ class Trace(TorchDispatchMode):
     Args:
         device_type: "cpu" or "meta": storages on other devices are not counted. A CPU's trace may hold tensors on the
             meta device: they stand for another device's memory, of which zeros come back.
-        dry: Do not compute what is expensive; on the meta device nothing is computed anyway.
+        dry: do not compute what is expensive; on the meta device nothing is computed anyway.
 
     Attributes:
-        live: Bytes alive now of storages made inside.
-        peak: Largest `live` so far, or since `take_peak`.
-        flops: Floating-point operations so far, two to a multiply-add; matrix products, convolutions and attention.
+        live: bytes alive now of storages made inside.
+        peak: largest `live` so far, or since `take_peak`.
+        flops: floating-point operations so far, two to a multiply-add; matrix products, convolutions and attention.
     """
 
     def __init__(self, device_type: str, *, dry: bool = False) -> None:
@@ -114,7 +114,7 @@ class FusedAttention(TorchFunctionMode):
     """Attention as a GPU's fused kernel has it: an output, and no scores. Without a GPU it would be the plain formula.
 
     Args:
-        trace: Gets the FLOPs.
+        trace: gets the FLOPs.
     """
 
     def __init__(self, trace: Trace) -> None:

@@ -64,7 +64,7 @@ def augment(pictures: Tensor, source: torch.Generator, freedom: float = 1.0) -> 
     Args:
         pictures: (B, 4, S, S) uint8: RGB and the figure's coverage.
         source: CPU generator, the only source of randomness.
-        freedom: In [0, 1], how much of the turning, mirroring and shifting is allowed.
+        freedom: in [0, 1], how much of the turning, mirroring and shifting is allowed.
 
     Returns:
         Images (B, 3, S, S) and coverage (B, S, S), float32 in [0, 1].

@@ -49,8 +49,8 @@ class Readouts(nn.Module):
     """Linear read-outs of the first three maps: figure or ground (strides 4 and 8), class or ground (stride 16).
 
     Args:
-        spec: Channels and strides of the maps.
-        num_classes: Number of classes K; label K is the ground.
+        spec: channels and strides of the maps.
+        num_classes: number of classes K; label K is the ground.
     """
 
     def __init__(self, spec: FeatureSpec, num_classes: int) -> None:
@@ -71,10 +71,10 @@ class Readouts(nn.Module):
         """Mean binary cross-entropy of the two fine maps plus the cross-entropy of the third.
 
         Args:
-            logits: What `forward` returned.
+            logits: what `forward` returned.
             coverage: (B, S, S), the visible figure in [0, 1].
             labels: (B,).
-            label_smoothing: Of the class.
+            label_smoothing: of the class.
 
         Returns:
             A scalar. In the class term figure and ground weigh the same, whatever the figure's size.

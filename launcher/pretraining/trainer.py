@@ -54,18 +54,18 @@ def run(
     """Train, evaluate, and write the weights.
 
     Args:
-        experiment: The recipe.
+        experiment: the recipe.
         resume: "auto" continues what the run folder holds, "must" needs something there, "never" refuses it.
         device: "auto", "cpu" or "cuda".
-        command: What to record as the command.
+        command: what to record as the command.
 
     Returns:
         The last evaluation: "val/accuracy" and "val/loss" of the shipped weights, and the like for both candidates.
 
     Raises:
-        RunFolderError: The folder and `resume` do not go together, or it belongs to another recipe.
-        CheckpointError: The checkpoint cannot be read.
-        TrainingStopped: The loss is not finite.
+        RunFolderError: the folder and `resume` do not go together, or it belongs to another recipe.
+        CheckpointError: the checkpoint cannot be read.
+        TrainingStopped: the loss is not finite.
     """
     folder = Path(experiment.run_folder)
     checkpoint = _open_run_folder(folder, experiment, resume, command)
@@ -174,11 +174,11 @@ def train_step(
     """One update.
 
     Args:
-        model: The network.
-        readouts: What is thrown away afterwards.
-        optimizer: Over both.
-        batch: Images (B, 3, S, S) in [0, 1], coverage (B, S, S), labels (B,).
-        experiment: The recipe.
+        model: the network.
+        readouts: what is thrown away afterwards.
+        optimizer: over both.
+        batch: images (B, 3, S, S) in [0, 1], coverage (B, S, S), labels (B,).
+        experiment: the recipe.
         step: 0-based.
 
     Returns:

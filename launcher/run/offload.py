@@ -38,8 +38,8 @@ class OffloadStatistics:
     """What heads saved for their backward, each storage once a forward, parameters and buffers of the head aside.
 
     Attributes:
-        saved_bytes: All of it.
-        offloaded_bytes: What left for host memory.
+        saved_bytes: all of it.
+        offloaded_bytes: what left for host memory.
     """
 
     saved_bytes: int = 0
@@ -122,9 +122,9 @@ class HostCopy:
     Whole storages, because that is what a saved tensor keeps alive: all views of one share one copy.
 
     Args:
-        storage: What to copy. It may be freed as soon as this returns.
-        buffers: Where the host memory comes from, and goes back to when this object dies.
-        stream: The side stream of the copies; None copies in place, on a CPU.
+        storage: what to copy. It may be freed as soon as this returns.
+        buffers: where the host memory comes from, and goes back to when this object dies.
+        stream: the side stream of the copies; None copies in place, on a CPU.
     """
 
     def __init__(self, storage: torch.UntypedStorage, buffers: HostBuffers, stream: torch.cuda.Stream | None) -> None:
@@ -243,8 +243,8 @@ class ActivationOffload:
         mode: "off"; "features": the backbone's maps only; "all": every saved tensor whose storage has 16 KiB or more,
             parameters and buffers of the head aside. Under autocast the head's weights are cast, and the casts,
             being no parameters, leave too.
-        device: Where the heads compute.
-        num_ahead: How many storages the way back is ahead of the backward.
+        device: where the heads compute.
+        num_ahead: how many storages the way back is ahead of the backward.
     """
 
     def __init__(self, mode: OffloadMode, device: torch.device, *, num_ahead: int = 3) -> None:
@@ -258,8 +258,8 @@ class ActivationOffload:
         """The backbone's maps of one micro-batch; unless the mode is "off", they leave as its stages produce them.
 
         Args:
-            backbone: Its `stages`, if it names any, are watched.
-            images: What it takes.
+            backbone: its `stages`, if it names any, are watched.
+            images: what it takes.
         """
         if self.mode == "off":
             return KeptFeatures(backbone(images), None)
@@ -283,9 +283,9 @@ class ActivationOffload:
         """What is saved for a backward inside this context is offloaded, as the mode says.
 
         Args:
-            head: Its parameters and buffers stay.
-            kept: Where the maps came from.
-            maps: What `kept.take` returned.
+            head: its parameters and buffers stay.
+            kept: where the maps came from.
+            maps: what `kept.take` returned.
         """
         if self.mode == "off":
             yield
