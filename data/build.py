@@ -1,4 +1,4 @@
-"""From the configuration of data to what is live: data sets, checks, readers of files without labels.
+"""Build what is live from the configuration of data: data sets, checks, readers of files without labels.
 
 What a kind of data brings is a row of KINDS, looked up by the exact type of its configuration. Any other configuration, derived from
 one of these or not, brings the methods that TaskDataConfig declares.
@@ -39,7 +39,7 @@ from permafrost.data.worlds.shapes_files import SHAPES
 
 @dataclass(frozen=True)
 class Kind:
-    """What a kind of data brings.
+    """Functions and facts that a kind of data brings.
 
     Attributes:
         dataset: dataset(config, split), and of what has a test set dataset(config, "test", submission=folder).

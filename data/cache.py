@@ -1,4 +1,4 @@
-"""Where built-in worlds are kept; imports nothing, because `permafrost doctor` asks too."""
+"""The cache folder in which built-in worlds are kept. Imports nothing, because `permafrost doctor` asks for it too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """$PERMAFROST_CACHE, or ~/.cache/permafrost."""
+    """Return $PERMAFROST_CACHE, or ~/.cache/permafrost where it is not set."""
     given = os.environ.get("PERMAFROST_CACHE")
     return Path(given).expanduser() if given else Path.home() / ".cache" / "permafrost"

@@ -1,4 +1,4 @@
-"""What a user can get wrong about a data set, and checks of the values of its configuration."""
+"""The error of a data set that a user can mend, and the checks that raise it for values of a configuration."""
 
 from __future__ import annotations
 

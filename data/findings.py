@@ -1,4 +1,4 @@
-"""What is wrong with a data set: findings of its check, counted, or raised as one error."""
+"""Findings of the check of a data set, which are counted, or raised as one error."""
 
 from __future__ import annotations
 

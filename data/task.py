@@ -1,4 +1,4 @@
-"""What the launcher asks of the data of any task. Imports no torch.
+"""The interface through which the launcher asks things of the data of any task. Imports no torch.
 
 A task's data is a configuration derived from TaskDataConfig with four kinds of live objects behind it: data sets, their targets,
 their evaluators, and, for `permafrost predict`, a reader of files without labels. `data.build` makes them; the launcher knows these
@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class SampleExtent:
-    """What a training sample is, before any file is there: for predictions of what a run will hold.
+    """Size of a training sample, known before any file is there: for predictions of what a run will hold.
 
     Attributes:
         side: pixels, of the square that the network sees.
@@ -55,7 +55,7 @@ class SampleExtent:
 
 @dataclass
 class TaskDataConfig(Configuration):
-    """Where a task's data is and how it becomes samples: values only.
+    """Place of a task's data, and the way it becomes samples: values only.
 
     What this package ships is built by the functions of `data.build`. A configuration from outside brings the methods from `located`
     on, which those functions call; that of a subclass of a shipped one, too: none is built as its parent.

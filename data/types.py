@@ -1,4 +1,4 @@
-"""What data sets of any task hand to heads: samples and batches of them. Shapes: B batch, T frames, H W size."""
+"""Samples and batches, which data sets of any task hand to heads. Shapes: B batch, T frames, H W size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SampleKey:
-    """Where a sample stands in the stream: everything random about it is a function of these three numbers.
+    """Position of a sample in the stream: everything random about it is a function of these three numbers.
 
     Augmentation in a worker and sampling inside a head draw from generators derived from the key, so the result does
     not depend on the number of workers, ranks or nodes, nor on what ran before.

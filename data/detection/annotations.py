@@ -45,7 +45,7 @@ class CocoFile:
 
     @property
     def labels(self) -> dict[int, int]:
-        """Category id -> label."""
+        """Return the label of each category id."""
         return {category["id"]: label for label, category in enumerate(self.categories)}
 
 
@@ -142,7 +142,7 @@ class _Checker:
         return set(ids)
 
     def _check_images(self) -> dict[int, tuple[int, int] | None]:
-        """Image id -> (width, height), None where the file gives no usable size."""
+        """Check the images; return their (width, height) by id, None where the file gives no usable size."""
         sizes: dict[int, tuple[int, int] | None] = {}
         if not self.file.images:
             self.report("images", "the list is empty")
@@ -199,7 +199,7 @@ class _Checker:
 
 
 def _box_problem(box: Any, size: tuple[int, int] | None) -> str | None:
-    """What is wrong with `bbox` = [x, y, width, height], or None."""
+    """Return what is wrong with `bbox` = [x, y, width, height], or None."""
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
         return f"{_short(box)} is not [x, y, width, height]"
     x, y, width, height = box
@@ -218,7 +218,7 @@ def _box_problem(box: Any, size: tuple[int, int] | None) -> str | None:
 
 
 def _segmentation_problem(segmentation: Any, size: tuple[int, int] | None) -> str | None:
-    """What is wrong with a segmentation (polygons, or run lengths in either form), or None."""
+    """Return what is wrong with a segmentation (polygons, or run lengths in either form), or None."""
     if isinstance(segmentation, list):
         if not segmentation:
             return "the list of polygons is empty"

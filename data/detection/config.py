@@ -64,7 +64,7 @@ def _check_flip_and_color(jitter: JitterConfig | MultiScaleConfig) -> None:
 
 @dataclass
 class EvaluationConfig(Configuration):
-    """How images are resized in evaluation and prediction."""
+    """Resizing and views of images in evaluation and prediction, and what scores the results."""
 
     resize: Literal["square", "short_side"] = "square"
     """Into the square of data.image_size, padded to it; or by the shorter side, padded to whole multiples of 32."""

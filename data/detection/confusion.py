@@ -1,4 +1,4 @@
-"""Which classes a detector takes for which: true against found, with what it missed and what it made up."""
+"""The confusion matrix of a detector: it counts true classes against found ones, with what was missed and what was made up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIN_IOU = 0.5
 def confusion_matrix(
     records: Mapping[int, dict[str, Any]], found: Mapping[int, Sequence[dict[str, Any]]], labels: Mapping[int, int]
 ) -> np.ndarray:
-    """How often objects of a class (rows) are found as one of a class (columns); the last row and column are the background.
+    """Count how often objects of a class (rows) are found as one of a class (columns); the last row and column are the background.
 
     In each image the detections, best first, take the object they overlap most of those that are left, whatever its class, from an
     overlap of MIN_IOU up; one that gets none counts as background found as its class, unless it lies in a crowd region (more than
@@ -65,6 +65,6 @@ def confusion_matrix(
 
 
 def _overlaps(boxes: Sequence[Sequence[float]], others: Sequence[Sequence[float]], *, is_crowd: bool) -> np.ndarray:
-    """(N, M) IoU of xywh boxes; of a crowd, the share of each box that lies inside."""
+    """Return the (N, M) IoU of xywh boxes; of a crowd, the share of each box that lies inside."""
     first, second = np.asarray(boxes, dtype=np.float64), np.asarray(others, dtype=np.float64)
     return np.asarray(mask_api.iou(first, second, [int(is_crowd)] * len(second)))

@@ -103,7 +103,7 @@ class CocoEvaluator:
             raise DataError(f"{name}: the head gave a box that is not finite")
 
     def _converted(self, result: DetectionResult, record: dict[str, Any]) -> list[dict[str, Any]]:
-        """Results of one image as COCO entries in pixels of the file."""
+        """Return the results of one image as COCO entries in pixels of the file."""
         boxes, scores = result.boxes.double().numpy(), result.scores.double().numpy()
         height, width = record["height"], record["width"]
         ratios = (width / result.size[1], height / result.size[0])
@@ -124,7 +124,7 @@ class CocoEvaluator:
         return entries
 
     def state(self) -> dict[str, Any]:
-        """What this rank collected: plain Python values, for `merge`.
+        """Return what this rank collected, as plain Python values for `merge`.
 
         Raises:
             DataError: of an image some views are missing.
@@ -151,7 +151,7 @@ class CocoEvaluator:
         self._found, self._with_masks = found, all(given) if given else None
 
     def results_json(self) -> list[dict[str, Any]]:
-        """COCO's results format, by image id: boxes xywh in pixels of the file, masks as compressed run lengths."""
+        """Return the results in COCO's format, by image id: boxes xywh in pixels of the file, masks as compressed run lengths."""
         listed = []
         for image_id in sorted(self._found):
             for entry in self._found[image_id]:
@@ -163,14 +163,13 @@ class CocoEvaluator:
         return listed
 
     def result_files(self, head: str) -> dict[str, bytes]:
-        """results_<head>.json, see `results_json`; of a test set what COCO's server takes."""
+        """Return results_<head>.json with the content of `results_json`; of a test set, the files that COCO's server takes."""
         if self.submission is not None:
             return server_files(self.results_json(), *self.submission)
         return {f"results_{head}.json": json.dumps(self.results_json()).encode()}
 
     def compute(self) -> dict[str, float]:
-        """COCO's numbers, 0..1: "bbox/AP", "bbox/AP50", ..., "bbox/AP-<class>", and the same under "segm/" when masks
-            were given.
+        """Return COCO's numbers, 0..1: "bbox/AP", "bbox/AP50", ..., "bbox/AP-<class>"; with masks the same under "segm/".
 
         Numbers without any ground truth to count (a class or a size that does not occur) are left out; AP, AP50 and
         AP75 are always there. Without any annotation at all there are no numbers: the images of a test set.
@@ -252,7 +251,7 @@ class CocoEvaluator:
         return metrics
 
     def pictures(self) -> dict[str, np.ndarray]:
-        """After `compute`: precision over recall and the confusion matrix of boxes, (H, W, 3) uint8 by name."""
+        """Draw precision over recall and the confusion matrix of boxes, (H, W, 3) uint8 by name; `compute` comes first."""
         if not self._precisions:
             return {}
         labels = {number: label for label, number in enumerate(self.category_ids)}

@@ -1,4 +1,4 @@
-"""Images without labels, for a detection head: read, drawn on, and listed in COCO's results format."""
+"""Images without labels, for a detection head: they are read, drawn on, and listed in COCO's results format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from permafrost.data.types import Sample
 
 @dataclass
 class Detections:
-    """What was found in one image, in that image's own pixels, the surest first.
+    """Objects found in one image, in that image's own pixels, the surest first.
 
     Attributes:
         found: the head's own result.

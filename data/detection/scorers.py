@@ -22,7 +22,7 @@ class Scorer:
 
 
 def find_scorer(name: str) -> Scorer:
-    """The library of that name.
+    """Return the library of that name.
 
     Raises:
         DataError: it is not installed.

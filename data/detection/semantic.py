@@ -20,7 +20,7 @@ INSTANCES = "instances"
 
 
 class SemanticMaps:
-    """Where the maps of a data set come from.
+    """Source of the maps of a data set: a folder of PNGs, or the annotated objects.
 
     Args:
         folder: of PNGs with the images' names; None paints the annotated objects.
@@ -32,11 +32,11 @@ class SemanticMaps:
         self.num_classes = num_classes
 
     def path(self, file_name: str) -> Path | None:
-        """The map of an image file, or None where it is painted."""
+        """Return the path of the map of an image file, or None where the map is painted."""
         return None if self.folder is None else (self.folder / file_name).with_suffix(".png")
 
     def load(self, record: dict[str, Any], masks: Tensor, labels: Sequence[int]) -> Tensor:
-        """The (H, W) uint8 map of one image.
+        """Read or paint the (H, W) uint8 map of one image.
 
         Args:
             record: of the image; its file_name, height and width.
@@ -57,7 +57,7 @@ class SemanticMaps:
 
 
 def read_map(path: Path, size: tuple[int, int], num_classes: int) -> np.ndarray:
-    """(H, W) uint8 class of every pixel from a PNG of one channel, gray or palette.
+    """Read the (H, W) uint8 class of every pixel from a PNG of one channel, gray or palette.
 
     Raises:
         ImageError: there is none, or it is of another size or holds other values.

@@ -16,7 +16,7 @@ _COMMON = ("image_id", "category_id", "score")
 
 
 def server_files(results: Sequence[dict[str, Any]], image_info: Path, submission: Path) -> dict[str, bytes]:
-    """One zip for each kind that the entries have, in a folder of that kind, with a JSON of the same name inside.
+    """Pack one zip for each kind that the entries have, in a folder of that kind, with a JSON of the same name inside.
 
     Args:
         results: entries of COCO's results format with boxes and, or not, masks.

@@ -1,4 +1,4 @@
-"""What detection data sets hand to heads, and heads to metrics. Shapes: N objects, C crowd regions, H W size, M mask side."""
+"""Targets that data sets hand to heads, and results that heads hand on. Shapes: N objects, C crowd regions, H W size, M mask side."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class DetectionTarget(Target):
 
 @dataclass
 class DetectionResult(Tensors):
-    """What a detection head found in one image, in pixels of the network's input.
+    """Objects that a detection head found in one image, in pixels of the network's input.
 
     Attributes:
         image_id: the data set's own id.

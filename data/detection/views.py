@@ -25,7 +25,7 @@ from permafrost.data.detection.types import DetectionResult
 
 
 def on_disk(result: DetectionResult) -> DetectionResult:
-    """A view's result in pixels of the image on disk, not mirrored."""
+    """Return a view's result in pixels of the image on disk, not mirrored."""
     (height, width), (original_height, original_width) = result.size, result.original_size
     boxes, masks = result.boxes, result.masks
     if result.view is not None and result.view.is_flipped:
@@ -36,7 +36,7 @@ def on_disk(result: DetectionResult) -> DetectionResult:
 
 
 def merge_views(results: Sequence[DetectionResult], evaluation: EvaluationConfig) -> DetectionResult:
-    """One result of all views of an image.
+    """Merge the results of all views of an image into one.
 
     Args:
         results: of each view, on one device; with masks of one grid, or none.
@@ -59,7 +59,7 @@ def merge_views(results: Sequence[DetectionResult], evaluation: EvaluationConfig
 
 
 def vote(boxes: Tensor, scores: Tensor, labels: Tensor, masks: Tensor, kept: Tensor, iou: float) -> Tensor:
-    """(D, M, M): of each kept box the mean mask of the boxes of its class that overlap it by more than `iou`, itself included.
+    """Return of each kept box the mean mask (D, M, M) of the boxes of its class that overlap it by more than `iou`, itself included.
 
     Args:
         boxes: (N, 4) xyxy.
@@ -83,7 +83,7 @@ def vote(boxes: Tensor, scores: Tensor, labels: Tensor, masks: Tensor, kept: Ten
 
 
 def resample(masks: Tensor, boxes: Tensor, onto: Tensor) -> Tensor:
-    """(N, M, M) masks that fill `boxes` on the grids of other (N, 4) boxes: bilinear between cell centres, 0 outside."""
+    """Resample (N, M, M) masks that fill `boxes` on the grids of other (N, 4) boxes: bilinear between cell centres, 0 outside."""
     side = masks.shape[-1]
     centres = (torch.arange(side, dtype=masks.dtype, device=masks.device) + 0.5) / side
     x, y = (

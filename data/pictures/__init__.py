@@ -1,1 +1,1 @@
-"""What any task does with pictures: reading, geometry, augmentation, drawing, plots."""
+"""Everything that tasks share about pictures: reading, geometry, augmentation, drawing, plots."""

@@ -43,7 +43,7 @@ def open_image(source: Path | BinaryIO) -> Image.Image:
 
 
 def size_problem(width: int, height: int) -> str | None:
-    """Why an image of this size is refused before decoding, or None."""
+    """Return why an image of this size is refused before decoding, or None."""
     if width < 1 or height < 1:
         return f"its size is {width} x {height}"
     if width * height > MAX_PIXELS:
@@ -159,7 +159,7 @@ def _check_header(image: Image.Image, expected_size: tuple[int, int] | None) -> 
 
 
 def _rgb_pixels(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8, writable."""
+    """Return the pixels as RGB, (H, W, 3) uint8, writable."""
     if image.mode.startswith("I"):
         # 16-bit grayscale ("I;16", or "I" for some files): PIL's own conversion would clip at 255 instead of scaling.
         gray = np.clip(np.asarray(image).astype(np.int64), 0, 65535)

@@ -26,7 +26,7 @@ MAX_CLASSES = 255
 
 
 def read_classes(path: Path) -> list[str]:
-    """Names in the order of the labels, from a table as in the SceneParsing release.
+    """Read the names in the order of the labels from a table as in the SceneParsing release.
 
     Tabs between columns; the first is the label, counted from 1, the last the name, of which what stands before a comma or
     semicolon is taken. The first line names the columns. ADE20K's own table may be missing.

@@ -54,7 +54,7 @@ class SegmentationJitterConfig(Configuration):
 
 @dataclass
 class SegmentationEvaluationConfig(Configuration):
-    """How images are looked at in evaluation and prediction: whole or in windows, at one scale or several, flipped too or not."""
+    """Views of images in evaluation and prediction: whole or in windows, at one scale or several, flipped too or not."""
 
     mode: Literal["whole", "slide"] = "whole"
     """The whole image at once, or in overlapping squares of data.image_size whose scores are averaged."""

@@ -18,7 +18,7 @@ _LISTED = 24
 
 
 def class_shares(classes: Tensor | np.ndarray) -> list[tuple[int, float]]:
-    """(class, share of the pixels) of the classes that occur, the largest first; NO_CLASS counts as one."""
+    """Return (class, share of the pixels) of the classes that occur, the largest first; NO_CLASS counts as one."""
     values, counts = np.unique(np.asarray(classes), return_counts=True)
     shares = zip(values.tolist(), (counts / counts.sum()).tolist())
     return sorted(shares, key=lambda pair: (-pair[1], pair[0]))
@@ -47,7 +47,7 @@ def draw_classes(image: Tensor, classes: Tensor, names: Sequence[str], *, min_si
 
 
 def _legend(classes: Tensor, names: Sequence[str], height: int) -> np.ndarray:
-    """(height, W', 3) uint8: colour, name and share of each class."""
+    """Draw colour, name and share of each class, (height, W', 3) uint8."""
     shares = class_shares(classes)
     line = max(11, min(18, height // max(8, min(len(shares), _LISTED + 1))))
     room = min(_LISTED, max(1, height // line - (len(shares) > height // line)))

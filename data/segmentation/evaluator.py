@@ -83,7 +83,7 @@ class SegmentationEvaluator:
                 self._write(name, best)
 
     def _count(self, image_id: int, best: torch.Tensor) -> np.ndarray:
-        """(K, K) int64 pixels of one image: rows are true classes, columns predicted ones."""
+        """Count the pixels of one image, (K, K) int64: rows are true classes, columns predicted ones."""
         try:
             true = torch.from_numpy(self.truth(image_id, (best.shape[0], best.shape[1]))).to(best.device)
         except ImageError as error:
@@ -102,7 +102,7 @@ class SegmentationEvaluator:
             raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
 
     def state(self) -> dict[str, Any]:
-        """What this rank collected: plain values, for `merge`."""
+        """Return what this rank collected, as plain values for `merge`."""
         return {"confusion": self._confusion, "seen": sorted(self._seen), "unfinished": self._merger.unfinished}
 
     def merge(self, states: Sequence[dict[str, Any]]) -> None:
@@ -123,14 +123,13 @@ class SegmentationEvaluator:
 
     @property
     def confusion(self) -> np.ndarray:
-        """(K, K) int64 pixels of the row's class that were taken for the column's."""
+        """Return how many pixels of the row's class were taken for the column's, (K, K) int64."""
         return self._confusion
 
     def compute(self) -> dict[str, float]:
-        """ "semantic/mIoU", "semantic/pixel_accuracy", "semantic/mean_accuracy" (0..1), and "semantic/IoU-<class>"; nothing without
-        labels.
+        """Return "semantic/mIoU", "semantic/pixel_accuracy", "semantic/mean_accuracy" (0..1), and "semantic/IoU-<class>".
 
-        Means are over the classes that have a labelled pixel in these images.
+        Without labels there is nothing to return. Means are over the classes that have a labelled pixel in these images.
 
         Raises:
             DataError: images without a result, or not one labelled pixel.
@@ -154,12 +153,12 @@ class SegmentationEvaluator:
         return metrics
 
     def _per_class(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """IoU, recall, and whether there is a labelled pixel, of each class."""
+        """Return IoU, recall, and whether there is a labelled pixel, of each class."""
         hits, true, found = np.diag(self._confusion), self._confusion.sum(axis=1), self._confusion.sum(axis=0)
         return hits / np.maximum(true + found - hits, 1), hits / np.maximum(true, 1), true > 0
 
     def results_json(self) -> list[dict[str, Any]]:
-        """Per class with a labelled pixel: its name, labelled and predicted pixels, IoU and accuracy."""
+        """Return of each class with a labelled pixel its name, labelled and predicted pixels, IoU and accuracy."""
         iou, accuracy, labelled = self._per_class()
         return [
             {
@@ -173,7 +172,7 @@ class SegmentationEvaluator:
         ]
 
     def result_files(self, head: str) -> dict[str, bytes]:
-        """The numbers of every class, and the confusion matrix as an array of integers; see `results_json`."""
+        """Return files of the numbers in `results_json` and of the confusion matrix, an array of integers; none without labels."""
         if self.truth is None:
             return {}
         matrix = io.BytesIO()
@@ -182,7 +181,7 @@ class SegmentationEvaluator:
         return {f"results_{head}.json": listed.encode(), f"confusion_{head}.npy": matrix.getvalue()}
 
     def pictures(self) -> dict[str, np.ndarray]:
-        """The confusion matrix; nothing without labels."""
+        """Draw the confusion matrix; nothing without labels."""
         if self.truth is None:
             return {}
         return {"confusion": confusion_picture(self._confusion, self.classes)}

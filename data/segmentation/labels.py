@@ -95,7 +95,7 @@ def read_labels(path: Path, size: tuple[int, int] | None, num_classes: int) -> L
 
 
 def _check_mode(image: Image.Image) -> list[tuple[str, str]]:
-    """What is to be said about an image's kind of pixels.
+    """Check an image's kind of pixels; return what is to be said about it, as (kind, sentence).
 
     Raises:
         LabelError: they are no labels.

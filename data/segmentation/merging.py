@@ -19,7 +19,7 @@ _MAX_ELEMENTS = 1 << 26
 
 
 def class_scores(result: SegmentationResult) -> Tensor:
-    """(K, h, w) float32: of every pixel and class, the sum over segments of its probability there times that of the class.
+    """Return (K, h, w) float32: of every pixel and class, the sum over segments of the probabilities of both, multiplied.
 
     Mask2Former's semantic inference (Cheng et al. 2022): masks are resized as logits to the padded input, then cut to the image.
     """
@@ -30,7 +30,7 @@ def class_scores(result: SegmentationResult) -> Tensor:
 
 
 def best_class(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """(H, W) uint8: the class with the highest score, of scores (K, h, w) resized to `size`; the first among equals.
+    """Return the class with the highest score, (H, W) uint8, of scores (K, h, w) resized to `size`; the first among equals.
 
     A few classes are resized at a time: a photo of 12 million pixels has 7 GB of scores for 150.
     """
@@ -70,11 +70,11 @@ class ViewMerger:
 
     @property
     def unfinished(self) -> int | None:
-        """The image of which views are still to come; None between images."""
+        """Return the image of which views are still to come; None between images."""
         return self._image
 
     def add(self, result: SegmentationResult) -> Tensor | None:
-        """(H, W) uint8, the class of every pixel, once a view is the image's last; None before.
+        """Add a view; return the class of every pixel, (H, W) uint8, once it is the image's last, None before.
 
         Raises:
             DataError: the views of an image do not come one after the other.

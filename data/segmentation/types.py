@@ -1,4 +1,4 @@
-"""What segmentation data sets hand to heads, and heads to metrics. Shapes: H W size, N classes in an image, Q segments, K classes."""
+"""Targets that data sets hand to heads, and results that heads hand on. Shapes: H W size, N classes in an image, Q segments, K classes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SegmentationView:
 
 @dataclass
 class SegmentationTarget(Target):
-    """What is known about the pixels of one image.
+    """Ground truth of the pixels of one image.
 
     Attributes:
         image_id: the image's position in its data set.
@@ -71,7 +71,7 @@ class SegmentationTarget(Target):
 
 @dataclass
 class SegmentationResult(Tensors):
-    """What a segmentation head says about one image: segments, of which every pixel and class takes its share.
+    """Result of a segmentation head for one image: segments, of which every pixel and class takes its share.
 
     The scores of all classes at all pixels would be hundreds of times larger.
 

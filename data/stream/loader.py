@@ -26,7 +26,7 @@ _PADDING_EPOCH = -1
 
 
 class KeyedDataset(Protocol):
-    """What loaders read: samples by key."""
+    """A data set as loaders read it: samples by key."""
 
     def __len__(self) -> int: ...
 

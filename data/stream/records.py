@@ -1,4 +1,4 @@
-"""What data sets of many files share: shares of their records, records in memory, the count of files that cannot be read."""
+"""Parts that data sets of many files share: they pick shares of records, keep records in memory, count unreadable files."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ EXTENSIONS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 
 @dataclass
 class ClipConfig(Configuration):
-    """How a clip is cut out of a video: Video-Swin's public Kinetics-400 recipe by default (32 frames, every second)."""
+    """Cut of a clip out of a video: Video-Swin's public Kinetics-400 recipe by default (32 frames, every second)."""
 
     num_frames: int = 32
     """T."""

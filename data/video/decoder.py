@@ -51,11 +51,11 @@ class Decoder:
         self._owner = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the process: a worker that is spawned starts its own."""
+        """Leave the process out: a worker that is spawned starts its own."""
         return {**vars(self), "_process": None, "_owner": 0}
 
     def read(self, path: Path, **sampling: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        """Frames of a video.
+        """Read frames of a video.
 
         Args:
             path: the file.

@@ -1,4 +1,4 @@
-"""What can be wrong with one video file. Imports nothing: decoding processes start with it."""
+"""The error of one video file. Imports nothing: decoding processes start with it."""
 
 
 class VideoError(ValueError):

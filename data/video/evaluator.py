@@ -73,7 +73,7 @@ class VideoEvaluator:
             self._found[key] = scores if result.is_readable else None
 
     def state(self) -> dict[str, Any]:
-        """What this rank collected: plain values, for `merge`."""
+        """Return what this rank collected, as plain values for `merge`."""
         return {"found": self._found}
 
     def merge(self, states: Sequence[dict[str, Any]]) -> None:
@@ -91,7 +91,7 @@ class VideoEvaluator:
         self._found = found
 
     def scores(self) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) positions of the readable videos and (N, K) mean probabilities over their views.
+        """Return (N,) positions of the readable videos and (N, K) mean probabilities over their views.
 
         A video of which a view cannot be decoded counts as unreadable as a whole.
 
@@ -113,9 +113,9 @@ class VideoEvaluator:
         return np.asarray(videos), np.stack(means)
 
     def compute(self) -> dict[str, float]:
-        """ "video/top1", "video/top5", "video/mean_class" (0..1), "video/top1-<class>", and what they are over: "video/num_videos",
-        "video/num_clips", "video/num_unreadable", "video/num_missing".
+        """Return "video/top1", "video/top5", "video/mean_class" (0..1), "video/top1-<class>", and what they are over.
 
+        That is "video/num_videos", "video/num_clips", "video/num_unreadable" and "video/num_missing".
         A class without a video is left out. Among equal scores the true class counts as the last one.
         """
         videos, scores = self.scores()
@@ -137,14 +137,14 @@ class VideoEvaluator:
         return metrics
 
     def confusion(self) -> np.ndarray:
-        """(K, K) int64: videos of the row's class that were taken for the column's."""
+        """Count the videos of the row's class that were taken for the column's, (K, K) int64."""
         videos, scores = self.scores()
         matrix = np.zeros((len(self.classes),) * 2, dtype=np.int64)
         np.add.at(matrix, (self.labels[videos], scores.argmax(axis=1)), 1)
         return matrix
 
     def result_files(self, head: str) -> dict[str, bytes]:
-        """results_<head>.json, see `results_json`, and results_<head>_confusion.png, the confusion matrix."""
+        """Return results_<head>.json with the content of `results_json`, and the confusion matrix as results_<head>_confusion.png."""
         picture = io.BytesIO()
         Image.fromarray(confusion_picture(self.confusion(), self.classes)).save(picture, format="PNG")
         return {
@@ -153,7 +153,7 @@ class VideoEvaluator:
         }
 
     def results_json(self) -> list[dict[str, Any]]:
-        """Per readable video: its name, its class and the five best with their probabilities."""
+        """Return of each readable video its name, its class and the five best with their probabilities."""
         videos, scores = self.scores()
         listed = []
         for video, row in zip(videos.tolist(), scores):
@@ -169,5 +169,5 @@ class VideoEvaluator:
         return listed
 
     def pictures(self) -> dict[str, np.ndarray]:
-        """The confusion matrix."""
+        """Draw the confusion matrix."""
         return {"confusion": confusion_picture(self.confusion(), self.classes)}

@@ -35,7 +35,7 @@ _FALLBACK_RATE = 25
 
 @dataclass
 class VideoClass:
-    """What one file shows.
+    """Classes that one file shows.
 
     Attributes:
         video_id: position among the inputs.
@@ -52,7 +52,7 @@ class VideoClass:
 
 @dataclass
 class SourceVideo:
-    """What a result is drawn on.
+    """Video that a result is drawn on.
 
     Attributes:
         path: the file.

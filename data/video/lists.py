@@ -1,4 +1,4 @@
-"""Which videos a split has, and of which class: Kinetics' three layouts.
+"""The videos that a split has, with their classes, in Kinetics' three layouts.
 
 list      ROOT/train.txt, val.txt: a line `path label` per video, paths relative to ROOT/train, ROOT/val
 csv       ROOT/train.csv, val.csv: label,youtube_id,time_start,time_end,split (the official annotation); videos are

@@ -45,7 +45,7 @@ class VideoReader(Protocol):
     rate: float
 
     def frames(self, indices: Sequence[int]) -> np.ndarray:
-        """(N, H, W, 3) uint8 RGB of the frames with these numbers, in any order, repetitions allowed.
+        """Return (N, H, W, 3) uint8 RGB of the frames with these numbers, in any order, repetitions allowed.
 
         Raises:
             VideoError: one cannot be decoded.
@@ -59,7 +59,7 @@ class VideoReader(Protocol):
 
 @cache
 def chosen_backend(backend: Backend = "auto") -> Literal["decord", "pyav"]:
-    """The backend that "auto" stands for: decord where it is installed, PyAV elsewhere.
+    """Return the backend; "auto" stands for decord where it is installed, PyAV elsewhere.
 
     Raises:
         VideoError: the one asked for is not installed.
@@ -118,7 +118,7 @@ def _refuse_by_header(path: Path) -> None:
 
 
 def _opening_problem(path: Path, error: Exception) -> str:
-    """Why a file could not be opened: what is inside of it says more than a decoder's message."""
+    """Return why a file could not be opened: what is inside of it says more than a decoder's message."""
     try:
         import av
 
@@ -132,7 +132,7 @@ def _opening_problem(path: Path, error: Exception) -> str:
 
 
 def _video_stream(container: Any) -> Any:
-    """The stream that is read.
+    """Return the stream that is read.
 
     Raises:
         VideoError: there is none, or nothing here decodes it.
@@ -178,7 +178,7 @@ class _DecordReader:
         self.rate = float(self._video.get_avg_fps()) if self.num_frames else 0.0
 
     def frames(self, indices: Sequence[int]) -> np.ndarray:
-        """See VideoReader."""
+        """Return the frames with these numbers as VideoReader has it, each decoded once."""
         _check_indices(indices, self.num_frames)
         unique, places = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
         try:
@@ -193,7 +193,7 @@ class _DecordReader:
         return decoded
 
     def close(self) -> None:
-        """See VideoReader."""
+        """Give the file back."""
         self._video = None
 
 
@@ -222,7 +222,7 @@ class _PyAVReader:
         self.rate = (self.num_frames - 1) / span if span > 0 else float(self._stream.average_rate or 0)
 
     def frames(self, indices: Sequence[int]) -> np.ndarray:
-        """See VideoReader."""
+        """Return the frames with these numbers as VideoReader has it, each decoded once."""
         import av
 
         _check_indices(indices, self.num_frames)
@@ -238,7 +238,7 @@ class _PyAVReader:
         return np.stack([decoded[place] for place in places])
 
     def _decode(self, times: np.ndarray) -> list[np.ndarray]:
-        """The pictures shown at rising times."""
+        """Decode the pictures shown at rising times."""
         found: list[np.ndarray] = []
         source = None
         for position, time in enumerate(times):
@@ -275,5 +275,5 @@ class _PyAVReader:
         return np.rot90(pixels, round(frame.rotation / 90))
 
     def close(self) -> None:
-        """See VideoReader."""
+        """Give the file back."""
         self._container.close()

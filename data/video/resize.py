@@ -69,14 +69,14 @@ def resize_video(path: Path, target: Path, short_side: int) -> dict[str, Any]:
 
 
 def _size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Even sides, as H.264 with subsampled colour asks for; never larger than the original."""
+    """Return even sides, as H.264 with subsampled colour asks for, never larger than the original."""
     ratio = min(1.0, short_side / min(width, height))
     return max(2, round(width * ratio / 2) * 2), max(2, round(height * ratio / 2) * 2)
 
 
 @dataclass
 class Resized:
-    """What `resize_folder` did.
+    """Outcome of `resize_folder`.
 
     Attributes:
         num_written: videos written now.

@@ -1,4 +1,4 @@
-"""Which frames of a video make a clip. Pure arithmetic; random numbers come in."""
+"""The choice of the frames of a video that make a clip. Pure arithmetic; random numbers come in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 def dense_indices(
     num_frames: int, length: int, stride: int, *, draw: float | None = None, clip: int = 0, num_clips: int = 1
 ) -> np.ndarray:
-    """One window of `length` frames, every `stride`-th (16 x 4, 32 x 2).
+    """Return one window of `length` frames, every `stride`-th (16 x 4, 32 x 2).
 
     The window spans (T - 1) * stride + 1 frames. Training places it at random; testing spreads `num_clips` windows evenly from the
     start to the end, with the middle one for a single clip. A video shorter than the window is looped: frame n is frame n
@@ -38,7 +38,7 @@ def dense_indices(
 def segment_indices(
     num_frames: int, length: int, *, draws: Sequence[float] | None = None, clip: int = 0, num_clips: int = 1
 ) -> np.ndarray:
-    """One frame of each of `length` equal segments (Wang et al., Temporal Segment Networks, ECCV 2016).
+    """Return one frame of each of `length` equal segments (Wang et al., Temporal Segment Networks, ECCV 2016).
 
     Training takes a random frame of each segment, testing the one in the middle, or with several clips evenly spread ones. Segments of
     a video with fewer frames than segments repeat frames.

@@ -1,4 +1,4 @@
-"""What video data sets hand to heads, and heads to metrics. Shapes: K classes."""
+"""Targets that video data sets hand to heads, and results that heads hand to metrics. Shapes: K classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from permafrost.data.types import SampleKey, Target, Tensors
 
 @dataclass
 class ClipTarget(Target):
-    """What is known about one clip of a video.
+    """Ground truth of one clip of a video.
 
     Attributes:
         video_id: position of the video in its data set's list.
@@ -36,7 +36,7 @@ class ClipTarget(Target):
 
 @dataclass
 class ClipResult(Tensors):
-    """What a video head says about one clip.
+    """Result of a video head for one clip.
 
     Attributes:
         video_id: as of the target.

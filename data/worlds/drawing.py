@@ -62,12 +62,12 @@ def strokes_mask(
 
 
 def nesting_depths(rings: Sequence[np.ndarray]) -> list[int]:
-    """For each ring, in how many of the rings before it its first point lies."""
+    """Return of each ring in how many of the rings before it its first point lies."""
     return [sum(contains_point(outer, ring[0]) for outer in rings[:i]) for i, ring in enumerate(rings)]
 
 
 def contains_point(ring: np.ndarray, point: np.ndarray) -> bool:
-    """Whether a point (x, y) lies inside a ring (N, 2), by ray crossing parity."""
+    """Return whether a point (x, y) lies inside a ring (N, 2), by ray crossing parity."""
     following = np.roll(ring, -1, axis=0)
     straddles = (ring[:, 1] > point[1]) != (following[:, 1] > point[1])
     edge, after = ring[straddles], following[straddles]
@@ -76,7 +76,7 @@ def contains_point(ring: np.ndarray, point: np.ndarray) -> bool:
 
 
 def rotation(angle: float) -> np.ndarray:
-    """Rotation matrix (2, 2), angle in radians; points are rows: `points @ rotation(angle).T`."""
+    """Return the rotation matrix (2, 2), angle in radians; points are rows: `points @ rotation(angle).T`."""
     cosine, sine = np.cos(angle), np.sin(angle)
     return np.array([[cosine, -sine], [sine, cosine]])
 
@@ -84,7 +84,7 @@ def rotation(angle: float) -> np.ndarray:
 def fourier_ring(
     rng: np.random.Generator, num_harmonics: int, roughness: float, num_points: int = 96, decay: float = 1.0
 ) -> np.ndarray:
-    """Random smooth closed contour around the origin in polar form, always simple (star-shaped), radius at most 1.
+    """Return a random smooth closed contour around the origin in polar form, always simple (star-shaped), radius at most 1.
 
     Args:
         rng: source of the harmonics.
@@ -107,7 +107,7 @@ def fourier_ring(
 
 
 def band_noise(rng: np.random.Generator, height: int, width: int, low: float, high: float) -> np.ndarray:
-    """Gaussian noise kept between two spatial frequencies, scaled to about [0, 1]; it tiles at its borders.
+    """Return Gaussian noise kept between two spatial frequencies, scaled to about [0, 1]; it tiles at its borders.
 
     Args:
         rng: source of the noise.
@@ -129,7 +129,7 @@ def band_noise(rng: np.random.Generator, height: int, width: int, low: float, hi
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> np.ndarray:
-    """Value noise: random values on a coarse grid, bicubically enlarged.
+    """Return value noise: random values on a coarse grid, bicubically enlarged.
 
     Args:
         rng: source of the grid values.
@@ -181,7 +181,7 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 
 
 def _pil_points(points: np.ndarray, supersample: int) -> list[tuple[float, float]]:
-    """Ring or path in subpixels; half a subpixel back because PIL puts integer coordinates on pixel centres."""
+    """Return a ring or path in subpixels; half a subpixel back because PIL puts integer coordinates on pixel centres."""
     return [(x, y) for x, y in (np.asarray(points, dtype=float) * supersample - 0.5).tolist()]
 
 

@@ -26,7 +26,7 @@ _MOST_PROCESSES = 16
 
 @dataclass(frozen=True)
 class WorldFiles:
-    """How the files of one kind of world come about; equal worlds give equal files, however many processes render.
+    """Recipe of the files of one kind of world; equal worlds give equal files, however many processes render.
 
     Attributes:
         kind: the world's name.
@@ -50,14 +50,14 @@ class WorldFiles:
     module: str
 
     def manifest(self, world: Any) -> str:
-        """The world's parameters as text; another text is another world."""
+        """Return the world's parameters as text; another text is another world."""
         return (
             json.dumps({"world": self.kind, "renderer": self.renderer, **asdict(world)}, sort_keys=True, indent=1)
             + "\n"
         )
 
     def folder(self, world: Any) -> Path:
-        """The cache folder of a world; its name ends with a hash of the parameters."""
+        """Return the cache folder of a world; its name ends with a hash of the parameters."""
         return cache_folder() / f"{self.kind}-{hashlib.sha256(self.manifest(world).encode()).hexdigest()[:12]}"
 
     def ensure(self, world: Any, folder: Path | None = None) -> Path:
@@ -103,7 +103,7 @@ class WorldFiles:
         return folder
 
     def _is_there(self, world: Any, folder: Path) -> bool:
-        """Whether the folder holds this world; an empty or absent folder does not, any other content is refused."""
+        """Return whether the folder holds this world; an empty or absent folder does not, any other content is refused."""
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return False
         file = folder / MANIFEST
@@ -137,7 +137,7 @@ class WorldFiles:
         (folder / MANIFEST).write_text(self.manifest(world), encoding="utf-8")
 
     def _render(self, world: Any, folder: Path, parts: int) -> list[Any]:
-        """Part 0 in this process, the others each in one of its own, which prints its result as JSON.
+        """Render part 0 in this process, the others each in one of its own, which prints its result as JSON.
 
         Its own command, not multiprocessing's: the caller may hold threads, which forbids a fork, and a spawned process would run
         the user's script again where that has no main guard.
@@ -161,7 +161,7 @@ class WorldFiles:
         return results
 
     def main(self, make: Callable[..., Any]) -> None:
-        """One rendering process: the job is its argument, what render_part returns goes to stdout as JSON.
+        """Run one rendering process: its argument is the job, what render_part returns goes to stdout as JSON.
 
         Args:
             make: the world's dataclass.

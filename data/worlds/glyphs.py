@@ -55,7 +55,7 @@ class GlyphSplit:
 
 
 def class_names() -> tuple[str, ...]:
-    """Names of the classes, in label order."""
+    """Return the names of the classes, in label order."""
     return tuple(outlines.outlines())
 
 
@@ -124,12 +124,12 @@ def render(split: str, index: int, image_size: int = 128, seed: int = 0) -> tupl
 
 
 def _generator(split: str, index: int, seed: int) -> np.random.Generator:
-    """The source of everything random in a picture; its first draw is the difficulty."""
+    """Return the source of everything random in a picture; its first draw is the difficulty."""
     return np.random.default_rng([_SEED_SPACE, _SPLIT_SEEDS[split], seed, index])
 
 
 def _placed(rng: np.random.Generator, rings: tuple[np.ndarray, ...], size: int, difficulty: float) -> list[np.ndarray]:
-    """Unit outline -> pixels: reflection, stretch, shear, rotation, perspective, size, position."""
+    """Place a unit outline in pixels: reflection, stretch, shear, rotation, perspective, size, position."""
     reflection = np.diag([-1.0 if rng.random() < min(0.5, difficulty) else 1.0, 1.0])
     stretch = np.exp(difficulty * rng.uniform(-0.2, 0.2))
     affine = np.array([[stretch, difficulty * rng.uniform(-0.25, 0.25)], [0, 1 / stretch]])
@@ -219,7 +219,7 @@ def _occluded(rng: np.random.Generator, image: np.ndarray, rings: list[np.ndarra
 
 
 def _degraded(rng: np.random.Generator, image: np.ndarray, difficulty: float) -> np.ndarray:
-    """Shading, blur, noise and JPEG damage; returns uint8."""
+    """Add shading, blur, noise and JPEG damage, each at random; returns uint8."""
     size = len(image)
     if rng.random() < 0.3:
         angle = rng.uniform(0, 2 * np.pi)
@@ -241,14 +241,14 @@ def _degraded(rng: np.random.Generator, image: np.ndarray, difficulty: float) ->
 
 
 def _colour(rng: np.random.Generator) -> np.ndarray:
-    """RGB in [0, 1], greys and pale colours included."""
+    """Draw a colour, RGB in [0, 1], greys and pale ones included."""
     colour = rng.random(3)
     grey = colour.mean()
     return (grey + (colour - grey) * rng.uniform(0.2, 1.3)).clip(0.02, 0.98).astype(np.float32)
 
 
 def _colour_away_from(rng: np.random.Generator, other: np.ndarray, distance: float) -> np.ndarray:
-    """A colour about `distance` from another in RGB, along a random direction that stays inside the cube."""
+    """Draw a colour about `distance` from another in RGB, along a random direction that stays inside the cube."""
     best, best_gap = other, -1.0
     for _ in range(8):
         direction = rng.normal(size=3)
@@ -262,7 +262,7 @@ def _colour_away_from(rng: np.random.Generator, other: np.ndarray, distance: flo
 
 
 def _texture(rng: np.random.Generator, size: int, colour: np.ndarray, spread: float) -> tuple[np.ndarray, np.ndarray]:
-    """A textured picture around a colour, and its mean colour (3,)."""
+    """Draw a textured picture around a colour; return it and its mean colour (3,)."""
     low, high = _colour_away_from(rng, colour, spread), _colour_away_from(rng, colour, spread)
     field = _TEXTURES[rng.integers(len(_TEXTURES))](rng, size)
     image = drawing.colourise(field, low, high)
@@ -270,7 +270,7 @@ def _texture(rng: np.random.Generator, size: int, colour: np.ndarray, spread: fl
 
 
 def _grid(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel coordinates u, v (size, size), rotated by a random angle about a random point."""
+    """Return pixel coordinates u, v (size, size), rotated by a random angle about a random point."""
     turn = drawing.rotation(rng.uniform(0, 2 * np.pi)).astype(np.float32)
     x = np.arange(size, dtype=np.float32)[None] - np.float32(rng.uniform(0, size))
     y = np.arange(size, dtype=np.float32)[:, None] - np.float32(rng.uniform(0, size))
@@ -278,7 +278,7 @@ def _grid(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _voronoi(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Cells of random sites, each of one value."""
+    """Draw the cells of random sites, each of one value."""
     sites = rng.uniform(-0.1 * size, 1.1 * size, (int(rng.integers(6, 22)), 2)).astype(np.float32)
     axis = np.arange(size, dtype=np.float32)
     squared = ((axis[:, None] - sites[:, 1]) ** 2)[:, None] + ((axis[:, None] - sites[:, 0]) ** 2)[None]
@@ -291,7 +291,7 @@ def _band_noise(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _brush(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Broad, roughly parallel strokes over each other."""
+    """Draw broad, roughly parallel strokes over each other."""
     field = np.full((size, size), 0.5, dtype=np.float32)
     lean = rng.uniform(0, np.pi)
     for _ in range(int(rng.integers(5, 11))):
@@ -305,7 +305,7 @@ def _brush(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _dots(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A lattice of dots of one size, square or staggered."""
+    """Draw a lattice of dots of one size, square or staggered."""
     u, v = _grid(rng, size)
     pitch = rng.uniform(6, 22)
     row = np.floor(v / pitch)
@@ -316,7 +316,7 @@ def _dots(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _hatching(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Two families of thin lines that cross at an oblique angle."""
+    """Draw two families of thin lines that cross at an oblique angle."""
     field = np.zeros((size, size), dtype=np.float32)
     for _ in range(2):
         u, _ = _grid(rng, size)
@@ -327,7 +327,7 @@ def _hatching(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _wood(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Warped rings around a far centre, sharp on one side as in grown wood."""
+    """Draw warped rings around a far centre, sharp on one side as in grown wood."""
     u, v = _grid(rng, size)
     warp = drawing.band_noise(rng, size, size, 0.005, 0.03)
     distance = np.hypot(u + size * np.float32(rng.uniform(0.3, 1)), v * np.float32(rng.uniform(0.3, 1)))
@@ -335,7 +335,7 @@ def _wood(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _shards(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Half-planes on top of each other: long straight edges at all angles."""
+    """Draw half-planes on top of each other: long straight edges at all angles."""
     field = np.zeros((size, size), dtype=np.float32)
     for _ in range(int(rng.integers(4, 10))):
         u, _ = _grid(rng, size)
@@ -345,7 +345,7 @@ def _shards(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _scales(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Overlapping rows of scales, each shaded from its root to its rim."""
+    """Draw overlapping rows of scales, each shaded from its root to its rim."""
     u, v = _grid(rng, size)
     pitch = rng.uniform(10, 26)
     row = np.floor(v / pitch * 2)

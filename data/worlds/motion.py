@@ -26,7 +26,7 @@ MOVERS = ("circle", "square", "triangle", "heart", "ring")
 
 
 def label_of(index: int) -> int:
-    """The class of clip `index`: they take turns, so that every split is balanced."""
+    """Return the class of clip `index`: classes take turns, so that every split is balanced."""
     return index % len(CLASSES)
 
 
@@ -97,7 +97,7 @@ def _placed(name: str, diameter: float, angle: float, centre: np.ndarray) -> lis
 
 
 def _background(rng: np.random.Generator, world: MotionWorld) -> np.ndarray:
-    """A faint texture with resting shapes of faint colours, float32 (side, side, 3)."""
+    """Draw a faint texture with resting shapes of faint colours, float32 (side, side, 3)."""
     side = world.side
     low = rng.uniform(0.2, 0.8, 3).astype(np.float32)
     high = np.clip(low + rng.uniform(-0.2, 0.2, 3).astype(np.float32), 0, 1)
@@ -112,7 +112,7 @@ def _background(rng: np.random.Generator, world: MotionWorld) -> np.ndarray:
 
 
 def _far_colours(rng: np.random.Generator, background: np.ndarray, contrast: float) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours that keep the contrast from the background's mean and from one another, or come closest to it."""
+    """Draw two colours that keep the contrast from the background's mean and from one another, or come closest to it."""
     taken = [background.mean(axis=(0, 1))]
     for _ in range(2):
         candidates = rng.random((16, 3)).astype(np.float32)

@@ -51,7 +51,7 @@ def _render_part(world: MotionWorld, folder: Path, part: int, parts: int) -> Non
 
 
 def _write_lists(world: MotionWorld, folder: Path, _: list[None]) -> None:
-    """The lists of videos with their labels, and the classes' names."""
+    """Write the lists of videos with their labels, and the classes' names."""
     for split, count in zip(SPLITS, (world.num_train, world.num_val)):
         lines = [f"{index:05d}.mp4 {label_of(index)}\n" for index in range(count)]
         (folder / f"{split}.txt").write_text("".join(lines), encoding="utf-8")

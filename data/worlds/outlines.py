@@ -30,25 +30,25 @@ def _mirrored(right_half: Points) -> list[Points]:
 
 
 def _arc(cx: float, cy: float, radius: float, start: float, stop: float, num_points: int = 16) -> Points:
-    """Points of a circular arc; angles in degrees, clockwise on the screen because y is down."""
+    """Return the points of a circular arc; angles in degrees, clockwise on the screen because y is down."""
     angles = np.radians(np.linspace(start, stop, num_points))
     return [(cx + radius * float(np.cos(a)), cy + radius * float(np.sin(a))) for a in angles]
 
 
 def _polar(radius, num_points: int = 240) -> list[Points]:
-    """Closed contour of radius(angle), a function of an array of angles in radians."""
+    """Return the closed contour of radius(angle), a function of an array of angles in radians."""
     angles = np.linspace(0, 2 * np.pi, num_points, endpoint=False)
     return [list(zip(radius(angles) * np.cos(angles), radius(angles) * np.sin(angles), strict=True))]
 
 
 def _gear(num_teeth: int, depth: float, hole: float) -> list[Points]:
-    """Cog wheel with trapezoidal teeth; `depth` and `hole` are parts of the outer radius."""
+    """Return a cog wheel with trapezoidal teeth; `depth` and `hole` are parts of the outer radius."""
     rings = _polar(lambda a: 1 - depth * (0.5 - 0.5 * np.clip(2.5 * np.cos(num_teeth * a), -1, 1)), 480)
     return [*rings, _arc(0, 0, hole, 0, 352, 45)]
 
 
 def _ribbon(centre: np.ndarray, half_width: np.ndarray | float) -> list[Points]:
-    """Outline of a band around a centre line (N, 2)."""
+    """Return the outline of a band around a centre line (N, 2)."""
     tangent = np.gradient(centre, axis=0)
     normal = np.stack([-tangent[:, 1], tangent[:, 0]], axis=1) / np.linalg.norm(tangent, axis=1, keepdims=True)
     offset = normal * np.broadcast_to(np.asarray(half_width, dtype=float), len(centre))[:, None]
@@ -71,7 +71,7 @@ def _hook() -> list[Points]:
 
 
 def _handmade() -> dict[str, list[Points]]:
-    """Silhouettes by name; coordinates are arbitrary units, normalised afterwards."""
+    """Return silhouettes by name; coordinates are arbitrary units, normalised afterwards."""
     return {
         "arrow": [[(-1, -0.2), (0.2, -0.2), (0.2, -0.6), (1, 0), (0.2, 0.6), (0.2, 0.2), (-1, 0.2)]],
         "double_arrow": [
@@ -297,7 +297,7 @@ def _handmade() -> dict[str, list[Points]]:
 
 
 def _characters() -> dict[str, list[np.ndarray]]:
-    """Outlines of `CHARACTERS` from the font file that matplotlib carries: the same on every machine."""
+    """Return the outlines of `CHARACTERS` from the font file that matplotlib carries: the same on every machine."""
     import matplotlib
     from matplotlib.ft2font import FT2Font
     from matplotlib.path import Path as FontPath
@@ -329,7 +329,7 @@ def _normalised(rings) -> tuple[np.ndarray, ...]:
 
 @cache
 def outlines() -> dict[str, tuple[np.ndarray, ...]]:
-    """All outlines by class name, in label order: rings (N, 2) in the unit disc, y down."""
+    """Return all outlines by class name, in label order: rings (N, 2) in the unit disc, y down."""
     shapes: dict[str, list] = dict(_handmade())
     shapes.update(_characters())
     for k in BLOB_SEEDS:

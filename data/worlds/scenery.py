@@ -57,7 +57,7 @@ def render_labelled(world: SceneryWorld, split: str, index: int) -> tuple[np.nda
 
 
 def _regions(rng: np.random.Generator, world: SceneryWorld) -> tuple[np.ndarray, np.ndarray]:
-    """The canvas before any object, float32 (side, side, 3), and its labels."""
+    """Draw the canvas before any object, float32 (side, side, 3), and its labels."""
     side = world.image_side
     count = int(rng.integers(world.regions[0], world.regions[1] + 1))
     kinds = rng.permutation(len(TEXTURES))[:count]

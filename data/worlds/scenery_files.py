@@ -31,7 +31,7 @@ def _render_part(world: SceneryWorld, folder: Path, part: int, parts: int) -> li
 
 
 def _write_classes(world: SceneryWorld, folder: Path, found: list[list[int]]) -> None:
-    """The table of classes with their shares of the pixels."""
+    """Write the table of classes with their shares of the pixels."""
     pixels = np.sum(found, axis=0)
     rows = [
         f"{label}\t{share:.4f}\t{name}\n" for label, (share, name) in enumerate(zip(pixels / pixels.sum(), CLASSES), 1)

@@ -48,7 +48,7 @@ class SceneObject:
 
 @cache
 def outline(name: str) -> tuple[np.ndarray, ...]:
-    """Rings (N, 2) of a class inside the unit disc, y down; a second ring is a hole."""
+    """Return the rings (N, 2) of a class inside the unit disc, y down; a second ring is a hole."""
     turn = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
     if name == "circle":
@@ -87,7 +87,7 @@ def outline(name: str) -> tuple[np.ndarray, ...]:
 
 
 def texture_field(rng: np.random.Generator, kind: str, height: int, width: int, period: float) -> np.ndarray:
-    """One of TEXTURES as a field float32 (height, width) in [0, 1]; `period` is its scale in pixels."""
+    """Draw one of TEXTURES as a field, float32 (height, width) in [0, 1]; `period` is its scale in pixels."""
     if kind == "noise":
         return smooth_noise(rng, height, width, max(2.0, period))
     y, x = np.ogrid[:height, :width]
@@ -137,7 +137,7 @@ def render_scene(world: ShapesWorld, split: str, index: int) -> tuple[np.ndarray
 
 
 def random_colours(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Random RGB colours (count, 3), saturated or dull, bright or dark."""
+    """Draw random RGB colours (count, 3), saturated or dull, bright or dark."""
     draws = rng.random((count, 3, 1), dtype=np.float32)
     hue, saturation, value = draws[:, 0], 0.1 + 0.9 * draws[:, 1], 0.15 + 0.85 * draws[:, 2]
     pure = np.abs((hue * 6 + _HUE_OFFSETS) % 6 - 3) - 1
@@ -145,7 +145,7 @@ def random_colours(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator, world: ShapesWorld) -> np.ndarray:
-    """The canvas before any object, float32 (side, side, 3): one texture, or two of them with a ragged border."""
+    """Draw the canvas before any object, float32 (side, side, 3): one texture, or two of them with a ragged border."""
     side = world.image_side
 
     def layer() -> np.ndarray:
@@ -180,7 +180,7 @@ def draw_stroke(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
 
 
 def _window(rings: list[np.ndarray], side: int, margin: float = 1.0) -> tuple[int, int, int, int] | None:
-    """(top, left, bottom, right) of the canvas pixels that rings can touch, or None when they lie outside."""
+    """Return (top, left, bottom, right) of the canvas pixels that rings can touch, or None when they lie outside."""
     points = np.concatenate(rings)
     left, top = np.maximum(np.floor(points.min(axis=0) - margin), 0).astype(int)
     right, bottom = np.minimum(np.ceil(points.max(axis=0) + margin), side).astype(int)
@@ -195,14 +195,14 @@ def _blend(canvas: np.ndarray, window: tuple[int, int, int, int], layer: np.ndar
 
 
 def _shape_rings(rng: np.random.Generator, world: ShapesWorld, label: int, size: float, centre: np.ndarray) -> list:
-    """A class outline under random stretch and rotation, `size` pixels across, at `centre` (x, y)."""
+    """Return a class outline under random stretch and rotation, `size` pixels across, at `centre` (x, y)."""
     stretch = np.exp(rng.uniform(-1, 1) * np.log(world.stretch) / 2)
     turn = rotation(rng.uniform(-np.pi, np.pi) * world.rotation)
     return [(ring * (stretch, 1 / stretch)) @ turn.T * (size / 2) + centre for ring in outline(CLASSES[label])]
 
 
 def _full_area(rings: list[np.ndarray]) -> float:
-    """Area within the first ring less the holes, by the shoelace formula."""
+    """Return the area within the first ring less the holes, by the shoelace formula."""
 
     def area(ring: np.ndarray) -> float:
         after = np.roll(ring, -1, axis=0)
@@ -212,7 +212,7 @@ def _full_area(rings: list[np.ndarray]) -> float:
 
 
 def _fill(rng: np.random.Generator, world: ShapesWorld, under: np.ndarray, height: int, width: int, size: float):
-    """A colour, or a texture of two, that keeps at least the world's contrast to the mean colour `under` (3,)."""
+    """Draw a colour, or a texture of two, that keeps at least the world's contrast to the mean colour `under` (3,)."""
     candidates = random_colours(rng, 12)
     distances = np.abs(candidates - under).max(axis=1)
     # The first that is far enough, or the farthest of all.

@@ -25,7 +25,7 @@ _FIRST_IMAGE_ID = {"train": 1, "val": 1_000_001}
 
 
 def _annotation(region: SceneObject, side: int) -> dict[str, Any]:
-    """COCO's entry for a region, its ids aside; box and area are of exactly the pixels the segmentation decodes to."""
+    """Return COCO's entry for a region, its ids aside; box and area are of exactly the pixels the segmentation decodes to."""
     from pycocotools import mask as mask_api
 
     if region.is_whole and len(region.rings) == 1:
@@ -48,7 +48,7 @@ def _annotation(region: SceneObject, side: int) -> dict[str, Any]:
 
 
 def _run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's uncompressed run lengths of a mask (H, W): column by column, zeros first."""
+    """Return COCO's uncompressed run lengths of a mask (H, W): column by column, zeros first."""
     flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
     changes = np.flatnonzero(flat[1:] != flat[:-1])
     runs = np.diff(np.concatenate([[0], changes, [mask.size]]))
@@ -56,7 +56,7 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
 
 
 def _coco(world: ShapesWorld, split: str, regions: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """COCO's JSON of a split from the annotations of each picture, which get their ids here."""
+    """Return COCO's JSON of a split from the annotations of each picture, which get their ids here."""
     side, first = world.image_side, _FIRST_IMAGE_ID[split]
     numbered = [(first + index, region) for index, of_image in enumerate(regions) for region in of_image]
     return {
@@ -95,7 +95,7 @@ def _render_part(world: ShapesWorld, folder: Path, part: int, parts: int) -> dic
 
 
 def _write_annotations(world: ShapesWorld, folder: Path, rendered: list[dict[str, list[list[dict[str, Any]]]]]) -> None:
-    """COCO's JSON of both splits."""
+    """Write COCO's JSON of both splits."""
     for split, count in zip(SPLITS, (world.num_train, world.num_val)):
         # Picture i is the (i // parts)-th of part i % parts.
         regions = [rendered[index % len(rendered)][split][index // len(rendered)] for index in range(count)]
