@@ -117,7 +117,7 @@ def format_report(report: dict[str, list[Check]]) -> str:
 
 
 def check_packages(probed: dict[str, Any]) -> list[Check]:
-    """Python and each package: its version, whether that is new enough, and whether it imports."""
+    """Check Python and each package: its version, whether that is new enough, and whether it imports."""
     found_python = sys.version_info[:2] >= PYTHON
     version = platform.python_version()
     remedy = "" if found_python else f"needed for everything: Python {'.'.join(map(str, PYTHON))} or newer"
@@ -143,7 +143,7 @@ def check_packages(probed: dict[str, Any]) -> list[Check]:
 
 
 def check_processor(probed: dict[str, Any]) -> list[Check]:
-    """Cores, instruction set and memory."""
+    """Check cores, instruction set and memory."""
     devices = probed.get("devices") or {}
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = f"{usable} of {os.cpu_count()} cores" if usable != os.cpu_count() else f"{usable} cores"
@@ -229,7 +229,7 @@ def check_compilers() -> list[Check]:
 
 
 def check_backends(probed: dict[str, Any]) -> list[Check]:
-    """Backends of torch.distributed."""
+    """Check the backends of torch.distributed."""
     backends = (probed.get("devices") or {}).get("backends") or {}
     purpose = {"gloo": "several processes on CPUs", "nccl": "several GPUs"}
     return [
@@ -255,7 +255,7 @@ def check_program(name: str, remedy: str) -> Check:
 
 
 def lower_bounds() -> dict[str, str]:
-    """Smallest version of each package that permafrost's own metadata asks for."""
+    """Return the smallest version of each package that permafrost's own metadata asks for."""
     try:
         requirements = metadata.requires("permafrost") or []
     except metadata.PackageNotFoundError:
@@ -324,7 +324,7 @@ def probe(names: Sequence[str]) -> None:
 
 
 def import_error(module: str) -> str | None:
-    """None, or why a module does not import."""
+    """Return why a module does not import, or None."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             importlib.import_module(module)
@@ -374,7 +374,7 @@ def describe_devices() -> dict[str, Any]:
 
 
 def _computation_error(index: int) -> str | None:
-    """None when a small product comes out right on a GPU."""
+    """Return why a small product does not come out right on a GPU, or None."""
     import torch
 
     try:

@@ -118,7 +118,7 @@ class HeadExperiment(Configuration):
 
 @dataclass
 class EngineConfig(Configuration):
-    """Which engine steps the heads. The recipe's global batch is the one source of truth for batch sizes."""
+    """Choice of the engine that steps the heads. The recipe's global batch is the one source of truth for batch sizes."""
 
     kind: Literal["auto", "accelerate", "deepspeed"] = "auto"
     """auto: DeepSpeed if `deepspeed_config` is given or Accelerate's distributed_type is DEEPSPEED, else Accelerate."""
@@ -143,7 +143,7 @@ class EngineConfig(Configuration):
 
 @dataclass
 class MeshConfig(Configuration):
-    """How the processes share the work: world = data x tensor. Heads are data-parallel over all of them either way."""
+    """Division of the work among processes: world = data x tensor. Heads are data-parallel over all of them either way."""
 
     tensor: int = 1
     """Processes that share one backbone, its stages 3 and 4 split over them; 1: each has all of it. Consecutive ranks
@@ -155,7 +155,7 @@ class MeshConfig(Configuration):
 
 @dataclass
 class LoopConfig(Configuration):
-    """How long, how often, from which seed."""
+    """Length of the run, its intervals and its seed."""
 
     num_steps: int = 90_000
     global_batch: int = 16

@@ -25,7 +25,7 @@ SOURCES = (".py", ".json", ".yaml", ".cu", ".cuh", ".cpp", ".h")
 
 
 class Process(NamedTuple):
-    """What the kernel says of a process.
+    """State of a process, as the kernel says it.
 
     Attributes:
         state: its letter, "R", "S", "T" (stopped), "Z" (ended, not yet waited for) or another; "" where there is no process.
@@ -76,7 +76,7 @@ def memory() -> tuple[int | None, int | None]:
 
 
 class Room(NamedTuple):
-    """Whether a folder can be written.
+    """Room in a folder, and whether it can be written.
 
     Attributes:
         place: the nearest folder that exists.

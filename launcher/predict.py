@@ -25,7 +25,7 @@ PREDICTIONS = "predictions.json"
 
 @dataclass
 class Predictions:
-    """What `predict_run` did.
+    """Outcome of `predict_run`.
 
     Attributes:
         pictures: picture written, by the input file it shows.

@@ -160,6 +160,7 @@ def train_steps(session: Session, start: int) -> int:
         enter("data", step + 1)
         with stopwatch.host("data_wait"):
             try:
+                # `accumulation` batches of images (B, 3, H, W) uint8, or of clips (B, T, 3, H, W).
                 micro_batches = [next(batches).to(group.device) for _ in range(accumulation)]
             except WorkerError:
                 if not session.interruption.wait(1.0):
@@ -170,17 +171,21 @@ def train_steps(session: Session, start: int) -> int:
         with session.communication.step():
             enter("backbone")
             with stopwatch.device("backbone"), torch.no_grad():
+                # Of each micro-batch the maps (B, C_i, H / s_i, W / s_i), computed once for all heads.
                 features = [offload.forward(parts.backbone, batch.images) for batch in micro_batches]
             enter("heads")
             with stopwatch.device("heads"):
+                # By head and name, () float32 on the device; the gradients lie in the head's engine until `step_head`.
                 losses = {
                     name: head_losses(engine, features, micro_batches, group, offload)
                     for name, engine in session.engines.items()
                 }
                 enter("step")
+                # Every rank gets the same numbers, so all skip a step, stop a head or end the run together.
                 means, interrupted = mean_over_ranks(losses, group, session.interruption)
                 for trainee in list(session.trainees.values()):
                     step_head(session, trainee, step, means[trainee.name], micro_batches)
+        # The maps would stay in memory beside the next step's.
         del features, losses
         track_replaced(session, micro_batches)
         done = step + 1
@@ -189,6 +194,7 @@ def train_steps(session: Session, start: int) -> int:
         if done % loop.log_every == 0 or done == loop.num_steps:
             log(session, done, stream, offload)
         with stopwatch.paused():
+            # First what can be lost, then what takes long: an evaluation that dies costs no step.
             if interrupted or done % loop.checkpoint_every == 0 or evaluation_due(loop, done):
                 enter("checkpoint")
                 save(session, done, stream.epoch(done, loop.global_batch))
@@ -212,7 +218,7 @@ def head_losses(
     group: ProcessGroup,
     offload: ActivationOffload,
 ) -> dict[str, Tensor]:
-    """Forward and backward of one head over a step's micro-batches.
+    """Run forward and backward of one head over a step's micro-batches.
 
     Returns:
         Each named loss, averaged over the micro-batches, without a graph.
@@ -231,6 +237,7 @@ def head_losses(
         with offload.saving(engine.head, kept, maps):
             losses = engine(maps, batch, counts)
         del maps
+        # One backward a micro-batch, which frees its graph before the next forward.
         engine.backward(torch.stack(list(losses.values())).sum())
         for name, loss in losses.items():
             means[name] = means.get(name, 0) + loss.detach() / len(micro_batches)
@@ -341,7 +348,7 @@ def log(session: Session, done: int, stream: GlobalStream, offload: ActivationOf
 
 
 def evaluation_due(loop: LoopConfig, done: int) -> bool:
-    """After how many steps the heads are scored."""
+    """Return whether the heads are scored after `done` steps."""
     return done == loop.num_steps or (loop.evaluate_every is not None and done % loop.evaluate_every == 0)
 
 

@@ -35,7 +35,7 @@ _BOOTSTRAP = (
 
 
 def ssh_command(name: str, config: Path | None) -> list[str]:
-    """ssh to a node without ever asking a question; the command for its shell follows."""
+    """Return the start of an ssh command to a node that never asks a question; the command for its shell follows."""
     command = ["ssh", "-T", "-a", "-x", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_TIMEOUT}"]
     if config is not None:
         command += ["-F", str(config)]

@@ -43,7 +43,7 @@ RESTART_PAUSE = 5.0
 
 @dataclass(frozen=True)
 class Launch:
-    """What is to be launched.
+    """Order to launch a recipe on nodes.
 
     Attributes:
         recipe: its name.
@@ -127,7 +127,7 @@ def run_launch(launch: Launch, experiment: Experiment, *, dry_run: bool) -> int:
 
 
 def _start_once(launch: Launch, needs: Needs, signals: Signals, *, attempt: int, dry_run: bool) -> Ending:
-    """Preflight and one start, watched to its end; no process of it is left on any node that can be reached."""
+    """Inspect the nodes, start once and watch to the end; no process of it is left on any node that can be reached."""
     number = secrets.token_hex(8)
     # Only the first start may be told to begin anew or to insist on a checkpoint.
     resume = launch.resume if attempt == 0 else "auto"

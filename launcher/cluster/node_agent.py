@@ -66,7 +66,7 @@ def launch_processes(launch: str, node: str) -> list[int]:
 
 
 def end_launch(launch: str, node: str, *, limit: float = 10.0) -> list[int]:
-    """SIGKILL every process of a launch on this node, also those that are forked meanwhile; returns what is left."""
+    """Kill every process of a launch on this node with SIGKILL, also those forked meanwhile; return the pids of what is left."""
     until = time.monotonic() + limit
     while True:
         left = launch_processes(launch, node)
@@ -157,7 +157,7 @@ class Agent:
         }
 
     def do_offer(self, request: dict) -> dict:
-        """On rank 0's node: listen on the port that rank 0 will, and leave a mark beside the run folder."""
+        """Listen, on rank 0's node, on the port that rank 0 will use, and leave a mark beside the run folder."""
         answer = {"port": 0, "mark": "", "error": None}
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -181,7 +181,7 @@ class Agent:
         return answer
 
     def do_meet(self, request: dict) -> dict:
-        """On another node: reach rank 0's port, see its mark."""
+        """Reach rank 0's port from another node, and look for its mark."""
         error = None
         try:
             socket.create_connection((request["address"], request["port"]), timeout=10).close()

@@ -30,7 +30,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Needs:
-    """What a launch needs of its nodes.
+    """Everything that a launch needs of its nodes.
 
     Attributes:
         nodes: in rank order; one, named "this machine", where nothing is remote.
@@ -79,7 +79,7 @@ class Site:
 
 
 def needs_of(experiment: Experiment, recipe: str) -> dict[str, Any]:
-    """Files and folders of Needs that an experiment reads and writes: files, paths, output, cache.
+    """Return the fields of Needs that say what an experiment reads and writes: files, paths, output, cache.
 
     Args:
         experiment: with the command line's overrides.

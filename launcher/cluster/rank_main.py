@@ -32,7 +32,7 @@ TAKEN_VARIABLE = "PERMAFROST_LAUNCH_TAKEN"
 
 @dataclass(frozen=True)
 class Assignment:
-    """What the ranks of a node are told.
+    """Orders that the ranks of a node are given.
 
     Attributes:
         arguments: of `permafrost train`.
@@ -47,7 +47,7 @@ class Assignment:
     environment: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        """For the node's agent. ASCII escapes keep what is no valid Unicode (an argument of arbitrary bytes) as it is."""
+        """Return the fields for the node's agent. JSON's ASCII escapes keep what is no valid Unicode (an argument of arbitrary bytes)."""
         return asdict(self)
 
 

@@ -53,7 +53,7 @@ class Starter(Protocol):
         """Return the exit code, 0 or that of the first one that failed; None while any runs."""
 
     def end(self) -> None:
-        """SIGKILL what this machine still runs of them, and wait for it."""
+        """Kill what this machine still runs of them with SIGKILL, and wait for it."""
 
 
 class LocalRanks:
@@ -113,7 +113,7 @@ class DeepSpeedRanks:
 
 
 def deepspeed_command(hostfile: Path, *, address: str, port: int) -> list[str]:
-    """DeepSpeed's launcher; the rank's word follows."""
+    """Return the command of DeepSpeed's launcher; the rank's word follows."""
     return [
         *(sys.executable, "-m", "deepspeed.launcher.runner"),
         *("--hostfile", str(hostfile), "--force_multi", "--no_ssh_check", "--launcher", "pdsh"),

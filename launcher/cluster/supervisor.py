@@ -28,7 +28,7 @@ KILL_LIMIT = 15.0
 
 @dataclass(frozen=True)
 class Ending:
-    """How a launch ended.
+    """Outcome of a launch.
 
     Attributes:
         code: of the launcher: DONE; FAILED, by an error of a rank's own; USAGE_ERROR, said by the ranks; LOST, a rank,
@@ -86,7 +86,7 @@ class Supervisor:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the launch."""
+        """Return the number of ranks of the launch."""
         return len(self._owner)
 
     def watch(self) -> Ending:
@@ -150,7 +150,7 @@ class Supervisor:
         return self._ranks()
 
     def _not_taken_along(self, ranks: Mapping[int, Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
-        """Without the ranks that a starter on their node has ended when another one there failed."""
+        """Return the ranks but for those that a starter on their node has ended when another one there failed."""
         if not self._starter.ends_siblings:
             return dict(ranks)
         failed = {self._owner[rank] for rank, record in ranks.items() if record["code"]}
@@ -171,7 +171,7 @@ class Supervisor:
         return len(ranks) == self.world_size and all(record["code"] is not None for record in ranks.values())
 
     def _judge(self, ranks: Mapping[int, Mapping[str, Any]]) -> Ending:
-        """By what the ranks noted, and the run folder's final.json."""
+        """Judge the ending by what the ranks noted, and by the run folder's final.json."""
         codes = {record["code"] for record in ranks.values() if record["code"]}
         if not codes:
             if self._has_final():

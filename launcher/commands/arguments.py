@@ -15,7 +15,7 @@ PROGRESS_SECONDS = 10.0
 
 
 def device_name(text: str) -> str:
-    """For argparse: auto, cpu, cuda or cuda:N."""
+    """Return the name of a device for argparse: auto, cpu, cuda or cuda:N."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a device: give auto, cpu, cuda or cuda:N")
     return text
@@ -73,7 +73,7 @@ def amount(unit: str, least: float | None = None) -> Callable[[str], float]:
 
 
 def probability(text: str) -> float:
-    """For argparse: a number from 0 to 1."""
+    """Return a number from 0 to 1 for argparse."""
     value = _float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
@@ -123,7 +123,7 @@ def recipe_parser(command: str, *, usage: str, description: str, epilog: str) ->
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """parse_args, naming the nearest option where one is unknown.
+    """Parse the arguments; where an option is unknown, the error names the nearest one.
 
     Raises:
         SystemExit: as argparse.

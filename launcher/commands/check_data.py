@@ -111,7 +111,7 @@ def draw_samples(experiment: Experiment, num_samples: int, target: Path) -> None
 
 
 def png_file(text: str) -> Path:
-    """For argparse: a path that ends in .png."""
+    """Return a path that ends in .png for argparse."""
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
     return Path(text)

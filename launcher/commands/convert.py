@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def num_bytes(text: str) -> int:
-    """For argparse: a size such as 500MB, 2GiB or 1000000."""
+    """Return the bytes of a size such as 500MB, 2GiB or 1000000 for argparse."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size < 1:

@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _pixels(text: str) -> int:
-    """For argparse: an even number of pixels from 32."""
+    """Return an even number of pixels, at least 32, for argparse."""
     if not text.isdecimal() or int(text) < 32 or int(text) % 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not a side: give an even number of pixels from 32")
     return int(text)

@@ -18,7 +18,7 @@ FACTOR = "learning_rate_factor"
 
 
 def build_adamw(head: nn.Module, config: OptimizerConfig, *, device_type: str) -> torch.optim.AdamW:
-    """AdamW over the head's parameters, in the groups of `parameter_groups`.
+    """Build AdamW over the head's parameters, in the groups of `parameter_groups`.
 
     The implementation is named rather than left to torch, whose default depends on the tensors it meets: the fused
     kernel where the parameters are on CUDA ("cuda"), the plain loop elsewhere. The learning rate arrives with each

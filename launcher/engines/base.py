@@ -80,7 +80,7 @@ class HeadState:
 
 @dataclass
 class StepReport:
-    """What one optimizer step did.
+    """Outcome of one optimizer step.
 
     Attributes:
         grad_norm: global L2 norm of the gradient before clipping; None where the engine does not know it.

@@ -114,7 +114,7 @@ class DeepSpeedEngine:
         self._engine.train(mode)
 
     def backward(self, loss: Tensor) -> None:
-        """DeepSpeed divides by the number of micro-batches itself."""
+        """Run the backward; DeepSpeed divides by the number of micro-batches itself."""
         assert self._num_backward < self._accumulation, f"more than {self._accumulation} backward calls in one step"
         self._engine.backward(loss)
         self._num_backward += 1

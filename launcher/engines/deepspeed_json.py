@@ -221,7 +221,7 @@ def _zero_section(section: Any, source: str, zero_stage: int | None) -> dict[str
 
 
 def _set_autocast(merged: dict[str, Any], source: str, precision: str) -> None:
-    """torch_autocast, never the bf16 mode: that one turns every parameter of the head bfloat16."""
+    """Set torch_autocast, never the bf16 mode: that one turns every parameter of the head bfloat16."""
     section = merged.pop("torch_autocast", {})
     wanted = precision == "bfloat16"
     enabled = section.get("enabled", wanted)

@@ -160,7 +160,7 @@ def _link(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def _set_fragment(parameter: nn.Parameter, values: Mapping[str, Tensor]) -> None:
-    """ZeRO 1 and 2: the model's own copy, and this rank's elements of the master weights and moments."""
+    """Set, under ZeRO 1 and 2, the model's own copy and this rank's elements of the master weights and moments."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     parameter.data.copy_(values["weight"])
@@ -170,7 +170,7 @@ def _set_fragment(parameter: nn.Parameter, values: Mapping[str, Tensor]) -> None
 
 
 def _set_partition(parameter: nn.Parameter, values: Mapping[str, Tensor]) -> None:
-    """ZeRO 3: this rank's slice of the padded values, then the model's own copy.
+    """Set, under ZeRO 3, this rank's slice of the padded values, then the model's own copy.
 
     DeepSpeed's `safe_set_full_*` do not pad, and fail where the elements do not divide by the ranks.
     """

@@ -84,5 +84,5 @@ def _differs_once(new: Layout, old: Layout) -> bool:
 
 
 def _most_micro_batches(planner: Planner) -> int:
-    """Micro-batches of one image."""
+    """Return the number of micro-batches a step where each has one image."""
     return planner.experiment.loop.global_batch // planner.machines.world_size

@@ -122,7 +122,7 @@ def spec_of(config: BackboneConfig) -> FeatureSpec:
 
 
 def degrees_of(config: BackboneConfig) -> list[int]:
-    """Tensor degrees that a network can be split by."""
+    """Return the tensor degrees that a network can be split by."""
     return possible_degrees(SWINV2_SIZES[config.name]) if config.name in SWINV2_SIZES else [1]
 
 

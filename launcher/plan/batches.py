@@ -11,7 +11,7 @@ from permafrost.data.types import Batch, SampleKey, Target
 
 @dataclass(frozen=True)
 class PlannedData:
-    """What a recipe's training samples are.
+    """Training samples of a recipe, as far as a plan needs to know them.
 
     Attributes:
         target: type of what is known about each.

@@ -64,13 +64,13 @@ class EngineMemory:
 
     @property
     def resident(self) -> int:
-        """All that is there for good."""
+        """Return the bytes that are there for good."""
         return self.weights + self.optimizer + self.resident_gradients
 
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """How a head is trained.
+    """Engine of a head, as far as a plan needs to know it.
 
     Attributes:
         stage: ZeRO's, 0 for Accelerate.
@@ -88,7 +88,7 @@ class EnginePlan:
 
     @property
     def bucket_numel(self) -> int:
-        """Elements of a bucket."""
+        """Return the elements of a bucket."""
         return int(self.zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE))
 
     @property
@@ -221,7 +221,7 @@ class EnginePlan:
 
 
 def _kept_numel(groups: Sequence[Sequence[int]], part_numels: Sequence[int], num_ranks: int) -> int:
-    """Elements of the gradients that ZeRO 1 and 2 keep on the rank that keeps most.
+    """Return the elements of the gradients that ZeRO 1 and 2 keep on the rank that keeps most.
 
     Parameters are kept whole, also those of which only a piece lies in the rank's part.
     """

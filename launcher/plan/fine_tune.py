@@ -153,7 +153,7 @@ def join_plans(backbone: TrainedPlan, head: HeadPlan) -> HeadPlan:
 
 @contextmanager
 def _as_on_cuda(trace: Trace, is_cuda: bool) -> Iterator[None]:
-    """CUDA has a fused attention, and its autocast computes norms in float32, which a CPU's does not.
+    """Compute as on CUDA, which has a fused attention, and whose autocast computes norms in float32, unlike a CPU's.
 
     Functions are replaced, as a mode would be off in a backward, where blocks may be computed again.
     """

@@ -58,7 +58,7 @@ class HeadPlan:
 
 @dataclass(frozen=True)
 class HeadRun:
-    """How a head is run, but for the number of images and their size.
+    """Run of a head, but for the number of images and their size.
 
     Attributes:
         head: in training mode, on the CPU; its values do not matter.
@@ -177,7 +177,7 @@ def _run_head(run: HeadRun, batch_size: int, side: int) -> HeadPlan:
 
 
 def _own_counts(name: str, count: Tensor) -> Tensor:
-    """LossCounts of this process alone: a plan may be made while other ranks do something else."""
+    """Count, as LossCounts, in this process alone: a plan may be made while other ranks do something else."""
     return count.float().clamp(min=1.0)
 
 

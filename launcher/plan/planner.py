@@ -43,7 +43,7 @@ NETWORK_BANDWIDTH = 40e9
 
 @dataclass(frozen=True)
 class Machines:
-    """What the recipe is to run on.
+    """Machines that the recipe is to run on.
 
     Attributes:
         gpus: on each node.
@@ -72,7 +72,7 @@ class Machines:
 
 @dataclass(frozen=True)
 class Layout:
-    """What can be chosen about how a recipe runs."""
+    """Choices about the way a recipe runs."""
 
     tensor: int
     stage: Stage
@@ -110,7 +110,7 @@ class Row:
 
     @property
     def peak(self) -> int:
-        """Most bytes on the device at any moment."""
+        """Return the most bytes on the device at any moment."""
         return self.memory["peak"]
 
 
@@ -201,7 +201,7 @@ class Planner:
 
     @property
     def degrees(self) -> list[int]:
-        """Tensor degrees that divide both the network's heads and a node's GPUs; of a network that is trained only 1."""
+        """Return the tensor degrees that divide both the network's heads and a node's GPUs; of a network that is trained only 1."""
         if not self.experiment.backbone.frozen:
             return [1]
         degrees = degrees_of(self.experiment.backbone)
@@ -296,7 +296,7 @@ class Planner:
 
     @cached_property
     def _groups(self) -> dict[str, list[list[int]]]:
-        """Elements of every parameter of each head, by AdamW's parameter groups."""
+        """Return the elements of every parameter of each head, by AdamW's parameter groups."""
         groups = {}
         for name, run in self._runs.items():
             module = run.head
@@ -407,7 +407,7 @@ class Planner:
 
 
 def _head_peaks(head: HeadPlan, memory: EngineMemory, accumulation: int) -> tuple[int, int]:
-    """Most that a head's forward and backward hold besides what is resident and the feature maps."""
+    """Return the most bytes that a head's forward and backward hold besides what is resident and the feature maps."""
     piled = memory.gradients - memory.resident_gradients
     # From the second micro-batch on the first one's gradients are there.
     before = piled if accumulation > 1 else 0

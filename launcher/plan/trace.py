@@ -142,7 +142,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """What a fused kernel keeps for its backward, and what that gives."""
+    """Attention that keeps what a fused kernel keeps for its backward."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, trace: Trace) -> Tensor:

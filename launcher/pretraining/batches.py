@@ -21,13 +21,13 @@ SAMPLING, AUGMENTATION, DROP_PATH = range(3)
 
 
 def generator(seed: int, purpose: int, step: int) -> torch.Generator:
-    """A CPU generator of its own for each (seed, purpose, step)."""
+    """Return a CPU generator of its own for each (seed, purpose, step)."""
     state = int(np.random.SeedSequence([seed, purpose, step]).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(state & (2**63 - 1))
 
 
 def difficulty_limit(experiment: PretrainExperiment, step: int) -> float:
-    """Highest difficulty drawn at a 0-based step: rises linearly to 1 over the curriculum's share of the run."""
+    """Return the highest difficulty drawn at a 0-based step; it rises linearly to 1 over the curriculum's share of the run."""
     end = experiment.curriculum * experiment.num_steps
     first = experiment.first_difficulty
     return 1.0 if step >= end else first + (1 - first) * step / end
@@ -36,7 +36,7 @@ def difficulty_limit(experiment: PretrainExperiment, step: int) -> float:
 def train_batches(
     split: glyphs.GlyphSplit, experiment: PretrainExperiment, first_step: int
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Augmented batches from a step on.
+    """Yield augmented batches from a step on.
 
     Yields:
         The step, images (B, 3, S, S) float32 in [0, 1], coverage (B, S, S) float32 in [0, 1] of the visible figure,
@@ -57,7 +57,7 @@ def train_batches(
 
 
 def augment(pictures: Tensor, source: torch.Generator, freedom: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Random similarity with reflection, colour and noise.
+    """Augment pictures by a random similarity with reflection, colour and noise.
 
     A class is an outline up to rotation and reflection, so any of them keeps the label.
 

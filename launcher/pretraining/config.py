@@ -76,10 +76,10 @@ class PretrainExperiment(Configuration):
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """The window each of the four stages really has at `image_size`: none is larger than its map."""
+        """Return the window that each of the four stages really has at `image_size`: none is larger than its map."""
         return tuple(min(self.window_size, self.image_size // stride) for stride in (4, 8, 16, 32))
 
     @property
     def run_folder(self) -> str:
-        """Where the run writes."""
+        """Return the folder that the run writes to."""
         return self.output or f"runs/{self.name}"

@@ -24,7 +24,7 @@ _FIGURE_SHARE = 0.25
 
 
 def build_classifier(experiment: PretrainExperiment, num_classes: int) -> SwinV2Classifier:
-    """A network with the windows it will really have at the recipe's image size, ready to be trained in a short run.
+    """Build a network with the windows it will really have at the recipe's image size, ready to be trained in a short run.
 
     SwinV2's own starting values make every block the identity and let it in slowly, over hundreds of epochs. Here the
     blocks count from the first step: unit norms, and linear layers that keep the variance of their input.
@@ -64,11 +64,11 @@ class Readouts(nn.Module):
         )
 
     def forward(self, features: tuple[Tensor, ...]) -> list[Tensor]:
-        """Logits (B, H_i, W_i, 1 or K + 1) of the first three maps (B, C_i, H_i, W_i)."""
+        """Return logits (B, H_i, W_i, 1 or K + 1) of the first three maps (B, C_i, H_i, W_i)."""
         return [level(x.permute(0, 2, 3, 1)).float() for level, x in zip(self.levels, features[:3], strict=True)]
 
     def loss(self, logits: list[Tensor], coverage: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-        """Mean binary cross-entropy of the two fine maps plus the cross-entropy of the third.
+        """Return the mean binary cross-entropy of the two fine maps plus the cross-entropy of the third.
 
         Args:
             logits: what `forward` returned.
@@ -96,20 +96,20 @@ class Readouts(nn.Module):
 def forward_all(
     model: SwinV2Classifier, readouts: Readouts, images: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, list[Tensor]]:
-    """Image logits (B, K) float32 and the read-outs, from images (B, 3, S, S) in [0, 1], through one forward."""
+    """Return image logits (B, K) float32 and the read-outs of images (B, 3, S, S) in [0, 1], through one forward."""
     features = model.forward_features(normalise(images), generator=generator)
     pooled = model.norm(features[-1].permute(0, 2, 3, 1)).mean(dim=(1, 2))
     return model.head(pooled).float(), readouts(features)
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1], by the network's statistics."""
+    """Normalise images (B, 3, H, W) in [0, 1] by the network's statistics."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
     return (images - mean) / std
 
 
 def build_optimizer(modules: tuple[nn.Module, ...], experiment: PretrainExperiment) -> torch.optim.AdamW:
-    """AdamW in two groups: matrices are decayed; norms, biases, logit scales and the position bias MLP are not."""
+    """Build AdamW with two groups: matrices are decayed; norms, biases, logit scales and the position bias MLP are not."""
     decayed, others = [], []
     for module in modules:
         for name, parameter in module.named_parameters():

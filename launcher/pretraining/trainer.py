@@ -103,7 +103,7 @@ def run(
 
 
 def _train(experiment, model, readouts, average, optimizer, train, val, first_step, place, command, log) -> None:
-    """The loop: a step, the running average, and now and then a log line, an evaluation, a checkpoint."""
+    """Run the loop: a step, the running average, and now and then a log line, an evaluation, a checkpoint."""
     folder = Path(experiment.run_folder)
     batches = train_batches(train, experiment, first_step)
     accuracy = 0.0
@@ -156,7 +156,7 @@ def _finish(experiment, model, average, val, place, command, log) -> dict[str, f
 
 
 def learning_rate(experiment: PretrainExperiment, step: int) -> float:
-    """Rate at a 0-based step: linear warm-up, then a half cosine to zero."""
+    """Return the rate at a 0-based step: linear warm-up, then a half cosine to zero."""
     if step < experiment.warmup_steps:
         return experiment.learning_rate * (step + 1) / experiment.warmup_steps
     progress = (step - experiment.warmup_steps) / max(1, experiment.num_steps - experiment.warmup_steps)
@@ -211,7 +211,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, step: int
 def evaluate(
     model: nn.Module, split: glyphs.GlyphSplit, experiment: PretrainExperiment, device: torch.device
 ) -> dict[str, float]:
-    """Accuracy and cross-entropy over a split, without augmentation.
+    """Return accuracy and cross-entropy over a split, without augmentation.
 
     The model must be in eval mode.
     """
@@ -308,7 +308,7 @@ def _restore(
 
 
 def _autocast(experiment: PretrainExperiment, device: torch.device):
-    """bfloat16 autocast where the recipe asks for it."""
+    """Return an autocast to bfloat16 where the recipe asks for it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=experiment.precision == "bfloat16")
 
 

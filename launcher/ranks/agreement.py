@@ -66,7 +66,7 @@ def require_agreement(group: ProcessGroup, facts: Mapping[str, Any]) -> None:
 
 
 def own_modules(recipe: Any) -> dict[str, str]:
-    """Sha-256 of the source of every module outside permafrost that has a class in a recipe, by the module's name."""
+    """Return the SHA-256 of the source of every module outside permafrost that has a class in a recipe, by the module's name."""
     found = {}
     for name in sorted(set(_modules(recipe))):
         if name.partition(".")[0] != "permafrost" and name in sys.modules:

@@ -60,7 +60,7 @@ class Beat:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Rises while a rank works."""
+        """Return (step, number of the phase), which rises while a rank works."""
         return self.step, PHASES.index(self.phase)
 
     @property
@@ -279,7 +279,7 @@ def kill_culprits(culprits: Sequence[Culprit]) -> list[Culprit]:
 
 
 class Watch:
-    """How long each rank has been silent, by this process's clock alone: from the first `poll` that saw its last beat."""
+    """Watches the silence of each rank, by this process's clock alone: from the first `poll` that saw its last beat."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

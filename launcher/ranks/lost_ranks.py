@@ -126,7 +126,7 @@ def _leave_the_lifeless(group: ProcessGroup, heartbeat: Heartbeat, watch: Watch,
 
 
 def _name_early(group: ProcessGroup, heartbeat: Heartbeat, watch: Watch, timeout: float) -> None:
-    """Half way to the timeout one rank says who is waited for: where NCCL ends a process, nothing can be said later."""
+    """Let one rank say, half way to the timeout, who is waited for: where NCCL ends a process, nothing can be said later."""
     beat = heartbeat.beat
     if beat.phase in UNHURRIED:
         return

@@ -25,7 +25,7 @@ launcher passes it on."""
 
 
 class Interruption:
-    """Whether this process has been asked to end."""
+    """Request to end, which this process may receive as a signal."""
 
     def __init__(self) -> None:
         self.received: str | None = None

@@ -54,7 +54,7 @@ class CheckpointWarning(UserWarning):
 
 @dataclass
 class TrainingState:
-    """What state.json says beside the checksums.
+    """Content of state.json beside the checksums.
 
     Attributes:
         step: optimizer steps done.
@@ -325,7 +325,7 @@ def _write_folder(folder: Path, heads: Mapping[str, HeadState], state: TrainingS
 
 
 def _read_state(folder: Path) -> tuple[TrainingState, dict[str, dict[str, Any]]]:
-    """state.json, verified by its own checksum; the second value describes each file and the head it belongs to."""
+    """Read state.json, verified by its own checksum; the second value describes each file and the head it belongs to."""
     path = folder / STATE_FILE
     try:
         content = json.loads(path.read_bytes())

@@ -39,7 +39,7 @@ _OWN = "head."
 
 @dataclass
 class Source:
-    """Where a head's first weights come from.
+    """Source of a head's first weights.
 
     Attributes:
         path: of the checkpoint.
@@ -58,7 +58,7 @@ class Source:
 
 @dataclass
 class Start:
-    """What a head took from its source.
+    """Account of what a head took from its source.
 
     Attributes:
         path: of the checkpoint.

@@ -238,7 +238,7 @@ class RunFolder:
         self.final.unlink(missing_ok=True)
 
     def write_final(self, content: dict[str, Any]) -> None:
-        """final.json: the run has ended; its step, metrics and stopped heads."""
+        """Write final.json, which says that the run has ended; `content` is its step, metrics and stopped heads."""
         write_atomically(self.final, json.dumps(content, indent=2) + "\n")
 
     def read_final(self) -> dict[str, Any] | None:
@@ -249,15 +249,15 @@ class RunFolder:
             return None
 
     def evidence(self, head: str) -> Path:
-        """nonfinite_<head>.json: the samples and losses at which a head stopped."""
+        """Return the path of nonfinite_<head>.json: the samples and losses at which a head stopped."""
         return self.path / f"nonfinite_{head}.json"
 
     def write_replaced(self, reasons: dict[str, str]) -> None:
-        """replaced_images.json: every training image that could not be read, with the reason."""
+        """Write replaced_images.json: every training image that could not be read, with the reason."""
         write_atomically(self.path / "replaced_images.json", json.dumps(reasons, indent=2) + "\n")
 
     def write_train_images(self, image_ids: list[int]) -> None:
-        """train_images.json: the ids of the images that are trained on."""
+        """Write train_images.json: the ids of the images that are trained on."""
         write_atomically(self.path / "train_images.json", json.dumps(image_ids) + "\n")
 
     def close(self) -> None:

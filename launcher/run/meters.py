@@ -30,7 +30,7 @@ class Window:
             entry[1] += 1.0
 
     def state(self) -> dict[str, list[float]]:
-        """For JSON, which keeps every bit of a float."""
+        """Return the state for JSON, which keeps every bit of a float."""
         return {tag: list(entry) for tag, entry in self._sums.items()}
 
     def means(self) -> dict[str, float]:
@@ -123,7 +123,8 @@ class CommunicationMeter:
     """
 
     def __init__(self, world_size: int, device: torch.device, every: int) -> None:
-        """
+        """Set up the meter.
+
         Args:
             world_size: one rank has nothing to measure.
             device: of the run.
@@ -137,7 +138,7 @@ class CommunicationMeter:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around everything that ranks do together in a step."""
+        """Enclose everything that ranks do together in a step, and measure it where it is due."""
         is_due, self._wait = self._is_on and self._wait == 0, (self._wait or self._every) - 1
         if not is_due:
             yield

@@ -43,7 +43,8 @@ class Monitor:
     def __init__(
         self, run_folder: RunFolder, *, num_steps: int, is_main: bool, start_step: int = 0, log_every: int = 1
     ) -> None:
-        """
+        """Open what the run is recorded in.
+
         Args:
             run_folder: where metrics.jsonl and tensorboard/ are.
             num_steps: of the whole run.
@@ -230,7 +231,7 @@ class JsonLines:
             self._last = (start, content)
 
     def drop_after(self, step: int) -> None:
-        """Before the first `record`: remove the lines of later steps, and what is no JSON (the end of a killed run)."""
+        """Remove the lines of later steps, and what is no JSON (the end of a killed run); call it before the first `record`."""
         if self.path.is_file():
             kept = [line for line in read_json_lines(self.path) if line.get("step", 0) <= step]
             write_atomically(self.path, b"".join(map(_encode, kept)).decode())
@@ -247,7 +248,8 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
-        """
+        """Open the file.
+
         Args:
             folder: made if it is missing.
             first_step: TensorBoard hides what earlier files of the folder say of this step and later ones.

@@ -35,7 +35,7 @@ SLACK = 1.25
 
 @dataclass
 class OffloadStatistics:
-    """What heads saved for their backward, each storage once a forward, parameters and buffers of the head aside.
+    """Bytes that heads saved for their backward, each storage once a forward, parameters and buffers of the head aside.
 
     Attributes:
         saved_bytes: all of it.
@@ -165,7 +165,7 @@ class HostCopy:
         self._returning = (target, self._last[0])
 
     def fetch(self) -> torch.UntypedStorage:
-        """The storage, on its device again; the current stream waits for it, the CPU does not."""
+        """Return the storage, on its device again; the current stream waits for it, the CPU does not."""
         self.prefetch()
         if self._returning is None:
             return torch.UntypedStorage._new_with_weak_ptr(self._returned.cdata)
@@ -189,11 +189,11 @@ class SavedView:
 
     @classmethod
     def of(cls, tensor: Tensor, copy: HostCopy) -> SavedView:
-        """The view that `tensor` is of its own storage, whose bytes `copy` holds."""
+        """Return the view that `tensor` is of its own storage, whose bytes `copy` holds."""
         return cls(copy, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
 
     def fetch(self) -> Tensor:
-        """The tensor, on its device again."""
+        """Return the tensor, on its device again."""
         storage = self.copy.fetch()
         return torch.empty(0, dtype=self.dtype, device=storage.device).set_(
             storage, self.offset, self.shape, self.stride
@@ -228,7 +228,7 @@ class KeptFeatures:
         self.views = views
 
     def take(self) -> tuple[Tensor, ...]:
-        """The maps, on the device."""
+        """Return the maps, on the device."""
         if self.views is None:
             return self._maps
         for view in self.views:
@@ -255,7 +255,7 @@ class ActivationOffload:
         self.statistics = OffloadStatistics()
 
     def forward(self, backbone: FrozenBackbone, images: Tensor) -> KeptFeatures:
-        """The backbone's maps of one micro-batch; unless the mode is "off", they leave as its stages produce them.
+        """Compute the backbone's maps of one micro-batch; unless the mode is "off", they leave as its stages produce them.
 
         Args:
             backbone: its `stages`, if it names any, are watched.
@@ -280,7 +280,7 @@ class ActivationOffload:
 
     @contextmanager
     def saving(self, head: nn.Module, kept: KeptFeatures, maps: Sequence[Tensor]) -> Iterator[None]:
-        """What is saved for a backward inside this context is offloaded, as the mode says.
+        """Offload what is saved for a backward inside this context, as the mode says.
 
         Args:
             head: its parameters and buffers stay.
@@ -345,7 +345,7 @@ class ActivationOffload:
             counted.clear()
 
     def take_statistics(self) -> OffloadStatistics:
-        """What was counted since the last call."""
+        """Return what was counted since the last call."""
         statistics, self.statistics = self.statistics, OffloadStatistics()
         return statistics
 
@@ -354,7 +354,7 @@ class ActivationOffload:
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
-    """A storage and its version; unique while a weak reference to the storage is held."""
+    """Return a storage and its version; unique while a weak reference to the storage is held."""
     return tensor.untyped_storage()._cdata, tensor._version
 
 

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass
 class TrainingParts:
-    """What a training is made of, before engines take the heads over.
+    """Parts of a training, before engines take the heads over.
 
     In full fine-tuning the one head owns the backbone too, and `backbone` hands it the images.
     """
@@ -42,7 +42,7 @@ class TrainingParts:
 
 
 def build_parts(experiment: Experiment, group: ProcessGroup) -> TrainingParts:
-    """Data sets, backbone and freshly initialised heads; collective, and the same on every rank.
+    """Build data sets, backbone and freshly initialised heads; collective, and the same on every rank.
 
     Raises:
         DataError, WeightsError, BackboneError, HeadError: what cannot be built, on every rank.

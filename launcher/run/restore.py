@@ -41,7 +41,7 @@ class HeadRunner:
         self._device_type = device.type
 
     def train(self, mode: bool = True) -> None:
-        """It stays in evaluation: there is nothing to train it with."""
+        """Stay in evaluation: there is nothing to train it with."""
 
     @torch.no_grad()
     def __call__(self, features: Sequence[Tensor], batch: Batch, counts: LossCounts = world_mean_counts) -> list[Any]:
@@ -52,7 +52,7 @@ class HeadRunner:
 
 @dataclass
 class TrainedRun:
-    """What `load_trained` found.
+    """Trained run, as `load_trained` found it.
 
     Attributes:
         folder: where it was read from.

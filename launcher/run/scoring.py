@@ -35,7 +35,7 @@ UNREADABLE = "unreadable.json"
 
 
 class RunsHead(Protocol):
-    """What is evaluated: an engine, or a HeadRunner."""
+    """Callable that is evaluated: an engine, or a HeadRunner."""
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation."""
