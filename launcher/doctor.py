@@ -1,4 +1,4 @@
-"""A report on what this machine offers and lacks, `permafrost doctor`. Made to work where little else does.
+"""Report what this machine offers and lacks: `permafrost doctor`. It is made to work where little else does.
 
 Packages and devices are examined in a child process, so that a library that crashes or hangs on import becomes a line
 of the report.

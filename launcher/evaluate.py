@@ -1,4 +1,4 @@
-"""A trained run scored anew from its folder, on its validation split or, for a benchmark server, on its test images."""
+"""Score a trained run anew from its folder, on its validation split or, for a benchmark server, on its test images."""
 
 from __future__ import annotations
 

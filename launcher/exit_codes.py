@@ -1,4 +1,4 @@
-"""The exit codes of the `permafrost` command, of every rank and of what launches them.
+"""The exit codes with which the `permafrost` command, every rank and what launches them end.
 
 `doctor` ends with FAILED where a machine is found wanting, `plan` where no layout fits, `predict` where some of its inputs could
 not be read. `launch` ends with DONE when every rank did and the run folder has its final.json; with FAILED or SAVED where

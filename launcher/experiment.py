@@ -1,4 +1,4 @@
-"""The Experiment: everything a run is made of, as plain values. A recipe is a function that returns one.
+"""The Experiment, which holds everything a run is made of as plain values. A recipe is a function that returns one.
 
 No torch in here: `permafrost --help`, override parsing and the checks in `__post_init__` stay fast.
 """

@@ -1,4 +1,4 @@
-"""Small files: replaced whole, or grown by a line. No torch in here, and nothing that holds a lock: see `write_atomically`."""
+"""Replace small files whole, or grow them by a line. Imports no torch, and nothing that holds a lock: `write_atomically` says why."""
 
 from __future__ import annotations
 

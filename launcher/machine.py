@@ -1,4 +1,4 @@
-"""This machine: processes, memory, disks, GPUs, network, versions, the hash of permafrost's source.
+"""Ask this machine: processes, memory, disks, GPUs, network, versions, the hash of permafrost's source.
 
 The standard library alone, Linux. A launch sends this file's source to its nodes together with the node agent's, and they run
 where nothing is installed: so nothing else of permafrost may be imported here.

@@ -1,4 +1,4 @@
-"""A trained run on files of one's own, images or videos as its data has them: what was found, drawn and as a JSON."""
+"""Run a trained run on files of one's own, images or videos as its data has them: results are drawn and listed as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The provenance of a run: versions, commit, command and machine, for its folder and for comparing ranks. No torch in here."""
+"""Record the provenance of a run: versions, commit, command and machine, for its folder and to compare ranks. Imports no torch."""
 
 from __future__ import annotations
 

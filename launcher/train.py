@@ -1,4 +1,4 @@
-"""The training loop: one frozen forward, then each head's losses, backward and step; now and then a checkpoint.
+"""Run the training loop: one frozen forward, then each head's losses, backward and step; now and then a checkpoint.
 
     python -m permafrost.launcher.train RECIPE --field value ...
 

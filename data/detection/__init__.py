@@ -1,1 +1,1 @@
-"""Detection and instance segmentation: COCO's layout, its augmentation, evaluation and checks."""
+"""Detection and instance segmentation: reads COCO's layout, augments, evaluates and checks it."""

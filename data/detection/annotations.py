@@ -1,4 +1,4 @@
-"""COCO JSON files: loading, checking every entry with its JSON path, and decoding segmentations.
+"""Read COCO JSON files: check every entry, naming its JSON path, and decode segmentations.
 
 pycocotools takes broken files without a word: an annotation of an unknown image or category vanishes, a polygon of
 two points is read as a box, a run-length mask of another size shifts every pixel. Everything here is checked before

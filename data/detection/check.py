@@ -1,4 +1,4 @@
-"""Everything that is wrong with a data set, found before a run: what `permafrost check-data` prints."""
+"""Find everything that is wrong with a data set before a run; `permafrost check-data` prints it."""
 
 from __future__ import annotations
 

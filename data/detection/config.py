@@ -1,4 +1,4 @@
-"""Configurations of detection data sets: values only, no torch."""
+"""Configurations of detection data sets. They hold values only and import no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Simple Copy-Paste (Ghiasi et al., CVPR 2021): objects of one augmented image on top of another."""
+"""Paste objects of one augmented image onto another: Simple Copy-Paste (Ghiasi et al., CVPR 2021)."""
 
 from __future__ import annotations
 

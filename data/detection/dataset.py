@@ -1,4 +1,4 @@
-"""Detection data in COCO's layout: any JSON of instances with its folder of images.
+"""Read detection data in COCO's layout: any JSON of instances with its folder of images.
 
     root/annotations/instances_train2017.json    root/train2017/*.jpg
     root/annotations/instances_val2017.json      root/val2017/*.jpg

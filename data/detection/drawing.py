@@ -1,4 +1,4 @@
-"""Pictures for people: boxes, masks and labels drawn on images."""
+"""Draw boxes, masks and labels on images, for people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""COCO's average precision by pycocotools (or a library that is called alike), for boxes and masks.
+"""Compute COCO's average precision by pycocotools (or a library that is called alike), for boxes and masks.
 
 What pycocotools takes silently is handled before it gets there: no predictions at all (IndexError in its loader), a
 score that is not a number (reported as AP 1), a ground-truth annotation with id 0 (never matched), annotations

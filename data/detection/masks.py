@@ -1,4 +1,4 @@
-"""COCO's segmentations and masks on a box's own grid: polygons, run lengths in three forms, pixels."""
+"""Convert COCO's segmentations and masks on a box's own grid: polygons, run lengths in three forms, pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Precision over recall of detections, as pixels for TensorBoard."""
+"""Plot precision over recall of detections, as pixels for TensorBoard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Maps of the class of every pixel, such as COCO-stuff's: beside the images of a data set in COCO's layout.
+"""Read maps of the class of every pixel, such as COCO-stuff's, which lie beside the images of a data set in COCO's layout.
 
 COCO-stuff's pixel maps (stuffthingmaps/train2017/<image>.png) hold 0..181, things and stuff, and 255 where nobody labelled.
 """

@@ -1,4 +1,4 @@
-"""From an image on disk with its objects to what the network sees.
+"""Turn an image on disk, with its objects, into what the network sees.
 
 Training is large-scale jitter with a fixed-size crop (Ghiasi et al., Simple Copy-Paste, CVPR 2021): the image is
 resized by a random factor of what fits the square, then a square is cropped where it is larger and padded at the

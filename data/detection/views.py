@@ -1,4 +1,4 @@
-"""Several views of an image (sizes, mirrored or not) made into one result: multi-scale and flip testing of detectors.
+"""Merge several views of an image (sizes, mirrored or not) into one result: multi-scale and flip testing of detectors.
 
 Boxes of all views are brought back to the image on disk and thinned out class by class by one non-maximum suppression over all of
 them, the best `num_detections` stay; so detectron2's GeneralizedRCNNWithTTA does. A mask is that of the box that stayed, or is voted

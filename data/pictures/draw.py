@@ -1,4 +1,4 @@
-"""Pictures for people, of any task: colours of classes, captions, sheets of many pictures."""
+"""Draw pictures for people, of any task: colours of classes, captions, sheets of many pictures."""
 
 from __future__ import annotations
 

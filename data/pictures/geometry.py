@@ -1,4 +1,4 @@
-"""Sizes and pixels of pictures of any task: resizing, cropping, mirroring, padding. Shapes: (..., H, W), sizes are (height, width).
+"""Resize, crop, mirror and pad pictures of any task. Shapes: (..., H, W), sizes are (height, width).
 
 Padding takes PAD_COLOR, the mean colour of photographs, not black: after the backbone's normalisation it is close to
 0, which is what detection code pads with after normalising, and it draws no edge along the image.

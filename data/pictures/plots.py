@@ -1,4 +1,4 @@
-"""Figures of an evaluation as pixels for TensorBoard: the confusion matrix of any task."""
+"""Plot figures of an evaluation as pixels for TensorBoard: the confusion matrix of any task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading one image file: whatever it holds becomes (3, H, W) uint8 RGB, or an ImageError that says why not.
+"""Read one image file: whatever it holds becomes (3, H, W) uint8 RGB, or an ImageError that says why not.
 
 Size limits are checked on the header, before a pixel is decoded: a file of a few kilobytes can claim gigabytes. EXIF
 orientation is ignored, as pycocotools and torchvision do: COCO annotations belong to the pixels as stored. Files are

@@ -1,1 +1,1 @@
-"""Semantic segmentation in the layout of ADE20K's SceneParsing release: labels, augmentation, views, checks."""
+"""Semantic segmentation: reads the layout of ADE20K's SceneParsing release, augments, splits into views and checks it."""

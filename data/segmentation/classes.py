@@ -1,4 +1,4 @@
-"""Names of the classes: from the data set's own table, or ADE20K's 150."""
+"""Name the classes: from the data set's own table, or as ADE20K names its 150."""
 
 from __future__ import annotations
 

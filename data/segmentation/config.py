@@ -1,4 +1,4 @@
-"""Configurations of segmentation data sets: values only, no torch."""
+"""Configurations of segmentation data sets. They hold values only and import no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Semantic segmentation in the layout of ADE20K's SceneParsing release (Zhou et al., CVPR 2017).
+"""Read semantic segmentation in the layout of ADE20K's SceneParsing release (Zhou et al., CVPR 2017).
 
     root/images/training/*.jpg      root/annotations/training/*.png      root/objectInfo150.txt
     root/images/validation/*.jpg    root/annotations/validation/*.png

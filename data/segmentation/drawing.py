@@ -1,4 +1,4 @@
-"""Pictures for people: the class of every pixel as a colour over the photo, with a legend."""
+"""Draw the class of every pixel as a colour over the photo, with a legend, for people."""
 
 from __future__ import annotations
 

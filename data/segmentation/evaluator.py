@@ -1,4 +1,4 @@
-"""Mean intersection over union and its kin, from one integer confusion matrix.
+"""Compute mean intersection over union and its kin from one integer confusion matrix.
 
 Every rank counts pixels of its own images at the size of the file; the matrices are summed. Nothing is averaged over images, so
 the numbers do not depend on how images were dealt out.

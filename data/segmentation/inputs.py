@@ -1,4 +1,4 @@
-"""Photos without labels, for a segmentation head: read in the views of evaluation, overlaid with colours, and listed by class."""
+"""Photos without labels, for a segmentation head: they are read in the views of evaluation, overlaid with colours, and listed by class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PNGs of labels: 0 is ignore, 1 to K are the classes. In memory classes are 0 to K - 1, and NO_CLASS is ignore.
+"""Read PNGs of labels: 0 is ignore, 1 to K are the classes. In memory classes are 0 to K - 1, and NO_CLASS is ignore.
 
 A label that is no class would, unseen, index beyond a table on the device, or be learnt as a class that does not exist.
 """

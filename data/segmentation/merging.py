@@ -1,4 +1,4 @@
-"""From segments to the class of every pixel, over all views of an image.
+"""Merge segments into the class of every pixel, over all views of an image.
 
 Works on the device of the results and streams: what is kept is the sum of one image's scores, never those of a data set.
 

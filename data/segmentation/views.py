@@ -1,4 +1,4 @@
-"""The views of an image in evaluation: scales, windows, flips; see `merging` for how their scores become one map."""
+"""Cut an image into the views of evaluation: scales, windows, flips. `merging` makes one map of their scores."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From a data set to batches: which samples, in which order, on which rank."""
+"""Turn a data set into batches: which samples, in which order, on which rank."""

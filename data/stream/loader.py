@@ -1,4 +1,4 @@
-"""Batches from worker processes, in the order of the stream; errors name the worker and the sample."""
+"""Load batches in worker processes, in the order of the stream; errors name the worker and the sample."""
 
 from __future__ import annotations
 

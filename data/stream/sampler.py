@@ -1,4 +1,4 @@
-"""The stream of samples: which image stands where, whatever the number of ranks, workers or restarts."""
+"""The stream of samples, which says what image stands where, whatever the number of ranks, workers or restarts."""
 
 from __future__ import annotations
 

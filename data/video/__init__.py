@@ -1,1 +1,1 @@
-"""Videos: reading, sampling of frames, augmentation of clips, decoding in processes that can be killed."""
+"""Videos: reads them, samples frames, augments clips, and decodes in processes that can be killed."""

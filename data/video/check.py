@@ -1,4 +1,4 @@
-"""Everything that is wrong with a video data set, found before a run."""
+"""Find everything that is wrong with a video data set before a run."""
 
 from __future__ import annotations
 

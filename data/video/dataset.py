@@ -1,4 +1,4 @@
-"""Clips of videos with one class each, in Kinetics' layouts (see `video/lists.py`), ready for the network."""
+"""Read clips of videos with one class each, in one of the layouts of Kinetics that `video/lists.py` describes."""
 
 from __future__ import annotations
 

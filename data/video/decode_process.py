@@ -1,4 +1,4 @@
-"""The process that decodes for one data worker: a question per line on stdin, an answer's header line and bytes on stdout.
+"""The process that decodes for one data worker: it reads a question per line on stdin and answers with a header line and bytes.
 
 Run by `decoder.Decoder`. No torch in here: it starts in a fraction of a second and takes little memory.
 """

@@ -1,4 +1,4 @@
-"""Decoding in a process of its own that can be killed: a stuck or crashing decode costs one video, never the run.
+"""Decode in a process of its own that can be killed: a stuck or crashing decode costs one video, never the run.
 
 Decoders are C libraries fed with damaged files: they loop, abort and overrun. Each data worker owns one decoding process
 (`decode_process.py`) and waits for it with a deadline; past it, or when the process dies, it is killed and replaced.

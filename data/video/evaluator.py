@@ -1,4 +1,4 @@
-"""Accuracy of video classification over several views of each video."""
+"""Compute the accuracy of video classification over several views of each video."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Videos without labels, for a video head: seen in the views of evaluation, written again with the best classes beneath."""
+"""Videos without labels, for a video head: they are seen in the views of evaluation and written again with the best classes beneath."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading single frames of a video file through decord or PyAV, behind one small interface. No torch in here.
+"""Read single frames of a video file through decord or PyAV, behind one small interface. Imports no torch.
 
 What every backend gives: frames by their number in order of presentation, whatever their times (a file of variable frame rate
 has as many frames as it shows pictures), upright (the rotation that a phone writes into the header is applied), RGB.

@@ -1,4 +1,4 @@
-"""The offline step: every video once with a short side of some 256 pixels, so that training decodes no more than it needs."""
+"""Write every video once with a short side of some 256 pixels, offline, so that training decodes no more than it needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice of the frames of a video that make a clip. Pure arithmetic; random numbers come in."""
+"""Choose the frames of a video that make a clip. Pure arithmetic; random numbers come in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From decoded frames to the square that the network sees, alike for all frames of a clip.
+"""Turn decoded frames into the square that the network sees, alike for all frames of a clip.
 
 All randomness is drawn from the generator that is passed in, always the same number of draws.
 """

@@ -1,1 +1,1 @@
-"""The built-in data sets, drawn by programs: shapes, scenery, motion and glyphs."""
+"""The built-in data sets, which programs draw: shapes, scenery, motion and glyphs."""

@@ -1,4 +1,4 @@
-"""Configurations of the built-in worlds, and of the data sets that are read from their files: values only, no torch."""
+"""Configurations of the built-in worlds, and of the data sets that read their files. They hold values only and import no torch."""
 
 from __future__ import annotations
 

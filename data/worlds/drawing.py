@@ -1,4 +1,4 @@
-"""Drawing primitives shared by the procedural worlds: anti-aliased masks, noise fields, palettes, pixel degradations.
+"""Drawing primitives that the procedural worlds share: anti-aliased masks, noise fields, palettes, pixel degradations.
 
 Conventions: a *ring* is a closed contour, float array (N, 2) of xy in pixels, the last point joined to the first; pixel
 (0, 0) covers the square [0, 1) x [0, 1). A *mask* is float32 (H, W) coverage in [0, 1]; a *field* is float32 (H, W) in

@@ -1,4 +1,4 @@
-"""Writing a built-in world once into a folder, by one process or several, without leaving half a world."""
+"""Write a built-in world once into a folder, by one process or several, without leaving half a world."""
 
 from __future__ import annotations
 

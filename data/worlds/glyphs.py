@@ -1,4 +1,4 @@
-"""The `glyphs` world: pictures of one outline among clutter, for pretraining a backbone by classification.
+"""Draw the `glyphs` world: pictures of one outline among clutter, for pretraining a backbone by classification.
 
 The class is the outline and nothing else. Colour, fill (flat, textured, or a stroke along the contour), contrast,
 position, size (25 to 90 % of the image), rotation, reflection, shear and perspective, occluders, distractors,

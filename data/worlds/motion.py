@@ -1,4 +1,4 @@
-"""The built-in video world `motion`: short rendered clips whose classes need time, or do not.
+"""Draw the built-in video world `motion`: short clips whose classes need time, or do not.
 
 Every clip is one object over a textured background with resting clutter. Classes:
 

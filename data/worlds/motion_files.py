@@ -1,4 +1,4 @@
-"""The files of the built-in world `motion`: H.264 in MP4 with lists in Kinetics' layout, written once into a cache folder.
+"""Write the files of the built-in world `motion` once into a cache folder: H.264 in MP4 with lists in Kinetics' layout.
 
     classes.txt   train.txt   val.txt   train/00000.mp4 ...   val/00000.mp4 ...
 

@@ -1,4 +1,4 @@
-"""The 100 outlines of the `glyphs` world: hand-made silhouettes, letters of a bundled font, and fixed random contours.
+"""Give the 100 outlines of the `glyphs` world: hand-made silhouettes, letters of a bundled font, and fixed random contours.
 
 An outline is a list of rings (N, 2) in the unit disc, y down, largest first; nesting follows the even-odd rule. A class
 is an outline up to similarity, reflection included, so no two classes are rotations or mirror images of each other, and

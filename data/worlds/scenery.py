@@ -1,4 +1,4 @@
-"""The built-in segmentation world `scenery`: the objects of `shapes` before backgrounds of several stuff-like regions.
+"""Draw the built-in segmentation world `scenery`: the objects of `shapes` before backgrounds of several stuff-like regions.
 
 A background is divided along ragged borders; every region has one of four textures, which is its class. Strokes belong to no class
 and are ignored. Everything about image i of a split is a function of (world, split, i), so equal parameters give equal bytes.

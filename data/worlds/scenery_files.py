@@ -1,5 +1,6 @@
-"""The files of the built-in world `scenery`: JPEGs and label PNGs in the layout of ADE20K's SceneParsing release, written once into
-a cache folder. Equal parameters give equal bytes, however many processes render.
+"""Write the files of the built-in world `scenery` once into a cache folder: JPEGs and label PNGs in ADE20K's layout.
+
+Equal parameters give equal bytes, however many processes render.
 """
 
 from __future__ import annotations

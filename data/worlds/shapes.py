@@ -1,5 +1,4 @@
-"""The built-in detection world `shapes`: rendered scenes written once as JPEGs and COCO JSON, for use without any
-download.
+"""Draw the built-in detection world `shapes`: scenes of simple objects, for use without any download.
 
 A scene is a textured background (stripes, checkers, value noise, gradients, or two of them mixed) with distracting
 strokes, objects of eight classes under random scale, stretch, rotation, colour and texture that hide one another, and

@@ -1,4 +1,4 @@
-"""The files of the built-in world `shapes`: JPEGs and COCO JSON, written once into a cache folder.
+"""Write the files of the built-in world `shapes` once into a cache folder: JPEGs and COCO JSON.
 
 They follow COCO's official layout and take every form a reader must know: polygons for whole objects, compressed run
 lengths for hidden, cut or holed ones, uncompressed run lengths for crowds, category ids with gaps. Equal parameters

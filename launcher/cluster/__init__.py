@@ -1,1 +1,1 @@
-"""`permafrost launch`: the nodes of a training, from the first look to the last rank."""
+"""Launch the nodes of a training, from the first look to the last rank: `permafrost launch`."""

@@ -1,4 +1,4 @@
-"""The launcher's side of its agents: one connection per node, requests out, answers and reports in."""
+"""Talk to the agents, from the launcher's side: one connection per node takes requests out, and answers and reports in."""
 
 from __future__ import annotations
 

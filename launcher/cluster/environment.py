@@ -1,4 +1,4 @@
-"""The variables of the launcher's that its ranks on other nodes get. Imports no torch."""
+"""Choose the variables of the launcher's that its ranks on other nodes get. Imports no torch."""
 
 from __future__ import annotations
 

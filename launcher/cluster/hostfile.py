@@ -1,4 +1,4 @@
-"""Hostfiles: one line per node, `node01 slots=8`. Stricter than DeepSpeed, whose names reach a shell nearly unquoted.
+"""Read hostfiles: one line per node, `node01 slots=8`. Stricter than DeepSpeed, whose names reach a shell nearly unquoted.
 
 A name that is accepted here means nothing else to ssh, to pdsh (lists, ranges, exclusions) or to a shell, so that a
 hostfile can only ever name machines. Imports no torch.

@@ -1,4 +1,4 @@
-"""`permafrost launch` on one machine or many: preflight, start, watch, and start again from the last checkpoint."""
+"""Inspect, start, watch, and start again from the last checkpoint: `permafrost launch` on one machine or many."""
 
 from __future__ import annotations
 

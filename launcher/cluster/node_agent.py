@@ -1,4 +1,4 @@
-"""The launcher's hand on one node: looks at the node, watches the processes of a launch there, and ends them.
+"""The launcher's hand on one node: it looks at the node, watches the processes of a launch there, and ends them.
 
 `permafrost launch` sends this file's source, and machine.py's, through ssh and talks to it over that connection, one JSON object
 a line, so nothing need be installed on the node to find out what is, and no port need be open. The standard library and

@@ -1,4 +1,4 @@
-"""A look at every node before anything starts there, so that a launch fails in seconds and says where and why.
+"""Look at every node before anything starts there, so that a launch fails in seconds and says where and why.
 
 Each problem names its node and what to do about it; all of them are found before any is reported. Imports no torch.
 """

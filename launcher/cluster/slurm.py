@@ -1,4 +1,4 @@
-"""`permafrost launch --slurm`: the same run as a batch script, in which srun starts the ranks. Imports no torch."""
+"""Write the same run as a batch script in which srun starts the ranks: `permafrost launch --slurm`. Imports no torch."""
 
 from __future__ import annotations
 

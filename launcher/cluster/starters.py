@@ -1,4 +1,4 @@
-"""Starters of the ranks: DeepSpeed's launcher over pdsh on several nodes, this process itself on one machine.
+"""Start the ranks: through DeepSpeed's launcher over pdsh on several nodes, from this process itself on one machine.
 
 Either way every rank is `python -m permafrost.launcher.cluster.rank_main WORD`, and everything that is started carries the
 launch's number in its environment, by which node agents find and end it.

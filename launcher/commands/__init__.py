@@ -1,1 +1,1 @@
-"""One module per command of the `permafrost` program: `run(argv) -> exit code`. Importing them imports no torch."""
+"""One module per command of the `permafrost` program: each has `run(argv) -> exit code`, and importing it imports no torch."""

@@ -1,4 +1,4 @@
-"""Arguments that several commands share: options of their own before or among a recipe's fields. Imports no torch."""
+"""Add the arguments that several commands share: options of their own before or among a recipe's fields. Imports no torch."""
 
 from __future__ import annotations
 

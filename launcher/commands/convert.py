@@ -1,4 +1,4 @@
-"""`permafrost convert`: weights of any known format into sharded safetensors."""
+"""`permafrost convert`: turn weights of any known format into sharded safetensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`permafrost launch`: a recipe on every GPU of this machine or, with a hostfile, of many."""
+"""`permafrost launch`: run a recipe on every GPU of this machine or, with a hostfile, of many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`permafrost predict`: a trained run on images or videos of one's own."""
+"""`permafrost predict`: run a trained run's heads on images or videos of one's own."""
 
 from __future__ import annotations
 

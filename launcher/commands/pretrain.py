@@ -1,4 +1,4 @@
-"""`permafrost pretrain`: supervised pretraining of a backbone that others freeze."""
+"""`permafrost pretrain`: pretrain, with labels, a backbone that others freeze."""
 
 from __future__ import annotations
 

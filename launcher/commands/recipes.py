@@ -1,4 +1,4 @@
-"""`permafrost recipes`: the recipes that come with permafrost."""
+"""`permafrost recipes`: list the recipes that come with permafrost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`permafrost resize-videos`: the offline step before training on videos."""
+"""`permafrost resize-videos`: write smaller copies of videos, the offline step before training on them."""
 
 from __future__ import annotations
 

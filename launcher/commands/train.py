@@ -1,4 +1,4 @@
-"""`permafrost train`: also what `python -m permafrost.launcher.train` runs under torchrun, deepspeed and others."""
+"""`permafrost train`: train heads. `python -m permafrost.launcher.train` runs it, too, under torchrun, deepspeed and others."""
 
 from __future__ import annotations
 

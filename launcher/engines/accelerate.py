@@ -1,4 +1,4 @@
-"""AccelerateEngine: one process, or DDP, through Hugging Face Accelerate, around the head only."""
+"""AccelerateEngine: it trains in one process, or under DDP, through Hugging Face Accelerate, which gets the head only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's AdamW as both engines use it: its groups, an explicit implementation, and its state as plain tensors."""
+"""Build torch's AdamW as both engines use it: its groups, an explicit implementation, and its state as plain tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine of a head: how gradients are averaged, clipped and stepped, behind one small interface.
+"""The engine of a head, which averages, clips and steps gradients behind one small interface.
 
 Two implementations stand on existing engines: Accelerate (one process, or DDP on one node) and DeepSpeed (ZeRO 1, 2,
 3). Both are given the head only. What they hold moves between them, and between numbers of processes, as a HeadState.

@@ -1,4 +1,4 @@
-"""The choice of an engine for a head, and its construction: the one file that knows both engines."""
+"""Choose an engine for a head and build it: the one file that knows both engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSpeedEngine: ZeRO 1, 2 and 3 around the head only.
+"""DeepSpeedEngine: it puts ZeRO 1, 2 or 3 around the head only.
 
 DeepSpeed broadcasts every parameter it is given from rank 0, frozen ones included, so it never sees the backbone.
 """

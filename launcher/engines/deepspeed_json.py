@@ -1,4 +1,4 @@
-"""From a DeepSpeed JSON and the recipe to the configuration DeepSpeed gets. No torch in here.
+"""Merge a DeepSpeed JSON and the recipe into the configuration that DeepSpeed gets. Imports no torch.
 
 The recipe owns batch sizes, accumulation, clipping, the optimizer and the precision; the JSON owns the rest of ZeRO. A
 JSON that says something else about what the recipe owns is refused, never merged in silence.

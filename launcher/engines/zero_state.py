@@ -1,5 +1,4 @@
-"""The state that DeepSpeed keeps to itself: a ZeRO engine's full weights and moments, read out, put back, and its gradients
-dropped.
+"""Read out and put back the state that DeepSpeed keeps to itself: a ZeRO engine's full weights and moments; drop its gradients.
 
 DeepSpeed's own checkpoints hold a partition per rank and belong to one stage and one number of ranks. The functions
 here exchange full tensors by parameter, so that a run continues under another stage, another number of processes, or

@@ -1,1 +1,1 @@
-"""Weights and heads in other programs' formats."""
+"""Exchange weights and heads with other programs' formats."""

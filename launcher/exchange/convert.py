@@ -1,4 +1,4 @@
-"""Weights of any known format into our own: official names, shards of safetensors, a header and a manifest."""
+"""Convert weights of any known format into our own: official names, shards of safetensors, a header and a manifest."""
 
 from __future__ import annotations
 

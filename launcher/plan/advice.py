@@ -1,4 +1,4 @@
-"""Advice on a plan: the layout to take, and what makes one fit that does not."""
+"""Give advice on a plan: the layout to take, and what makes one fit that does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of a frozen base network, which runs on the meta device: no weights are needed."""
+"""Plan a frozen base network, which runs on the meta device: no weights are needed."""
 
 from __future__ import annotations
 

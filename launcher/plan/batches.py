@@ -1,4 +1,4 @@
-"""Made-up micro-batches, of which a plan needs the shapes."""
+"""Make up micro-batches, of which a plan needs the shapes."""
 
 from __future__ import annotations
 

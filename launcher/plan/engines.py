@@ -1,4 +1,4 @@
-"""The plan of an engine, what it holds for a head and sends between ranks, as the code of DeepSpeed 0.19 and torch's DDP has it.
+"""Plan what an engine holds for a head and sends between ranks, as the code of DeepSpeed 0.19 and torch's DDP has it.
 
 Head parameters are float32. n is the number of ranks, P the head's parameters in bytes.
 

@@ -1,4 +1,4 @@
-"""The plan of full fine-tuning: a backbone's forward and backward, joined to its head's.
+"""Plan full fine-tuning: a backbone's forward and backward, joined to its head's.
 
 The backbone runs on fake tensors: they have shapes, dtypes and a device (so that autocast acts), and no memory. It is
 joined to a head that was run for itself, which is what one backward does: it goes through all of the head first.

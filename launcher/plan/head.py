@@ -1,4 +1,4 @@
-"""The plan of a head's training step, found out by running it on made-up images.
+"""Plan a head's training step by running it on made-up images.
 
 A head's shapes depend on its data (how many proposals are left, how many are positive), so it is built and run for real
 on the CPU, forward and backward, under a trace that does not compute what is expensive. Where that would still take too

@@ -1,4 +1,4 @@
-"""The error of a full device, with what the run was planned to take and what would take less."""
+"""Raise the error of a full device, with what the run was planned to take and what would take less."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`permafrost plan`: memory, traffic and time of a recipe's step on GPUs that need not be here.
+"""Plan memory, traffic and time of a recipe's step on GPUs that need not be here: `permafrost plan`.
 
 One row is one layout: a tensor degree, an engine and the recipe's micro-batches. All numbers are of one rank; ranks are
 alike. What a row is made of is found out in backbone.py (the frozen network, on the meta device), head.py (heads,

@@ -1,4 +1,4 @@
-"""The report of a plan: a table of layouts and the conclusions below it, or JSON."""
+"""Report a plan: a table of layouts and the conclusions below it, or JSON."""
 
 from __future__ import annotations
 

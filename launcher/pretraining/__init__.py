@@ -1,1 +1,1 @@
-"""`permafrost pretrain`: the pretraining that made the backbone in the repository."""
+"""Pretrain a backbone, as the one in the repository was made: `permafrost pretrain`."""

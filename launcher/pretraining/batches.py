@@ -1,4 +1,4 @@
-"""Batches for pretraining: the curriculum over the glyphs world, and augmentation on tensors.
+"""Make batches for pretraining: the curriculum over the glyphs world, and augmentation on tensors.
 
 Everything is a function of (seed, step), so a resumed run sees what the uninterrupted one would have seen.
 """

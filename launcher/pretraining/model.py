@@ -1,4 +1,4 @@
-"""The network of pretraining: a classifier, its starting values, and read-outs that are thrown away afterwards.
+"""Build the network of pretraining: a classifier, its starting values, and read-outs that are thrown away afterwards.
 
 The label is one per picture, but it is also asked for place by place: which places of the fine maps belong to the
 figure, and which class the places of the third map show. Measured on the nano network: from the picture's label alone,

@@ -1,4 +1,4 @@
-"""Supervised pretraining of a SwinV2 on the `glyphs` world: `permafrost pretrain RECIPE`.
+"""Pretrain a SwinV2 with labels on the `glyphs` world: `permafrost pretrain RECIPE`.
 
 One process, one device. A run folder holds recipe.json, metrics.jsonl, tensorboard/, checkpoints/last.pt (everything
 that resuming needs), latest.safetensors (the averaged weights of the last checkpoint) and, at the end,

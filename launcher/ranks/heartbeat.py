@@ -1,4 +1,4 @@
-"""Signs of life of every rank, and who is stuck when the others wait.
+"""Write signs of life of every rank, and find out who is stuck when the others wait.
 
 Each rank writes RUN/heartbeats/rank_00003.json every few seconds from a thread of its own, so a rank that merely waits
 goes on beating while one that was stopped or killed does not. The file says:

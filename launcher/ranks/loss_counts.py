@@ -1,4 +1,4 @@
-"""Denominators of losses when one step is made of several micro-batches."""
+"""Count the denominators of losses when one step is made of several micro-batches."""
 
 from __future__ import annotations
 

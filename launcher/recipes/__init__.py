@@ -1,1 +1,1 @@
-"""Recipes: found by name, overridden on the command line, written as JSON and read back."""
+"""Recipes, which are found by name, overridden on the command line, written as JSON and read back."""

@@ -1,4 +1,4 @@
-"""Overrides of a recipe's fields on the command line, typed, with --help: `--loop.num-steps 50`. Imports no torch."""
+"""Override a recipe's fields on the command line, typed, with --help: `--loop.num-steps 50`. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One training from its folder to its last checkpoint."""
+"""Carry one training from its folder to its last checkpoint."""

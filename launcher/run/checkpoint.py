@@ -1,4 +1,4 @@
-"""Checkpoints: the heads and nothing else, written so that a kill at any moment leaves a complete one behind.
+"""Write checkpoints of the heads and nothing else, so that a kill at any moment leaves a complete one behind.
 
 Under checkpoints/step_00000100/:
 

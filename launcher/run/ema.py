@@ -1,4 +1,4 @@
-"""The running average of a head's weights (EMA): kept where its engine keeps the weights, whatever parts these are in.
+"""Keep the running average of a head's weights (EMA) where its engine keeps the weights, whatever parts these are in.
 
     average = decay * average + (1 - decay) * weights        after every step that was taken
 

@@ -1,4 +1,4 @@
-"""Full fine-tuning: backbone and head as one module that an engine trains, for comparison with a frozen backbone.
+"""Fine-tune fully: backbone and head are one module that an engine trains, for comparison with a frozen backbone.
 
 The module has the form of a head whose features are the images, so that everything which follows from "what is
 trainable" follows from it: the optimizer's groups, ZeRO's partitions, clipping, checkpoints, export and import. The loop

@@ -1,4 +1,4 @@
-"""Measurements between two log lines: losses, where the time went, memory."""
+"""Measure, between two log lines, losses, memory, and where the time went."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The display of a run at work: metrics.jsonl and TensorBoard in its folder, and a live or plain progress line.
+"""Display a run at work: metrics.jsonl and TensorBoard in its folder, and a live or plain progress line.
 
 Only the main rank's monitor writes or prints; the others' methods return at once. A full disk never ends a training:
 one warning says what is no longer recorded.

@@ -1,4 +1,4 @@
-"""From an Experiment's values to live objects: data, backbone, heads, so that a user's mistake shows up soonest."""
+"""Build live objects from an Experiment's values: data, backbone, heads, so that a user's mistake shows up soonest."""
 
 from __future__ import annotations
 

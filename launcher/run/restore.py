@@ -1,4 +1,4 @@
-"""A trained run put back together from its folder: backbone, heads with their weights, nothing that trains."""
+"""Put a trained run back together from its folder: backbone, heads with their weights, nothing that trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of one call of `train`: taking it up from a checkpoint, saving it, scoring it, ending it.
+"""The state of one call of `train`, and how it is taken up from a checkpoint, saved, scored and ended.
 
 The loop itself is in train.py.
 """

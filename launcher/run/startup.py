@@ -1,4 +1,4 @@
-"""The announcement of a run at its start, printed and written into its folder: everything that was chosen, and why."""
+"""Announce a run at its start, printed and written into its folder: everything that was chosen, and why."""
 
 from __future__ import annotations
 
