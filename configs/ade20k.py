@@ -1,4 +1,4 @@
-"""Recipes on ADE20K: the SceneParsing release (ADEChallengeData2016.zip) under data/ADEChallengeData2016."""
+"""Train on ADE20K: the SceneParsing release (ADEChallengeData2016.zip) under data/ADEChallengeData2016."""
 
 from __future__ import annotations
 

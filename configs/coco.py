@@ -1,4 +1,4 @@
-"""Recipes on COCO 2017: images under data/coco in the official layout, annotations/instances_{train,val}2017.json beside them."""
+"""Train on COCO 2017: images under data/coco in the official layout, annotations/instances_{train,val}2017.json beside them."""
 
 from __future__ import annotations
 

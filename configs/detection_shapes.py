@@ -1,4 +1,4 @@
-"""Each neck and head of the paper's detection on the built-in world `shapes`, for one CPU. Their results are not measured."""
+"""Try each neck and head of the paper's detection on the built-in world `shapes`, for one CPU. Their results are not measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_SHAPES = 8
 
 
 def _shapes(name: str, *, kind: type[MaskRCNNConfig] = MaskRCNNConfig, neck: PyramidConfig | None = None) -> Experiment:
-    """The quickstart with another head or neck."""
+    """Return the quickstart with another head or neck."""
     experiment = quickstart()
     experiment.name = f"paper_shapes_{name}"
     head = experiment.heads["detection"]

@@ -1,4 +1,4 @@
-"""Recipes on the 3 B SwinV2."""
+"""Train on the 3 B SwinV2."""
 
 from __future__ import annotations
 

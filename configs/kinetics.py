@@ -1,4 +1,4 @@
-"""Recipes on Kinetics-400: lists, official CSVs or one folder per class under data/kinetics400 (see data/video/lists.py)."""
+"""Train on Kinetics-400: lists, official CSVs or one folder per class under data/kinetics400 (see data/video/lists.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NUM_VIDEOS = 240_000
 
 
 def swinv2_base_linear() -> Experiment:
-    """A linear classifier on frozen SwinV2-B (ImageNet-22K), frame by frame: Table 4 and Table 1, 70.3 top-1.
+    """Linear classifier on frozen SwinV2-B (ImageNet-22K), frame by frame: Table 4 and Table 1, 70.3 top-1.
 
         deepspeed --num_gpus 8 --module permafrost.launcher.train kinetics:swinv2_base_linear --data.root /path/to/kinetics400
 

@@ -1,4 +1,4 @@
-"""Table 6 of the paper: 1 % and 10 % of COCO. Protocol, hardware and weights as in paper.py.
+"""Reproduce Table 6 of the paper: 1 % and 10 % of COCO. Protocol, hardware and weights as in paper.py.
 
 Which images the paper drew is not published: they are chosen by data.train_share_seed, and their ids written to the run folder.
 """

@@ -1,4 +1,4 @@
-"""COCO rows of the paper's tables ("Could Giant Pretrained Image Models Extract Universal Representations?", NeurIPS 2022).
+"""Train the paper's rows on COCO ("Could Giant Pretrained Image Models Extract Universal Representations?", NeurIPS 2022).
 
 Table 1: pretraining tasks; 2: head networks; 5: sizes of the base network; Table 6, little data, is low_data.py. Every row is
 two recipes, the frozen backbone and, `_full`, its full fine-tuning twin; where two rows are one run, the later table refers to
@@ -137,7 +137,7 @@ def table5_giant_htc_multi_scale() -> Experiment:
 
 
 def padding() -> Experiment:
-    """The comparison of section 3.3: aspect ratio and padding in place of the square crop, frozen SwinV2-B-22K with BiFPN.
+    """Section 3.3's comparison: aspect ratio and padding in place of the square crop, frozen SwinV2-B-22K with BiFPN.
 
         permafrost train paper:padding --data.root /path/to/coco
 

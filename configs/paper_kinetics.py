@@ -1,4 +1,4 @@
-"""Kinetics-400 rows of the paper's tables ("Could Giant Pretrained Image Models Extract Universal Representations?", NeurIPS 2022).
+"""Train the paper's rows on Kinetics-400 ("Could Giant Pretrained Image Models Extract Universal Representations?", NeurIPS 2022).
 
 Table 1: pretraining tasks; 4: head networks; 5: sizes of the base network. Every row is two recipes, the frozen backbone and,
 `_full`, its full fine-tuning twin; where two rows are one run, both tables are named.

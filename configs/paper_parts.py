@@ -1,4 +1,4 @@
-"""The paper's tables as recipes: a row is two of them, the frozen network and, `_full`, its full fine-tuning twin.
+"""Turn the paper's tables into recipes: a row is two of them, the frozen network and, `_full`, its full fine-tuning twin.
 
     globals().update(recipes_of(__name__, "Table 2", ROWS, PROTOCOL))
 
@@ -79,7 +79,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What the rows of one data set share.
+    """The settings that the rows of one data set share.
 
     Attributes:
         base: builds the experiment that rows vary in network and head.

@@ -1,4 +1,4 @@
-"""Pretraining recipes: how the backbones that ship with the repository were made."""
+"""Pretrain the backbones that ship with the repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe to try Permafrost with: minutes on two CPU cores, nothing downloaded."""
+"""Try Permafrost: minutes on two CPU cores, nothing downloaded."""
 
 from __future__ import annotations
 

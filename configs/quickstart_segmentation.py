@@ -1,4 +1,4 @@
-"""Semantic segmentation to try Permafrost with: minutes on two CPU cores, nothing downloaded."""
+"""Try semantic segmentation: minutes on two CPU cores, nothing downloaded."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def quickstart_segmentation() -> Experiment:
 
 
 def random_weights() -> Experiment:
-    """The quickstart's twin on the same network frozen at random weights.
+    """Quickstart's twin on the same network frozen at random weights.
 
         permafrost train quickstart_segmentation:random_weights
 

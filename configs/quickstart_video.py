@@ -1,4 +1,4 @@
-"""Action recognition to try Permafrost with: minutes on two CPU cores, nothing downloaded."""
+"""Try action recognition: minutes on two CPU cores, nothing downloaded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def quickstart_video() -> Experiment:
 
 
 def random_weights() -> Experiment:
-    """The quickstart's twin on the same network frozen at random weights.
+    """Quickstart's twin on the same network frozen at random weights.
 
         permafrost train quickstart_video:random_weights
 

@@ -1,4 +1,4 @@
-"""Recipes on frozen plain ViTs: one map of the last block, and a simple feature pyramid that is trained on it, as in ViTDet."""
+"""Train on frozen plain ViTs: one map of the last block, and a simple feature pyramid that is trained on it, as in ViTDet."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def dinov2_small() -> Experiment:
 
 
 def debug() -> Experiment:
-    """The code path of `vitdet:dinov2_small` on the built-in world `shapes`, random weights: nothing is downloaded.
+    """Small twin of `vitdet:dinov2_small` on the built-in world `shapes`, random weights: nothing is downloaded.
 
         permafrost train vitdet:debug
 

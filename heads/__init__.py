@@ -1,4 +1,4 @@
-"""Heads: what is trained on a frozen backbone's feature maps. Names load on first use: configurations need no torch."""
+"""Heads are trained on a frozen backbone's feature maps. Names load on first use: configurations need no torch."""
 
 from __future__ import annotations
 

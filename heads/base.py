@@ -1,4 +1,4 @@
-"""The contract of a head: features and a batch in; named losses out in training, typed results out in evaluation."""
+"""Define the contract of a head: features and a batch in; named losses out in training, typed results out in evaluation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def world_mean_counts(name: str, count: Tensor) -> Tensor:
 
 
 class Head(nn.Module):
-    """What is trained. Built from a FeatureSpec, by keyword; never sees the backbone class.
+    """A head, the part that is trained. Built from a FeatureSpec, by keyword; never sees the backbone class.
 
     A head's graph does not depend on the data: every parameter gets a gradient and every submodule runs equally often
     in each forward, on every rank (a branch without positives is a zero-weighted pass, not a skipped one), since ZeRO

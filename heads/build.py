@@ -1,4 +1,4 @@
-"""From the configuration of a head to the head."""
+"""Build the head that a configuration describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the values of a head's configuration, and of its having a builder."""
+"""Check the values of a head's configuration, and that it has a builder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base of the configurations of all heads: values only, no torch. `heads.build.build_head` makes the live head."""
+"""Define the base of the configurations of all heads: values only, no torch. `heads.build.build_head` makes the live head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong about a head."""
+"""Define the error for what a user can get wrong about a head."""
 
 
 class HeadError(ValueError):

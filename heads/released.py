@@ -1,4 +1,4 @@
-"""Heads in files that others released, whatever their task: each task's `released` knows its own."""
+"""Read heads from files that others released, whatever their task: each task's `released` knows its own."""
 
 from __future__ import annotations
 

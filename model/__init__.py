@@ -1,4 +1,4 @@
-"""B, the frozen base network: Swin V1 and V2 in all their sizes, its weights, and the contract a head sees.
+"""B is the frozen base network: Swin V1 and V2 in all their sizes, its weights, and the contract a head sees.
 
 Names load on first use: configurations need no torch.
 """

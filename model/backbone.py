@@ -1,4 +1,4 @@
-"""Backbone: what a frozen network (permafrost.model.frozen) shares with one that learns (permafrost.model.trainable)."""
+"""Hold what a frozen network (permafrost.model.frozen) shares with one that learns (permafrost.model.trainable)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _CHECKSUM_CHUNK = 1 << 22
 
 
 class Network(Protocol):
-    """What a module must offer, besides being an nn.Module, to be frozen."""
+    """The interface a module must offer, besides being an nn.Module, to be frozen."""
 
     spec: FeatureSpec
     min_image_size: int
     """Smallest side of an image in pixels."""
 
     def fold(self) -> None:
-        """Computes, or arranges to keep, all that depends on the parameters alone; they never change from here on."""
+        """Compute, or arrange to keep, all that depends on the parameters alone; they never change from here on."""
 
     def set_training(self, config: BackboneConfig) -> dict[str, Any]:
         """Do what the config asks of a network that learns, before it is trained, and return it for `describe`.
@@ -39,10 +39,10 @@ class Network(Protocol):
         """
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as plain values: windows, tapped layers, ..."""
+        """Return what it is, as plain values: windows, tapped layers, ..."""
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Feature maps as `spec` says, channels_last, of normalised images (B, 3, H, W) in the parameters' dtype."""
+        """Return feature maps as `spec` says, channels_last, of normalised images (B, 3, H, W) in the parameters' dtype."""
 
 
 class Backbone(nn.Module):
@@ -107,7 +107,7 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is, and moves the images to."""
+        """Device the network is on, to which it moves the images."""
         return self._patch_weight.device
 
     @property
@@ -116,7 +116,7 @@ class Backbone(nn.Module):
         return next(module.weight for module in self.network.modules() if isinstance(module, nn.Conv2d))
 
     def inflate_patches(self, num_frames: int) -> None:
-        """Embeds `num_frames` consecutive frames of a clip together from now on, as Video-Swin does with 2.
+        """Embed `num_frames` consecutive frames of a clip together from now on, as Video-Swin does with 2.
 
         The weights are repeated over the frames and divided by their number (Carreira and Zisserman, CVPR 2017), so that frames which are
         all alike have the maps of one. It then takes clips only, of a multiple of as many frames.
@@ -140,7 +140,7 @@ class Backbone(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def checksum(self) -> str:
-        """Hashes what is resident now, to show that it has not changed.
+        """Hash what is resident now, to show that it has not changed.
 
         Cheap enough to run often: each tensor is reduced, on its device, to sums over its bit pattern. Unlike the
         fingerprint it depends on the dtype.
@@ -151,7 +151,7 @@ class Backbone(nn.Module):
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """What was chosen and why, as plain values for the start-up lines and the run folder."""
+        """Return what was chosen and why, as plain values for the start-up lines and the run folder."""
         return self._choices | {
             "fingerprint": self.fingerprint,
             "device": str(self.device),
@@ -194,7 +194,7 @@ class Backbone(nn.Module):
             self._range_checked = True
 
     def _folded(self, images: Tensor, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """`compute` on images (N, 3, H, W); of clips (B, T, 3, H, W) on all their frames, with maps (B, T, C_i, ...) again.
+        """Call `compute` on images (N, 3, H, W), of clips (B, T, 3, H, W) on all their frames; return maps (B, T, C_i, ...) again.
 
         With P `patch_frames` above 1, on (N, 3 P, H, W), and with maps (B, T / P, C_i, ...).
         """
@@ -206,7 +206,7 @@ class Backbone(nn.Module):
         return tuple(one.unflatten(0, (shape[0], num_maps)) for one in compute(flat))
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """Brings images to the network's device, statistics and dtype."""
+        """Bring images to the network's device, statistics and dtype."""
         precise = torch.promote_types(self.dtype, torch.float32)
         pixels = images.to(self.device, non_blocking=True).to(precise)
         if images.dtype == torch.uint8:
@@ -216,7 +216,7 @@ class Backbone(nn.Module):
 
 
 def _bit_sums(tensor: Tensor) -> tuple[int, int]:
-    """Sum and position-weighted sum of a tensor's bit patterns, modulo 2 ** 64."""
+    """Return the sum and the position-weighted sum of a tensor's bit patterns, modulo 2 ** 64."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     total, weighted = 0, 0
     for number, chunk in enumerate(tensor.detach().reshape(-1).view(integer).split(_CHECKSUM_CHUNK)):

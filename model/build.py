@@ -1,4 +1,4 @@
-"""From a BackboneConfig to the network that runs: frozen or learning, whole or split over a tensor group."""
+"""Build the network that a BackboneConfig describes: frozen or learning, whole or split over a tensor group."""
 
 from __future__ import annotations
 

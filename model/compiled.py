@@ -1,4 +1,4 @@
-"""torch.compile for a network that never changes: one program for each size of images."""
+"""Run a network that never changes through torch.compile: one program for each size of images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CompiledNetwork:
         return {"compile": f"torch.compile, for each size of images when it first comes, up to {MAX_COMPILED_SIZES}"}
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
-        """As the network's forward, without gradients.
+        """Compute the network's forward, without gradients.
 
         The first forward of a size compiles, for seconds on a GPU and up to minutes on a CPU. After MAX_COMPILED_SIZES of them
         further ones run as they are, and a warning says so.

@@ -1,4 +1,4 @@
-"""Which base network a run freezes, or fine-tunes, as plain values. Imports no torch."""
+"""Configure the base network that a run freezes, or fine-tunes, in plain values. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of a forward that never changes: one for each size of images.
+"""Replay a forward that never changes as CUDA graphs, one for each size of images.
 
 A forward is a few thousand launches, each of which costs the CPU some microseconds. On small images the GPU waits for them; a
 graph is launched once.
@@ -22,7 +22,7 @@ _WARM_UPS = 3
 
 
 def require_graphs(device: torch.device) -> None:
-    """Checks that graphs can be captured.
+    """Check that graphs can be captured.
 
     Raises:
         BackboneError: if the device has none.
@@ -56,12 +56,12 @@ class CapturedNetwork:
         return {"cuda_graph": f"captured, for each size of images when it first comes, up to {MAX_CAPTURED_SIZES}"}
 
     def clear(self) -> None:
-        """Forgets the graphs: the network is elsewhere now."""
+        """Forget the graphs: the network is elsewhere now."""
         self._captured.clear()
         self._pool = None
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
-        """As the forward, without gradients. The first forward of a size runs it a few times.
+        """Compute the forward, without gradients. The first forward of a size runs it a few times.
 
         Maps are copies, so that they last as long as a head needs them. After MAX_CAPTURED_SIZES sizes further ones run as they
         are, and a warning says so.

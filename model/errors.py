@@ -1,4 +1,4 @@
-"""The errors a user of the base network can meet; each says what was found, where, what was expected and what to do."""
+"""Define the errors a user of the base network can meet; each says what was found, where, what was expected and what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear layers of a frozen network in 8-bit floating point: half the bytes, and on GPUs that have it twice the products.
+"""Compute linear layers of a frozen network in 8-bit floating point: half the bytes, and on GPUs that have it twice the products.
 
 Weights never change, so they are quantised once, when they are loaded; activations are as they come. Both have a scale per
 row (of a weight a row is an output channel, of activations a token), so that one large value costs only its own row its
@@ -28,7 +28,7 @@ CAPABILITY = (9, 0)
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales every row so that its largest magnitude is the format's, and rounds.
+    """Scale every row so that its largest magnitude is the format's, and round.
 
     Args:
         x: (..., C).
@@ -65,11 +65,11 @@ class Fp8Linear(nn.Module):
         self.register_buffer("scales", scales)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., C_in) to (..., C_out), in the dtype of `x`."""
+        """Map (..., C_in) to (..., C_out), in the dtype of `x`."""
         return self.product(x, self.bias)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The same with another bias (C_out,), in the dtype of `x`."""
+        """Map as `forward`, with another bias (C_out,), in the dtype of `x`."""
         values, scales = quantise_rows(x.reshape(-1, self.in_features))
         out = torch._scaled_mm(
             values,
@@ -84,12 +84,12 @@ class Fp8Linear(nn.Module):
 
 
 def linear_with(layer: nn.Linear | Fp8Linear, x: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer with another bias than its own: x (..., C_in), bias (C_out,) -> (..., C_out)."""
+    """Apply a linear layer with another bias than its own: x (..., C_in), bias (C_out,) -> (..., C_out)."""
     return layer.product(x, bias) if isinstance(layer, Fp8Linear) else nn.functional.linear(x, layer.weight, bias)
 
 
 def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
-    """Checks that products of 8-bit numbers can be had.
+    """Check that products of 8-bit numbers can be had.
 
     Raises:
         BackboneError: if not, naming the field and the remedy.
@@ -124,7 +124,7 @@ def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def quantise_linears(network: nn.Module) -> dict[str, Any]:
-    """Puts Fp8Linear in the place of a network's linear layers, one after the other; their weights are freed.
+    """Put Fp8Linear in the place of a network's linear layers, one after the other; their weights are freed.
 
     The parameters of continuous position biases stay: they are used once.
 

@@ -1,4 +1,4 @@
-"""FrozenBackbone: a base network that never changes, behind the contract the heads rely on."""
+"""Freeze a base network: it never changes, behind the contract the heads rely on."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class FrozenBackbone(Backbone):
         """Most images (of clips: frames, or pairs that become one map) in one pass through the network; None: all of a forward's."""
 
     def compile_forward(self) -> None:
-        """Runs its forward through torch.compile from now on, with a program for each size of images.
+        """Run its forward through torch.compile from now on, with a program for each size of images.
 
         It changes nothing else: parameters and their names stay, and copies and saved state know nothing of it.
         """
         self._compiled = CompiledNetwork(self.network)
 
     def capture_forward(self) -> None:
-        """Replays its forward as a CUDA graph from now on, with one for each size of images; what is compiled stays compiled.
+        """Replay its forward as a CUDA graph from now on, with one for each size of images; what is compiled stays compiled.
 
         Raises:
             BackboneError: if it is not on a GPU.
@@ -72,7 +72,7 @@ class FrozenBackbone(Backbone):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Computes the raw feature maps, finest first.
+        """Compute the raw feature maps, finest first.
 
         Args:
             images: (B, 3, H, W), RGB: uint8, or floating point in [0, 1]. Any size from one patch up (4 x 4 for a Swin).
@@ -89,7 +89,7 @@ class FrozenBackbone(Backbone):
         return self._folded(images, self._maps)
 
     def _maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Maps of images (N, 3, H, W), in passes of at most `max_images`.
+        """Return maps of images (N, 3, H, W), in passes of at most `max_images`.
 
         Images do not depend on one another, so passes change rounding at most.
         """
@@ -114,11 +114,11 @@ class FrozenBackbone(Backbone):
         return maps
 
     def train(self, mode: bool = True) -> FrozenBackbone:
-        """Does nothing: a frozen network has no training mode."""
+        """Do nothing: a frozen network has no training mode."""
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> FrozenBackbone:
-        """Refuses to make parameters trainable.
+        """Refuse to make parameters trainable.
 
         Raises:
             BackboneError: if `requires_grad` is true.

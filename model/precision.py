@@ -1,4 +1,4 @@
-"""What a network computes in: where autocast must not reach, and what a device can do."""
+"""Choose what a network computes in: where autocast must not reach, and what a device can do."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def choose_dtype(config: BackboneConfig, device: torch.device) -> tuple[torch.dt
 
 
 def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
-    """Computes a little of everything that a network does.
+    """Refuse a dtype that a device lacks, by computing a little of everything that a network does.
 
     Raises:
         BackboneError: if the device cannot do that in this dtype, or only by emulating it.

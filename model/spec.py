@@ -1,4 +1,4 @@
-"""What a base network is in numbers: the shape of its feature maps and the table of sizes. Imports no torch."""
+"""Describe a base network in numbers: the shape of its feature maps and the table of sizes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class FeatureSpec:
 
 @dataclass(frozen=True)
 class SwinSize:
-    """What the tables of Swin sizes have in common.
+    """A row of the tables of Swin sizes: the fields they have in common.
 
     Attributes:
         embed_dim: channels of the first stage; each later stage doubles them.
@@ -126,7 +126,7 @@ SWINV2_SIZES: dict[str, SwinV2Size] = {
 
 
 def per_stage(value: int | Sequence[int], *, field: str) -> tuple[int, ...]:
-    """Spreads one number over the stages, or checks that there is one per stage.
+    """Spread one number over the stages, or check that there is one per stage.
 
     Args:
         value: one integer of at least 1, or four of them.
@@ -145,7 +145,7 @@ def per_stage(value: int | Sequence[int], *, field: str) -> tuple[int, ...]:
 
 
 def check_name(name: str) -> None:
-    """Checks that a base network of this name can be built.
+    """Check that a base network of this name can be built.
 
     Of a timm/ name only the form is checked: whether timm knows it shows when it is loaded, since asking imports torch.
 

@@ -1,4 +1,4 @@
-"""TrainableBackbone: a base network that learns with its head. The exception, for comparison with a frozen one."""
+"""Train a base network with its head. The exception, for comparison with a frozen one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TrainableBackbone(Backbone):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is, and moves the images to."""
+        """Device the network is on, to which it moves the images."""
         return self.mean.device
 
     @property
@@ -56,7 +56,7 @@ class TrainableBackbone(Backbone):
         return self.network.no_decay
 
     def forward(self, images: Tensor, generators: Generators = None) -> tuple[Tensor, ...]:
-        """Computes the raw feature maps, finest first.
+        """Compute the raw feature maps, finest first.
 
         Args:
             images: as FrozenBackbone takes them.
@@ -72,7 +72,7 @@ class TrainableBackbone(Backbone):
         return self._folded(images, lambda flat: self.network(self._normalise(flat), generator=generators))
 
     def train(self, mode: bool = True) -> TrainableBackbone:
-        """Switches between training and evaluation, but for batch norms and dropout."""
+        """Switch between training and evaluation, but for batch norms and dropout."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, _STAY_IN_EVALUATION):

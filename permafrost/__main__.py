@@ -1,4 +1,4 @@
-"""`python -m permafrost` is the `permafrost` command."""
+"""Run the `permafrost` command as `python -m permafrost`."""
 
 from permafrost.launcher.cli import program
 

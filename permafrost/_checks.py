@@ -1,4 +1,4 @@
-"""Checks of configurations' values: a failure is one sentence, "<field> is <value>: <remedy>". Every package may use them."""
+"""Check configurations' values: a failure is one sentence, "<field> is <value>: <remedy>". Every package may use them."""
 
 from __future__ import annotations
 

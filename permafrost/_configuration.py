@@ -1,4 +1,4 @@
-"""What all configurations have in common: a misspelt field is refused, wherever it is set."""
+"""Define what all configurations have in common: a misspelt field is refused, wherever it is set."""
 
 from __future__ import annotations
 

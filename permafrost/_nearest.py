@@ -1,4 +1,4 @@
-"""Suggestions for a name that does not exist. Imports nothing heavy: every package may use it."""
+"""Suggest names for one that does not exist. Imports nothing heavy: every package may use it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Detection heads and the parts they are made of."""
+"""Detect objects: heads and the parts they are made of."""

@@ -1,4 +1,4 @@
-"""Arithmetic of boxes. Shapes: B images, R boxes of one image. Coordinates are xyxy in pixels of the network's input.
+"""Compute with boxes. Shapes: B images, R boxes of one image. Coordinates are xyxy in pixels of the network's input.
 
 Boxes are float32 whatever the compute dtype: in bfloat16 a coordinate near 1000 is off by up to 4 pixels. Only a head
 whose parameters are float64 (the equality proofs) has float64 boxes.
@@ -17,17 +17,17 @@ from permafrost.data.detection.types import DetectionTarget
 
 
 def box_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of every box inside this module: float32, or float64 if its parameters are."""
+    """Return the dtype of every box inside this module: float32, or float64 if its parameters are."""
     return torch.promote_types(torch.float32, next(module.parameters()).dtype)
 
 
 def image_sizes(targets: Sequence[DetectionTarget], *, like: Tensor) -> Tensor:
-    """(B, 2) width and height of every image without its padding, in the dtype and on the device of `like`."""
+    """Return the (B, 2) width and height of every image without its padding, in the dtype and on the device of `like`."""
     return torch.tensor([target.size[::-1] for target in targets], dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes cut to their image; what is not a number becomes 0, so that a diverged head fails in its loss, not here.
+    """Cut boxes to their image; what is not a number becomes 0, so that a diverged head fails in its loss, not here.
 
     Args:
         boxes: (..., 4).
@@ -38,12 +38,12 @@ def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
 
 
 def larger_than(boxes: Tensor, side: float) -> Tensor:
-    """(...) bool: whether both sides of each (..., 4) box reach `side` pixels."""
+    """Return, as (...) bool, whether both sides of each (..., 4) box reach `side` pixels."""
     return ((boxes[..., 2:] - boxes[..., :2]) >= side).all(dim=-1)
 
 
 def box_loss(predicted: Tensor, wanted: Tensor, is_positive: Tensor, *, beta: float) -> Tensor:
-    """Sum of the smooth L1 losses of the positive rows (plain L1 for beta 0).
+    """Sum the smooth L1 losses of the positive rows (plain L1 for beta 0).
 
     Args:
         predicted: (..., 4) encoded boxes.
@@ -56,7 +56,7 @@ def box_loss(predicted: Tensor, wanted: Tensor, is_positive: Tensor, *, beta: fl
 
 
 def giou_loss(predicted: Tensor, wanted: Tensor, is_positive: Tensor) -> Tensor:
-    """Sum of 1 - generalised IoU (Rezatofighi et al. 2019) of the positive rows.
+    """Sum 1 - generalised IoU (Rezatofighi et al. 2019) of the positive rows.
 
     Args:
         predicted: (..., 4) xyxy.

@@ -1,4 +1,4 @@
-"""From the configurations of detection's heads to the heads."""
+"""Build the heads that detection's configurations describe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from permafrost.model.spec import FeatureSpec
 
 
 def build_mask_rcnn(config: MaskRCNNConfig, *, spec: FeatureSpec, classes: Sequence[str]) -> MaskRCNN:
-    """Return a Mask R-CNN; see heads.build.build_head."""
+    """Return a Mask R-CNN, as heads.build.build_head does for its configuration."""
     parts, region = build_two_stages(config, spec=spec, classes=classes)
     box = BoxBranch(**region, config=config.box, pooling=config.pooling)
     return MaskRCNN(**parts, box=box, mask=MaskBranch(**region, config=config.mask, pooling=config.pooling))
@@ -48,7 +48,7 @@ def build_two_stages(
 
 
 def build_cascade(config: CascadeConfig, *, spec: FeatureSpec, classes: Sequence[str]) -> CascadeMaskRCNN:
-    """Return a Cascade Mask R-CNN or a Hybrid Task Cascade; see heads.build.build_head."""
+    """Return a Cascade Mask R-CNN or a Hybrid Task Cascade, as heads.build.build_head does."""
     parts, region = build_two_stages(config, spec=spec, classes=classes)
     options: dict[str, Any] = {}
     if isinstance(config, HTCConfig):

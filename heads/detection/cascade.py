@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN (Cai and Vasconcelos 2019) and, with its three options, Hybrid Task Cascade (Chen et al. 2019).
+"""Define Cascade Mask R-CNN (Cai and Vasconcelos 2019) and, with its three options, Hybrid Task Cascade (Chen et al. 2019).
 
 Shapes: B images, R regions of all images together, C channels of the pyramid, K classes, M side of a mask.
 """
@@ -24,7 +24,7 @@ from permafrost.heads.detection.semantic import SemanticBranch
 
 @dataclass
 class RegionMaps:
-    """What regions are pooled from: the pyramid's levels, and the semantic branch's (B, C, H, W) embedding or None."""
+    """The maps that regions are pooled from: the pyramid's levels, and the semantic branch's (B, C, H, W) embedding or None."""
 
     levels: list[Tensor]
     embedding: Tensor | None
@@ -87,7 +87,7 @@ class CascadeMaskRCNN(TwoStageHead):
     def _stage_losses(
         self, stage: int, maps: RegionMaps, proposals: Sequence[Tensor], batch: Batch, counts: LossCounts
     ) -> dict[str, Any]:
-        """The losses of one stage, and "refined": the boxes it leaves to the next, one (R_i, 4) tensor per image."""
+        """Return the losses of one stage, and "refined": the boxes it leaves to the next, one (R_i, 4) tensor per image."""
         box = self.boxes[stage]
         samples = self.sample(proposals, batch, box, f"roi_{stage + 1}")
         boxes, image_index = join(list(samples.boxes))
@@ -104,7 +104,7 @@ class CascadeMaskRCNN(TwoStageHead):
     def _refined(
         self, box: BoxBranch, logits: Tensor, deltas: Tensor, samples: RegionSamples, batch: Batch
     ) -> list[Tensor]:
-        """Every sampled box, regressed; not the ground truth's own, which the next stage adds by itself."""
+        """Return every sampled box, regressed; not the ground truth's own, which the next stage adds by itself."""
         num_samples = samples.boxes.shape[1]
         boxes = samples.boxes.flatten(0, 1)
         sizes = image_sizes(batch.targets, like=boxes).repeat_interleave(num_samples, dim=0)
@@ -118,14 +118,14 @@ class CascadeMaskRCNN(TwoStageHead):
         return F.adaptive_avg_pool2d(pooled, self.boxes[0].config.resolution)
 
     def _mask_regions(self, maps: RegionMaps, boxes: Tensor, image_index: Tensor) -> Tensor:
-        """(R, C, S, S) what all mask branches see of these boxes: they pool alike."""
+        """Pool what all mask branches see of these boxes, (R, C, S, S): they pool alike."""
         regions = self.masks[0].pool(maps.levels, boxes, image_index)
         if maps.embedding is not None:
             regions = regions + self.semantic.pool([maps.embedding], boxes, image_index)
         return regions
 
     def _stage_masks(self, stage: int, maps: RegionMaps, regions: PositiveRegions) -> Tensor:
-        """(R, M, M) logits of one stage in training; the branches before it run only where their features are handed on."""
+        """Return (R, M, M) logits of one stage in training; the branches before it run only where their features are handed on."""
         pooled = self._mask_regions(maps, regions.boxes, regions.image_index)
         features = None
         for i in range(0 if self.information_flow else stage, stage + 1):

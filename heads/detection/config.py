@@ -1,4 +1,4 @@
-"""Configurations of the heads that find and mask objects: values only, no torch.
+"""Configure the heads that find and mask objects: values only, no torch.
 
 Defaults are the public Mask R-CNN recipe of the Swin papers' detection code (FPN 256, 2fc box head, 4-conv mask head).
 """
@@ -229,7 +229,7 @@ class CascadeConfig(MaskRCNNConfig):
         return len(self.stage_ious)
 
     def boxes(self) -> list[BoxHeadConfig]:
-        """The box branch of each stage; building them checks their values."""
+        """Return the box branch of each stage; building them checks their values."""
         made = []
         for number, (iou, stds) in enumerate(zip(self.stage_ious, self.stage_stds), start=1):
             try:

@@ -1,4 +1,4 @@
-"""Mask R-CNN (He et al. 2017) as a trainable head on a frozen backbone's feature maps."""
+"""Define Mask R-CNN (He et al. 2017) as a trainable head on a frozen backbone's feature maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cutting regions out of a feature pyramid, and ground-truth masks out of an image.
+"""Cut regions out of a feature pyramid, and ground-truth masks out of an image.
 
 Shapes: B images, R boxes of all images together, C channels, S side of the pooled grid, G ground-truth objects,
 H W size.
@@ -41,7 +41,7 @@ class RegionPooling(nn.Module):
         self.config = config
 
     def levels(self, boxes: Tensor) -> Tensor:
-        """(R,) int64 index of the level for each (R, 4) box."""
+        """Return the (R,) int64 index of the level for each (R, 4) box."""
         side = (boxes[:, 2:] - boxes[:, :2]).prod(dim=-1).sqrt()
         # The small addend keeps a box of exactly the canonical size on its side of the border.
         level = torch.floor(CANONICAL_LEVEL + torch.log2(side / self.config.canonical_size) + 1e-6)
@@ -51,7 +51,7 @@ class RegionPooling(nn.Module):
         )
 
     def forward(self, levels: Sequence[Tensor], boxes: Tensor, image_index: Tensor) -> Tensor:
-        """Pools every box.
+        """Pool every box.
 
         Args:
             levels: one (B, C, H_i, W_i) map per stride.
@@ -83,7 +83,7 @@ class RegionPooling(nn.Module):
 
 
 def project_masks(masks: Tensor, boxes: Tensor, gt_index: Tensor, *, resolution: int, aligned: bool) -> Tensor:
-    """Ground-truth masks on the grid of each box: the share of every cell that the object covers.
+    """Project ground-truth masks on the grid of each box: the share of every cell that the object covers.
 
     Args:
         masks: (G, H, W) bool.

@@ -1,4 +1,4 @@
-"""Heads of the Swin papers' released detectors, under our own names.
+"""Read heads of the Swin papers' released detectors, under our own names.
 
 Those checkpoints (Swin-Transformer-Object-Detection, a branch of mmdetection 2) hold `backbone.*`, `neck.*`, `rpn_head.*` and
 `roi_head.*`. What ours and theirs agree on, so that tensors keep their order: the background is the last of the classifier's
@@ -153,7 +153,7 @@ def from_released(tensors: Mapping[str, Tensor]) -> RenamedHead:
 
 
 def _renamed(name: str) -> str | None:
-    """Our name of one of theirs, or of its beginning; None if it has none."""
+    """Return our name of one of theirs, or of its beginning; None if it has none."""
     for pattern, own in _OTHERS:
         if match := re.match(pattern, name):
             return match.expand(own) + name[match.end() :]
@@ -168,7 +168,7 @@ def _renamed(name: str) -> str | None:
 
 
 def _fold(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution that computes what it and the batch norm behind it do in evaluation."""
+    """Return weight and bias of a convolution that computes what it and the batch norm behind it do in evaluation."""
     scale, shift, mean, variance = (norm[key].double() for key in ("weight", "bias", "running_mean", "running_var"))
     factor = scale / (variance + BATCH_NORM_EPS).sqrt()
     start = torch.zeros_like(mean) if bias is None else bias.double()
@@ -176,7 +176,7 @@ def _fold(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Tensor]) -> tu
 
 
 def _count_classes(found: Mapping[str, Tensor]) -> int:
-    """K, from the first stage's classifier and regressor or masks.
+    """Return K, from the first stage's classifier and regressor or masks.
 
     Raises:
         HeadError: there is no classifier, or it has no output for the background.

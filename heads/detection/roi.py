@@ -1,4 +1,4 @@
-"""The second stage: which proposals to learn from, the box branch and the mask branch.
+"""Define the second stage: which proposals it learns from, the box branch and the mask branch.
 
 Shapes: B images, R boxes of all images together, S samples per image, C channels of the pyramid, K classes, M side of a
 mask. Labels are 0..K-1; the classifier's last output, K, is the background.
@@ -71,7 +71,7 @@ class PositiveRegions:
 
     @classmethod
     def of(cls, samples: RegionSamples) -> PositiveRegions:
-        """Those of the samples."""
+        """Return the positive ones of the samples."""
         image_index, slot = samples.is_positive.nonzero(as_tuple=True)
         return cls(
             boxes=samples.boxes[image_index, slot],
@@ -100,7 +100,7 @@ def sample_regions(
     ignore_overlap: float,
     purpose: str = "roi",
 ) -> RegionSamples:
-    """Adds the ground truth to the proposals, matches them and draws samples from each image's own generator.
+    """Add the ground truth to the proposals, match them and draw samples from each image's own generator.
 
     Args:
         proposals: one (R_i, 4) xyxy tensor per image.
@@ -198,7 +198,7 @@ class BoxBranch(nn.Module):
     def forward(
         self, levels: Sequence[Tensor], boxes: Tensor, image_index: Tensor, added: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Scores and encoded boxes, in the boxes' dtype.
+        """Return scores and encoded boxes, in the boxes' dtype.
 
         Args:
             levels: (B, C, H_i, W_i) maps.
@@ -224,7 +224,7 @@ class BoxBranch(nn.Module):
         return logits.to(boxes.dtype), deltas.to(boxes.dtype).view(-1, self.num_boxes, 4)
 
     def loss(self, logits: Tensor, deltas: Tensor, samples: RegionSamples, counts: LossCounts) -> dict[str, Tensor]:
-        """Cross-entropy of all samples and the box loss of the positive ones, over the count `roi_samples`.
+        """Compute the cross-entropy of all samples and the box loss of the positive ones, over the count `roi_samples`.
 
         Args:
             logits: (B * S, K + 1).
@@ -253,7 +253,7 @@ class BoxBranch(nn.Module):
         return {"loss_classifier": classifier / count, "loss_box": regression / count}
 
     def _of_class(self, deltas: Tensor, labels: Tensor) -> Tensor:
-        """(R, 4) of (R, D, 4): each row's box of its (R,) class."""
+        """Return (R, 4) of (R, D, 4): each row's box of its (R,) class."""
         rows = torch.arange(len(labels), device=labels.device)
         return deltas[rows, labels if self.num_boxes > 1 else torch.zeros_like(labels)]
 
@@ -261,7 +261,7 @@ class BoxBranch(nn.Module):
     def refine(
         self, logits: Tensor, deltas: Tensor, boxes: Tensor, sizes: Tensor, labels: Tensor | None = None
     ) -> Tensor:
-        """The regressed boxes, cut to their images: the proposals of a next stage.
+        """Return the regressed boxes, cut to their images: the proposals of a next stage.
 
         Args:
             logits: (R, K + 1).
@@ -279,7 +279,7 @@ class BoxBranch(nn.Module):
 
     @torch.no_grad()
     def detect(self, scores: Tensor, deltas: Tensor, proposals: Sequence[Tensor], batch: Batch) -> list[Detections]:
-        """Boxes of every class above the score threshold, thinned out class by class, the best of each image.
+        """Return the boxes of every class above the score threshold, thinned out class by class, the best of each image.
 
         Args:
             scores: (R, K) probabilities.
@@ -304,7 +304,7 @@ class BoxBranch(nn.Module):
 
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, config: BoxHeadConfig) -> tuple[Tensor, Tensor]:
-    """Thins out one image's boxes class by class, as the configuration says.
+    """Thin out one image's boxes class by class, as the configuration says.
 
     Args:
         boxes: (N, 4) xyxy.
@@ -368,7 +368,7 @@ class MaskBranch(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, levels: Sequence[Tensor], boxes: Tensor, image_index: Tensor, labels: Tensor) -> Tensor:
-        """Logits of the mask of each box's own class.
+        """Return logits of the mask of each box's own class.
 
         Args:
             levels: (B, C, H_i, W_i) maps.
@@ -383,7 +383,7 @@ class MaskBranch(nn.Module):
         return self.logits(x, labels).to(boxes.dtype)
 
     def features(self, regions: Tensor, previous: Tensor | None = None) -> Tensor:
-        """What the convolutions make of (R, C, S, S) pooled regions; to which, if given, the ReLU of a 1x1 convolution of
+        """Return what the convolutions make of (R, C, S, S) pooled regions; to which, if given, the ReLU of a 1x1 convolution of
         another branch's features is added (Chen et al. 2019, "Hybrid Task Cascade", equation 5)."""
         x = regions
         if self.previous is not None:
@@ -393,7 +393,7 @@ class MaskBranch(nn.Module):
         return x
 
     def logits(self, features: Tensor, labels: Tensor) -> Tensor:
-        """(R, M, M), the mask of each box's own (R,) class."""
+        """Return (R, M, M) logits, the mask of each box's own (R,) class."""
         x = self.predictor(F.relu(self.upsample(features)))
         index = labels[:, None, None, None].expand(-1, 1, *x.shape[-2:])
         return x.gather(1, index)[:, 0]
@@ -401,7 +401,7 @@ class MaskBranch(nn.Module):
     def loss(
         self, levels: Sequence[Tensor], samples: RegionSamples, batch: Batch, counts: LossCounts
     ) -> dict[str, Tensor]:
-        """Binary cross-entropy per mask cell of the positive samples, over the count `mask_samples` (their number).
+        """Compute the binary cross-entropy per mask cell of the positive samples, over the count `mask_samples` (their number).
 
         Without a positive sample the branch runs on no region at all: its parameters get gradients of zero.
         """
@@ -410,7 +410,7 @@ class MaskBranch(nn.Module):
         return {"loss_mask": self.loss_of(logits, regions, batch, counts)}
 
     def loss_of(self, logits: Tensor, regions: PositiveRegions, batch: Batch, counts: LossCounts) -> Tensor:
-        """The mask loss of (R, M, M) logits of these regions."""
+        """Compute the mask loss of (R, M, M) logits of these regions."""
         per_image = regions.image_index.bincount(minlength=len(batch.targets)).tolist()
         targets = torch.cat(
             [
@@ -426,7 +426,7 @@ class MaskBranch(nn.Module):
 
 
 def join(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(R, 4) boxes of all images, and the (R,) int64 image of each."""
+    """Return (R, 4) boxes of all images, and the (R,) int64 image of each."""
     counts = torch.tensor([len(own) for own in boxes]).to(boxes[0].device)
     image_index = torch.arange(len(boxes), device=counts.device).repeat_interleave(
         counts, output_size=sum(map(len, boxes))

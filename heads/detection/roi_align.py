@@ -1,4 +1,4 @@
-"""RoIAlign (He et al. 2017): torchvision's kernels, with a quicker gradient for small maps on a CPU.
+"""Compute RoIAlign (He et al. 2017): torchvision's kernels, with a quicker gradient for small maps on a CPU.
 
 torchvision's CPU kernel for the gradient adds one sample at a time on one thread, and takes a third of a small head's
 training step. Bilinear sampling on a grid is separable: a pooled region is Y F Xᵀ, with a weight matrix per direction.
@@ -25,7 +25,7 @@ MAX_DENSE_CELLS = 64 * 64
 def roi_align(
     level: Tensor, regions: Tensor, resolution: int, *, spatial_scale: float, sampling_ratio: int, aligned: bool
 ) -> Tensor:
-    """torchvision.ops.roi_align, the same to rounding in value and gradient.
+    """Pool as torchvision.ops.roi_align, the same to rounding in value and gradient.
 
     Args:
         level: (B, C, H, W) float map.
@@ -57,7 +57,7 @@ def kernels_of(device_type: str) -> Iterator[None]:
 
 
 def bin_weights(start: Tensor, end: Tensor, *, num_bins: int, num_cells: int, sampling_ratio: int) -> Tensor:
-    """How much each cell of one axis counts in each bin of each region.
+    """Return how much each cell of one axis counts in each bin of each region.
 
     Args:
         start: (R,) in cells, 0 being the centre of the first one.

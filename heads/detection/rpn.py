@@ -1,4 +1,4 @@
-"""Region proposal network (Ren et al. 2015, "Faster R-CNN") on a feature pyramid.
+"""Propose regions with a network (Ren et al. 2015, "Faster R-CNN") on a feature pyramid.
 
 Shapes: B images, H W size of a level, K anchors per cell, N anchors of all levels of one image (level by level, row by
 row, the K of a cell together), S samples, G ground-truth boxes.
@@ -33,7 +33,7 @@ def make_anchors(
     aspect_ratios: Sequence[float],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """All anchors of one image, centred on the top-left corner of their cell.
+    """Return all anchors of one image, centred on the top-left corner of their cell.
 
     Float32 always, unlike torchvision's AnchorGenerator, which follows the maps' dtype and rounds to whole pixels.
 
@@ -62,7 +62,7 @@ def make_anchors(
 
 
 class RPNOutput(NamedTuple):
-    """What the network says about every anchor. A tuple: ZeRO 3 looks for tensors in tuples, lists and dicts only.
+    """The network's output for every anchor. A tuple: ZeRO 3 looks for tensors in tuples, lists and dicts only.
 
     Attributes:
         logits: (B, N) objectness.
@@ -102,7 +102,7 @@ class RPN(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, pyramid: Sequence[Tensor]) -> RPNOutput:
-        """Runs the shared convolutions on every (B, C, H, W) level; logits and deltas come out in the boxes' dtype."""
+        """Run the shared convolutions on every (B, C, H, W) level; logits and deltas come out in the boxes' dtype."""
         dtype = box_dtype(self)
         logits, deltas = [], []
         for level in pyramid:
@@ -127,7 +127,7 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def propose(self, output: RPNOutput, batch: Batch) -> list[Tensor]:
-        """The proposals of every image, best first.
+        """Return the proposals of every image, best first.
 
         The best anchors of each level are decoded, clipped to the image and thinned out level by level; the best of
         what is left, over all levels, are the proposals. In training the limits are the configuration's `_train` ones.
@@ -163,7 +163,7 @@ class RPN(nn.Module):
         return proposals
 
     def loss(self, output: RPNOutput, batch: Batch, counts: LossCounts) -> dict[str, Tensor]:
-        """Binary cross-entropy of the sampled anchors' objectness, and the box loss of the positive ones.
+        """Compute the binary cross-entropy of the sampled anchors' objectness, and the box loss of the positive ones.
 
         Both are divided by the count `rpn_samples`, the number of sampled anchors.
         """

@@ -1,4 +1,4 @@
-"""Which boxes count as positive or negative, and which of them enter the loss.
+"""Decide which boxes count as positive or negative, and which of them enter the loss.
 
 Shapes: B images, A candidate boxes of one image (anchors or proposals), G ground-truth boxes, S samples. No shape
 depends on the labels, so nothing waits for the device, and the draw of an image depends on its key alone.
@@ -27,7 +27,7 @@ def match_boxes(
     negative_iou: float,
     allow_low_quality: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Gives every candidate the ground-truth box it overlaps most, and says what that makes it.
+    """Give every candidate the ground-truth box it overlaps most, and say what that makes it.
 
     The rule is that of torchvision's Matcher. With `allow_low_quality`, the candidates that overlap a ground-truth box
     most are positive whatever the overlap, as long as there is any (a box that touches no candidate would otherwise
@@ -58,7 +58,7 @@ def match_boxes(
 
 
 def drop_ignored(labels: Tensor, candidates: Tensor, ignore_boxes: Tensor, *, overlap: float) -> Tensor:
-    """Marks negatives as unused that lie inside a region of unlabelled objects.
+    """Mark negatives as unused that lie inside a region of unlabelled objects.
 
     Args:
         labels: (A,) int64 of match_boxes.
@@ -96,7 +96,7 @@ class Samples:
 def sample_balanced(
     labels: Sequence[Tensor], keys: Sequence[SampleKey], purpose: str, *, num_samples: int, positive_fraction: float
 ) -> Samples:
-    """Draws up to `num_samples` candidates per image without replacement, at most a share of them positive.
+    """Draw up to `num_samples` candidates per image without replacement, at most a share of them positive.
 
     Every candidate gets a random priority from the image's own generator and the highest win, so that the result
     depends on the key, the purpose and the labels: not on the other images, the device or what was drawn before. S is

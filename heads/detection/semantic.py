@@ -1,4 +1,4 @@
-"""The semantic branch of Hybrid Task Cascade (Chen et al. 2019, section 3.3): all levels of the pyramid fused on one.
+"""Define the semantic branch of Hybrid Task Cascade (Chen et al. 2019, section 3.3): all levels of the pyramid fused on one.
 
 Shapes: B images, C channels of the pyramid, H W size of the fused level, K classes of the semantic maps.
 """
@@ -77,7 +77,7 @@ class SemanticBranch(nn.Module):
         return self.classifier(x), F.relu(self.embedding(x)).contiguous()
 
     def loss(self, logits: Tensor, batch: Batch, counts: LossCounts) -> dict[str, Tensor]:
-        """Cross-entropy of the cells whose pixel in the middle has a class, over the count `semantic_cells`.
+        """Compute the cross-entropy of the cells whose pixel in the middle has a class, over the count `semantic_cells`.
 
         Raises:
             HeadError: the batch has no semantic maps.
@@ -95,7 +95,7 @@ class SemanticBranch(nn.Module):
 
 
 def cells(maps: Tensor, stride: int, size: Sequence[int]) -> Tensor:
-    """(B, H, W) int64 of (B, h, w) uint8 maps: the pixel in the middle of each cell, IGNORED beyond the image."""
+    """Return (B, H, W) int64 of (B, h, w) uint8 maps: the pixel in the middle of each cell, IGNORED beyond the image."""
     rows, columns = (torch.arange(side, device=maps.device) * stride + stride // 2 for side in size)
     inside = (rows < maps.shape[-2])[:, None] & (columns < maps.shape[-1])
     picked = maps[:, rows.clamp(max=maps.shape[-2] - 1)][:, :, columns.clamp(max=maps.shape[-1] - 1)]

@@ -1,4 +1,4 @@
-"""Soft non-maximum suppression (Bodla et al. 2017, "Soft-NMS: Improving Object Detection with One Line of Code")."""
+"""Apply soft non-maximum suppression (Bodla et al. 2017, "Soft-NMS: Improving Object Detection with One Line of Code")."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def soft_nms(
     min_score: float,
     num_detections: int,
 ) -> tuple[Tensor, Tensor]:
-    """Takes the best box again and again, each time lowering the scores of the boxes of its class that overlap it.
+    """Take the best box again and again, each time lowering the scores of the boxes of its class that overlap it.
 
     Scores only fall, so the boxes come out by falling score and the first `num_detections` are the result.
 

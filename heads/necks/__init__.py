@@ -1,1 +1,1 @@
-"""Necks: what mixes the levels of a feature pyramid."""
+"""Necks mix the levels of a feature pyramid."""

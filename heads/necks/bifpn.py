@@ -1,4 +1,4 @@
-"""Bidirectional feature pyramid (Tan et al. 2020, "EfficientDet", section 3): layers of weighted sums, down and up again.
+"""Define the bidirectional feature pyramid (Tan et al. 2020, "EfficientDet", section 3): layers of weighted sums, down and up again.
 
 The paper gives the number of layers only (5 for L-22K, 9 for T-1K, 1 to 4 in Table 6). Width, norm and kind of convolution
 are fields; the defaults are those of its authors' own detection code: 256 channels, full 3x3 convolutions, group norm.
@@ -52,7 +52,7 @@ class FusionNode(nn.Module):
                 nn.init.zeros_(conv.bias)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Maps of one shape (B, channels, H, W) in, one out."""
+        """Fuse maps of one shape (B, channels, H, W) to one."""
         weights = F.relu(self.weights)
         weights = weights / (weights.sum() + EPS)
         fused = sum(weight * x for weight, x in zip(weights, inputs, strict=True))
@@ -83,7 +83,7 @@ class BiFPNLayer(nn.Module):
         )
 
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """One (B, channels, H_i, W_i) map per level in and out, finest first."""
+        """Fuse one (B, channels, H_i, W_i) map per level, finest first, to as many."""
         downward = list(levels)
         for i in range(len(levels) - 2, -1, -1):
             larger = F.interpolate(downward[i + 1], size=levels[i].shape[-2:], mode="nearest")
@@ -97,7 +97,7 @@ class BiFPNLayer(nn.Module):
 
 
 def halve(x: Tensor) -> Tensor:
-    """(B, C, H, W) to (B, C, ceil(H / 2), ceil(W / 2)): the largest of each 3x3 window, every second one."""
+    """Halve (B, C, H, W) to (B, C, ceil(H / 2), ceil(W / 2)): the largest of each 3x3 window, every second one."""
     return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
@@ -170,7 +170,7 @@ class BiFPN(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The pyramid, finest level first.
+        """Return the pyramid, finest level first.
 
         Args:
             features: one (B, C_i, H_i, W_i) map per backbone level, in any floating dtype.

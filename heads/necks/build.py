@@ -1,4 +1,4 @@
-"""From the configuration of a neck to the neck."""
+"""Build the neck that a configuration describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations of necks, which mix the levels of a feature pyramid: values only, no torch."""
+"""Configure necks, which mix the levels of a feature pyramid: values only, no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NormKind = Literal["none", "group", "layer"]
 
 @dataclass
 class PyramidConfig(Configuration):
-    """What every feature pyramid has; its kinds follow. One from outside this package has a method `build(spec=)`."""
+    """The fields that every feature pyramid has; its kinds follow. One from outside this package has a method `build(spec=)`."""
 
     channels: int = 256
     num_extra_levels: int = 1

@@ -1,4 +1,4 @@
-"""Feature pyramid network (Lin et al. 2017, "Feature Pyramid Networks for Object Detection")."""
+"""Define the feature pyramid network (Lin et al. 2017, "Feature Pyramid Networks for Object Detection")."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class FPN(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The pyramid, finest level first.
+        """Return the pyramid, finest level first.
 
         Args:
             features: one (B, C_i, H_i, W_i) map per backbone level, in any floating dtype.
@@ -71,7 +71,7 @@ class FPN(nn.Module):
         return self.outputs(self.top_down(self.laterals(features)))
 
     def laterals(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The backbone's maps, normalised and brought to one width."""
+        """Return the backbone's maps, normalised and brought to one width."""
         if len(features) != self.num_backbone_levels:
             raise HeadError(
                 f"neck: {len(features)} feature maps came in, the head was built for {self.num_backbone_levels}: "
@@ -80,14 +80,14 @@ class FPN(nn.Module):
         return [conv(x) for conv, x in zip(self.lateral, self._normalised(features))]
 
     def top_down(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """Each level plus the enlarged sum of the coarser ones."""
+        """Return each level plus the enlarged sum of the coarser ones."""
         inner = list(levels)
         for i in range(len(inner) - 2, -1, -1):
             inner[i] = inner[i] + F.interpolate(inner[i + 1], size=inner[i].shape[-2:], mode="nearest")
         return inner
 
     def outputs(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """The last convolution of each level, and the extra levels."""
+        """Apply the last convolution of each level, and add the extra levels."""
         pyramid = [conv(x) for conv, x in zip(self.output, levels)]
         for _ in range(self.num_extra_levels):
             pyramid.append(F.max_pool2d(pyramid[-1], kernel_size=1, stride=2))

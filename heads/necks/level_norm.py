@@ -1,4 +1,4 @@
-"""The trained normalisation between a frozen backbone's raw maps and a head."""
+"""Normalise, with trained values, between a frozen backbone's raw maps and a head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LevelNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) in, the same shape out, in channels_last memory and the parameters' dtype."""
+        """Normalise (B, C, H, W) to the same shape, in channels_last memory and the parameters' dtype."""
         # Channels last in memory makes both permutes free, and is what the convolutions behind want.
         pixels = x.permute(0, 2, 3, 1).to(self.weight.dtype)
         return F.layer_norm(pixels, self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""The norms of a head's convolutions. None of them looks beyond one image: what a step computes must not depend on how the
+"""Build the norms of a head's convolutions. None of them looks beyond one image: what a step computes must not depend on how the
 batch was split over ranks, which batch normalisation's statistics do."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ GROUP_CHANNELS = 8
 
 
 def make_norm(kind: str, channels: int) -> nn.Module:
-    """The norm of an (R, C, H, W) map that a configuration names.
+    """Build the norm of an (R, C, H, W) map that a configuration names.
 
     Args:
         kind: "group", "layer" (over the channels of each cell) or "none".

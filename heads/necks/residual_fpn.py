@@ -1,4 +1,4 @@
-"""Feature pyramid with residual blocks inside: the paper's Table 2, "FPN w. 4x Residual Blocks inside".
+"""Define the feature pyramid with residual blocks inside: the paper's Table 2, "FPN w. 4x Residual Blocks inside".
 
 The paper says neither where the blocks stand nor of which kind and norm they are: each is a field. By default they are the
 basic blocks of ResNet (He et al. 2016, "Deep Residual Learning for Image Recognition", figure 5 left) on every level, after
@@ -49,7 +49,7 @@ class ResidualBlock(nn.Module):
                 nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) in and out."""
+        """Map (B, channels, H, W) to the same shape."""
         branch = x
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
             branch = norm(conv(F.relu(branch) if i else branch))
@@ -92,7 +92,7 @@ class ResidualFPN(FPN):
         )
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The pyramid; see FPN."""
+        """Return the pyramid, finest level first, as FPN does."""
         levels = self.laterals(features)
         if self.place == "lateral":
             levels = [blocks(x) for blocks, x in zip(self.blocks, levels)]

@@ -1,4 +1,4 @@
-"""The simple feature pyramid of ViTDet (Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection",
+"""Define the simple feature pyramid of ViTDet (Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection",
 ECCV 2022, section 3): every level is made from one and the same map."""
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class SimpleFeaturePyramid(nn.Module):
             nn.init.kaiming_uniform_(conv.weight, a=1)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The pyramid, finest level first.
+        """Return the pyramid, finest level first.
 
         Args:
             features: the backbone's only map, (B, C, n, m), in any floating dtype.
@@ -110,7 +110,7 @@ class SimpleFeaturePyramid(nn.Module):
 
 
 def resample(x: Tensor, *, stride: float, new_stride: float) -> Tensor:
-    """Bilinear samples at the centres of cells of another stride; both grids begin at the same corner.
+    """Sample bilinearly at the centres of cells of another stride; both grids begin at the same corner.
 
     Cell j of the new grid has its centre at (j + 1/2) new_stride pixels, that is (j + 1/2) new_stride / stride - 1/2 cells of
     the old one; samples beyond the outermost centres take the outermost value.
@@ -134,7 +134,7 @@ def resample(x: Tensor, *, stride: float, new_stride: float) -> Tensor:
 
 
 def _scaling(width: int, doublings: int) -> nn.Sequential:
-    """Deconvolutions that double a map and halve its channels, or poolings that halve it and keep them."""
+    """Build deconvolutions that double a map and halve its channels, or poolings that halve it and keep them."""
     if doublings <= 0:
         # Rounded up: an odd row at the bottom belongs to the image, too.
         return nn.Sequential(*(nn.MaxPool2d(2, 2, ceil_mode=True) for _ in range(-doublings)))

@@ -1,1 +1,1 @@
-"""Semantic segmentation: Mask2Former on a backbone's maps."""
+"""Segment images semantically: Mask2Former on a backbone's maps."""

@@ -1,4 +1,4 @@
-"""Configurations of Mask2Former: values only, no torch.
+"""Configure Mask2Former: values only, no torch.
 
 Defaults are the public recipe of Mask2Former on ADE20K (Cheng et al. 2022) with the paper's smallest head: one block of the
 pixel decoder, three of the transformer decoder and the prediction of the raw queries ("(3+1)x", Table 3).

@@ -1,4 +1,4 @@
-"""The losses of Mask2Former: every prediction is matched with the segments anew, and learns from all of them.
+"""Compute the losses of Mask2Former: every prediction is matched with the segments anew, and learns from all of them.
 
 Cross-entropy of classes; cross-entropy and dice of masks, at points of which three quarters lie where the mask is least sure
 (Mask2Former, Cheng et al. 2022, sections 3.2.2 and 3.3). Points are drawn per image from its key; all masks of an image and
@@ -41,7 +41,7 @@ class Segments:
 
 
 def collect_segments(batch: Batch, *, dtype: torch.dtype) -> Segments:
-    """The segments of a batch's semantic maps."""
+    """Return the segments of a batch's semantic maps."""
     maps = torch.stack([target.semantic for target in batch.targets])
     counts = [len(target.labels) for target in batch.targets]
     labels = maps.new_zeros((len(counts), max(1, *counts)), dtype=torch.int64)
@@ -67,7 +67,7 @@ class Criterion:
         self.config = config
 
     def __call__(self, predictions: Sequence[Prediction], batch: Batch, counts: LossCounts) -> dict[str, Tensor]:
-        """The three losses of the last prediction, and the sum of all of the others'."""
+        """Return the three losses of the last prediction, and the sum of all of the others'."""
         segments = collect_segments(batch, dtype=predictions[0].masks.dtype)
         queries = self.match(predictions, segments, batch.keys)
         of_class, of_mask, of_dice = self.losses(predictions, segments, queries, batch.keys, counts)
@@ -80,7 +80,7 @@ class Criterion:
 
     @torch.no_grad()
     def match(self, predictions: Sequence[Prediction], segments: Segments, keys: Sequence[SampleKey]) -> Tensor:
-        """(L, B, N) the query of each segment; see matcher.match."""
+        """Return (L, B, N) int64: the query that the cheapest assignment gives each segment."""
         points = draw_points(
             keys,
             "segmentation/match",
@@ -109,7 +109,7 @@ class Criterion:
         keys: Sequence[SampleKey],
         counts: LossCounts,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(L,) weighted losses of each prediction: of classes, of masks' points, and dice.
+        """Return the (L,) weighted losses of each prediction: of classes, of masks' points, and dice.
 
         Args:
             predictions: L of them.
@@ -148,7 +148,7 @@ class Criterion:
     def _at_points(
         self, predictions: Sequence[Prediction], segments: Segments, queries: Tensor, keys: Sequence[SampleKey]
     ) -> tuple[Tensor, Tensor]:
-        """(L, B, N, P) logits of the queries' masks at their points, and the segments' masks there."""
+        """Return (L, B, N, P) logits of the queries' masks at their points, and the segments' masks there."""
         config = self.config
         num_predictions, num_images, num_masks = queries.shape
         num_uncertain = int(config.importance * config.num_points)

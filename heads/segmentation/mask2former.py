@@ -1,4 +1,4 @@
-"""Mask2Former for semantic segmentation: the head, from a backbone's maps to losses or segments."""
+"""Define Mask2Former for semantic segmentation: the head, from a backbone's maps to losses or segments."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ class Mask2Former(Head):
         self.criterion = Criterion(num_classes=self.num_classes, config=config.loss)
 
     def predictions(self, features: Sequence[Tensor]) -> list[Prediction]:
-        """What the queries say after every block, and before the first; the last is the answer."""
+        """Return what the queries say after every block, and before the first; the last is the answer."""
         features = [norm(level) for norm, level in zip(self.level_norms, features, strict=True)]
         return self.predictor(*self.pixel_decoder(features))
 
     def forward(
         self, features: Sequence[Tensor], batch: Batch, counts: LossCounts = world_mean_counts
     ) -> dict[str, Tensor] | list[SegmentationResult]:
-        """The contract of `Head`: losses of all predictions, or the last one as segments."""
+        """Return what `Head` says: losses of all predictions, or the last one as segments."""
         predictions = self.predictions(features)
         if self.training:
             return self.criterion(predictions, batch, counts)

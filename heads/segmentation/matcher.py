@@ -1,4 +1,4 @@
-"""Which query answers for which segment: the assignment that costs least.
+"""Match queries with segments: the assignment that costs least.
 
 Shapes: L predictions, B images, Q queries, K classes, N segments of the richest image (others are padded), P points.
 """
@@ -22,7 +22,7 @@ UNMATCHED = -1
 def matching_cost(
     class_logits: Tensor, mask_points: Tensor, labels: Tensor, target_points: Tensor, *, config: SegmentationLossConfig
 ) -> Tensor:
-    """(B, Q, N) what it costs to let each query answer for each segment, on the device of its arguments.
+    """Return, as (B, Q, N), what it costs to let each query answer for each segment, on the device of its arguments.
 
     Args:
         class_logits: (B, Q, K + 1).
@@ -44,7 +44,7 @@ def matching_cost(
 
 
 def match(costs: Tensor, num_segments: Sequence[int]) -> Tensor:
-    """(L, B, N) int64, the query of each segment or UNMATCHED, on the device of the costs.
+    """Return, as (L, B, N) int64, the query of each segment or UNMATCHED, on the device of the costs.
 
     All costs come to the host in one copy. A cost that is not finite counts as a very high one: a head whose numbers
     broke down gets an assignment, and its loss says what happened.

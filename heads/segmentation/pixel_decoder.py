@@ -1,4 +1,4 @@
-"""The pixel decoder: deformable attention mixes the coarser maps, and the finest is brought up to them.
+"""Define the pixel decoder: deformable attention mixes the coarser maps, and the finest is brought up to them.
 
 Module names are those of the released Mask2Former checkpoints (`sem_seg_head.pixel_decoder.*`), so that their weights fit.
 
@@ -41,7 +41,7 @@ class DeformableAttention(nn.Module):
         self.output_proj = nn.Linear(channels, channels)
 
     def reset_parameters(self) -> None:
-        """At first all queries look alike: head a towards an angle of its own, point p at a distance of p + 1 cells."""
+        """Let all queries look alike at first: head a towards an angle of its own, point p at a distance of p + 1 cells."""
         heads, num_levels, points = self.shape
         angle = torch.arange(heads, dtype=torch.float32) * (2 * math.pi / heads)
         towards = torch.stack([angle.cos(), angle.sin()], dim=1)
@@ -58,7 +58,7 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tensor, positions: Tensor, centres: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """(B, S, C).
+        """Return (B, S, C): every token with what it reads of all maps.
 
         Args:
             tokens: (B, S, C).
@@ -91,7 +91,7 @@ class EncoderBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.channels)
 
     def forward(self, tokens: Tensor, positions: Tensor, centres: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """See DeformableAttention.forward."""
+        """Map (B, S, C) tokens to the same shape; arguments are those of DeformableAttention.forward."""
         tokens = self.norm1(tokens + self.self_attn(tokens, positions, centres, sizes))
         return self.norm2(tokens + self.linear2(F.relu(self.linear1(tokens))))
 
@@ -121,7 +121,7 @@ class DeformableEncoder(nn.Module):
         nn.init.normal_(self.level_embed)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """(B, C, H_i, W_i) maps in, the same out."""
+        """Map (B, C, H_i, W_i) maps to the same shapes."""
         sizes = [(level.shape[-2], level.shape[-1]) for level in maps]
         channels = maps[0].shape[1]
         tokens = torch.cat([level.flatten(2).mT for level in maps], dim=1)
@@ -139,7 +139,7 @@ class DeformableEncoder(nn.Module):
 
 
 def cell_centres(height: int, width: int, *, like: Tensor) -> Tensor:
-    """(H * W, 2) x and y of the cells' centres in 0..1, by rows."""
+    """Return (H * W, 2) x and y of the cells' centres in 0..1, by rows."""
     y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
     x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
     return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=2).flatten(0, 1)
@@ -154,7 +154,7 @@ class ConvNorm(nn.Conv2d):
         nn.init.kaiming_uniform_(self.weight, a=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C', H, W)."""
+        """Map (B, C, H, W) to (B, C', H, W)."""
         return self.norm(super().forward(x))
 
 
@@ -186,7 +186,7 @@ class PixelDecoder(nn.Module):
         nn.init.zeros_(self.mask_features.bias)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The (B, C, H, W) embedding of the finest map's cells, and the N other maps (B, C, H_i, W_i), coarsest first."""
+        """Return the (B, C, H, W) embedding of the finest map's cells, and the N other maps (B, C, H_i, W_i), coarsest first."""
         with torch.autocast(features[0].device.type, enabled=False):
             dtype = self.mask_features.weight.dtype
             maps = [level.to(dtype) for level in features]

@@ -1,4 +1,4 @@
-"""Masks looked at in points: where they lie, and what a mask is there.
+"""Look at masks in points: where they lie, and what a mask is there.
 
 Shapes: L predictions, B images, N masks, H W size of a mask, P points.
 """
@@ -17,7 +17,7 @@ from permafrost.data.types import SampleKey
 def draw_points(
     keys: Sequence[SampleKey], purpose: str, *, num_predictions: int, num_points: int, like: Tensor
 ) -> Tensor:
-    """(L, B, P, 2) x and y, uniform in 0..1, of each image a function of its key and the purpose alone.
+    """Draw (L, B, P, 2) x and y, uniform in 0..1, of each image a function of its key and the purpose alone.
 
     All masks of one image and prediction share them, so their number does not shift what others get.
     """
@@ -26,7 +26,7 @@ def draw_points(
 
 
 def read_points(masks: Tensor, points: Tensor) -> Tensor:
-    """(X, N, R, P): N masks at R rows of points each, bilinear between cells' centres, zero beyond the mask's edge.
+    """Return (X, N, R, P): N masks at R rows of points each, bilinear between cells' centres, zero beyond the mask's edge.
 
     Args:
         masks: (X, N, H, W).
@@ -37,7 +37,7 @@ def read_points(masks: Tensor, points: Tensor) -> Tensor:
 
 @torch.no_grad()
 def uncertain_points(logits: Tensor, candidates: Tensor, uniform: Tensor, *, num_uncertain: int) -> Tensor:
-    """(X, N, P, 2): of each mask the candidates whose logit is nearest to zero, then the uniform ones (PointRend, Kirillov
+    """Return (X, N, P, 2): of each mask the candidates whose logit is nearest to zero, then the uniform ones (PointRend, Kirillov
     et al. 2020, section 3.1).
 
     Args:

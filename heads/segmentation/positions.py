@@ -1,4 +1,4 @@
-"""Where a cell lies, as sines and cosines: the position code that both decoders add."""
+"""Encode where a cell lies as sines and cosines: the position code that both decoders add."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TEMPERATURE = 10_000.0
 
 
 def sine_positions(height: int, width: int, channels: int, *, like: Tensor) -> Tensor:
-    """(H * W, C) sines and cosines of each cell's row, then of its column, both as shares of the map times 2 pi.
+    """Return (H * W, C) sines and cosines of each cell's row, then of its column, both as shares of the map times 2 pi.
 
     The code of DETR (Carion et al. 2020), normalised. Computed in float32 at least, whatever autocast says.
 

@@ -1,4 +1,4 @@
-"""Heads of the released Mask2Former checkpoints, under our own names.
+"""Read heads of the released Mask2Former checkpoints, under our own names.
 
 Those files (Mask2Former's model zoo, written by detectron2) hold `backbone.*` and `sem_seg_head.*`. What follows `sem_seg_head.` are
 our names but for two things: the norms of the backbone's outputs, `backbone.norm0` to `norm3`, are parts of the head here

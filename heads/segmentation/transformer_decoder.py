@@ -1,4 +1,4 @@
-"""The masked-attention decoder: queries look at the maps within the mask they last predicted.
+"""Define the masked-attention decoder: queries look at the maps within the mask they last predicted.
 
 Module names are those of the released Mask2Former checkpoints (`sem_seg_head.predictor.*`), so that their weights fit.
 
@@ -20,7 +20,7 @@ from permafrost.heads.segmentation.positions import sine_positions
 
 @dataclass
 class Prediction:
-    """What the queries say after one block.
+    """The queries' answer after one block.
 
     Attributes:
         classes: (B, Q, K + 1) logits, the last one for no segment; in the parameters' precision.
@@ -40,7 +40,7 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, code: Tensor, cells: Tensor, places: Tensor, hidden: Tensor) -> Tensor:
-        """(B, Q, C).
+        """Return (B, Q, C): the queries with what they see of one map.
 
         Args:
             x: (B, Q, C).
@@ -62,7 +62,7 @@ class SelfAttention(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        """(B, Q, C); `code` (Q, C) is added to queries and keys."""
+        """Map (B, Q, C) to the same shape; `code` (Q, C) is added to queries and keys."""
         coded = x + code
         seen, _ = self.self_attn(coded, coded, x, need_weights=False)
         return self.norm(x + seen)
@@ -78,7 +78,7 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, Q, C)."""
+        """Map (B, Q, C) to the same shape."""
         return self.norm(x + self.linear2(F.relu(self.linear1(x))))
 
 
@@ -90,14 +90,14 @@ class MaskEmbedding(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(channels, channels) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, Q, C)."""
+        """Map (B, Q, C) to the same shape."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
 
 
 def _rows(table: nn.Embedding) -> Tensor:
-    """All rows of a table, by a call of it: ZeRO 3 brings a module's parameters only while it is called."""
+    """Return all rows of a table, by a call of it: ZeRO 3 brings a module's parameters only while it is called."""
     return table(torch.arange(table.num_embeddings, device=table.weight.device))
 
 
@@ -129,7 +129,7 @@ class TransformerDecoder(nn.Module):
         self.mask_embed = MaskEmbedding(channels)
 
     def forward(self, mask_features: Tensor, maps: Sequence[Tensor]) -> list[Prediction]:
-        """num_blocks + 1 predictions, the last one the head's answer.
+        """Return num_blocks + 1 predictions, the last one the head's answer.
 
         Args:
             mask_features: (B, C, H, W).
@@ -160,7 +160,7 @@ class TransformerDecoder(nn.Module):
 
     @torch.no_grad()
     def _hidden(self, masks: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B * A, Q, h * w) bool: cells outside each query's mask; a query whose mask is empty sees everything."""
+        """Return (B * A, Q, h * w) bool: cells outside each query's mask; a query whose mask is empty sees everything."""
         # A probability below a half is a logit below zero.
         outside = F.interpolate(masks.detach(), size=size, mode="bilinear", align_corners=False).flatten(2) < 0
         outside &= ~outside.all(dim=2, keepdim=True)

@@ -1,1 +1,1 @@
-"""Heads that name what happens in a clip."""
+"""Name what happens in a clip."""

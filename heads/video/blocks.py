@@ -1,4 +1,4 @@
-"""Transformer blocks over the tokens of a clip, and the head made of them.
+"""Define Transformer blocks over the tokens of a clip, and the head made of them.
 
 Shapes: B clips, T frames, L cells, S tokens that attend to one another, N sequences of one clip (N * S = T * L), A
 attention heads, D channels.
@@ -40,7 +40,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, channels))
 
     def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
-        """Lets the S tokens of each sequence attend to one another.
+        """Let the S tokens of each sequence attend to one another.
 
         Args:
             x: (B, N, S, D).
@@ -104,15 +104,15 @@ class BlocksHead(ClipHead):
                     nn.init.zeros_(module.bias)
 
     def fold(self, tokens: Tensor) -> Tensor:
-        """(B, T, L, D) tokens to (B, N, S, D): the S of a sequence attend to one another."""
+        """Fold (B, T, L, D) tokens to (B, N, S, D): the S of a sequence attend to one another."""
         raise NotImplementedError
 
     def unfold(self, sequences: Tensor, num_frames: int) -> Tensor:
-        """The inverse of `fold`."""
+        """Undo `fold`: (B, N, S, D) to (B, T, L, D)."""
         raise NotImplementedError
 
     def mix(self, tokens: Tensor, map_size: tuple[int, int], keys: Sequence[SampleKey]) -> Tensor:
-        """(B, T, L, C) tokens to (B, T, L, D)."""
+        """Map (B, T, L, C) tokens to (B, T, L, D)."""
         num_frames = tokens.shape[1]
         tokens = self.embed(tokens)
         if self.positions is not None:
@@ -125,7 +125,7 @@ class BlocksHead(ClipHead):
         return self.unfold(self.norm(x), num_frames)
 
     def _drop_scales(self, keys: Sequence[SampleKey], like: Tensor) -> Tensor | None:
-        """(blocks, 2, B): stochastic depth (Huang et al. 2016), drawn from each clip's own key; a dropped branch is still computed."""
+        """Draw (blocks, 2, B) of stochastic depth (Huang et al. 2016) from each clip's own key; a dropped branch is still computed."""
         if not self.training or not any(self.drop_rates):
             return None
         keep = 1 - torch.tensor(self.drop_rates).view(-1, 1)

@@ -1,4 +1,4 @@
-"""What all video heads share: norm of the last map, whatever mixes its tokens, average pool, dropout, classifier, loss.
+"""Define what all video heads share: norm of the last map, whatever mixes its tokens, average pool, dropout, classifier, loss.
 
 Shapes: B clips, T frames, h w map size, L = h * w cells, C channels of the map, D channels of the head, K classes.
 """
@@ -44,11 +44,11 @@ class ClipHead(Head):
         nn.init.zeros_(self.classifier.bias)
 
     def mix(self, tokens: Tensor, map_size: tuple[int, int], keys: Sequence[SampleKey]) -> Tensor:
-        """(B, T, L, C) tokens to (B, T, L, D); a head that looks at no order returns them as they are."""
+        """Map (B, T, L, C) tokens to (B, T, L, D); a head that looks at no order returns them as they are."""
         raise NotImplementedError
 
     def logits(self, features: Sequence[Tensor], keys: Sequence[SampleKey]) -> Tensor:
-        """(B, K) float32 (float64 for a float64 head).
+        """Return (B, K) logits, float32 (float64 for a float64 head).
 
         Args:
             features: one (B, T, C_i, h_i, w_i) map per level; the last one is read.
@@ -73,7 +73,7 @@ class ClipHead(Head):
         return self.classifier(pooled).to(weight.dtype)
 
     def _kept_channels(self, keys: Sequence[SampleKey], like: Tensor) -> Tensor:
-        """(B, D): 0 for a dropped channel, 1 / (1 - dropout) for a kept one, drawn from each clip's own key."""
+        """Return (B, D): 0 for a dropped channel, 1 / (1 - dropout) for a kept one, drawn from each clip's own key."""
         draws = [torch.rand(like.shape[1], generator=key.generator("video/dropout")) for key in keys]
         kept = (torch.stack(draws) >= self.dropout).to(like.dtype) / (1 - self.dropout)
         return kept.to(like.device, non_blocking=True)
@@ -81,7 +81,7 @@ class ClipHead(Head):
     def forward(
         self, features: Sequence[Tensor], batch: Batch, counts: LossCounts = world_mean_counts
     ) -> dict[str, Tensor] | list[ClipResult]:
-        """The contract of `Head`: in training the cross-entropy summed over this rank's clips and divided by their global count."""
+        """Return what `Head` says: in training the cross-entropy summed over this rank's clips and divided by their global count."""
         logits = self.logits(features, batch.keys)
         if not self.training:
             scores = logits.float().softmax(dim=1)

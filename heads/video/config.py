@@ -1,4 +1,4 @@
-"""Configurations of the video heads: values only, no torch.
+"""Configure the video heads: values only, no torch.
 
 Defaults are the paper's four blocks and the head of Video-Swin's public Kinetics-400 recipe (average pool, dropout 0.5).
 The paper does not say the blocks' width, position codes or drop path: the width of the backbone's last map, learned
@@ -35,7 +35,7 @@ class LinearVideoConfig(HeadConfig):
 
 @dataclass
 class BlocksVideoConfig(LinearVideoConfig):
-    """What heads with Transformer blocks have in common; their two kinds follow."""
+    """The fields that heads with Transformer blocks share; their two kinds follow."""
 
     num_blocks: int = 4
     width: int | None = None

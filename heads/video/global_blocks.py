@@ -1,4 +1,4 @@
-"""The global video head: attention over space and time at once."""
+"""Define the global video head: attention over space and time at once."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class GlobalVideoHead(BlocksHead):
         super().__init__(spec=spec, classes=classes, config=config, axes=("frames", "rows", "columns"))
 
     def fold(self, tokens: Tensor) -> Tensor:
-        """(B, T, L, D) to (B, 1, T * L, D)."""
+        """Fold (B, T, L, D) to (B, 1, T * L, D)."""
         return tokens.flatten(1, 2).unsqueeze(1)
 
     def unfold(self, sequences: Tensor, num_frames: int) -> Tensor:
-        """(B, 1, T * L, D) to (B, T, L, D)."""
+        """Unfold (B, 1, T * L, D) to (B, T, L, D)."""
         return sequences.squeeze(1).unflatten(1, (num_frames, -1))

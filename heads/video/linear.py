@@ -1,4 +1,4 @@
-"""The linear video head: what the average of the frozen features knows."""
+"""Define the linear video head: what the average of the frozen features knows."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ class LinearVideoHead(ClipHead):
         super().__init__(spec=spec, classes=classes, config=config, width=spec.channels[-1])
 
     def mix(self, tokens: Tensor, map_size: tuple[int, int], keys: Sequence[SampleKey]) -> Tensor:
-        """The tokens as they are: the frames' order does not matter."""
+        """Return the tokens as they are: the frames' order does not matter."""
         return tokens

@@ -1,4 +1,4 @@
-"""Position codes of a clip's tokens: the sum of one code per axis, learned or fixed waves."""
+"""Build position codes of a clip's tokens: the sum of one code per axis, learned or fixed waves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LearnedPositions(nn.Module):
             nn.init.trunc_normal_(table, std=0.02)
 
     def forward(self, size: tuple[int, int, int]) -> Tensor:
-        """Codes (T, h, w, D) of a clip of `size` (T, h, w); axes without a table have length 1."""
+        """Return codes (T, h, w, D) of a clip of `size` (T, h, w); axes without a table have length 1."""
         total = torch.zeros((), device=next(self.parameters()).device)
         for axis, table in self.tables.items():
             place = AXES.index(axis)
@@ -58,7 +58,7 @@ class SinCosPositions(nn.Module):
         self.register_buffer("anchor", torch.zeros(()), persistent=False)
 
     def forward(self, size: tuple[int, int, int]) -> Tensor:
-        """Codes (T, h, w, D) of a clip of `size` (T, h, w); axes without waves have length 1."""
+        """Return codes (T, h, w, D) of a clip of `size` (T, h, w); axes without waves have length 1."""
         # An even number each; what is left over stays 0.
         share = self.channels // len(self.axes) // 2 * 2
         total = torch.zeros(1, 1, 1, self.channels, device=self.anchor.device)
@@ -79,7 +79,7 @@ class SinCosPositions(nn.Module):
 def make_positions(
     kind: PositionKind, channels: int, axes: Sequence[str], *, num_frames: int, map_side: int
 ) -> nn.Module | None:
-    """The position codes that a configuration names; None for none.
+    """Build the position codes that a configuration names; None for none.
 
     Args:
         kind: see PositionKind.

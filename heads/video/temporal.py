@@ -1,4 +1,4 @@
-"""The temporal video head: what the frames' order adds, each cell by itself."""
+"""Define the temporal video head: what the frames' order adds, each cell by itself."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class TemporalVideoHead(BlocksHead):
         super().__init__(spec=spec, classes=classes, config=config, axes=("frames",))
 
     def fold(self, tokens: Tensor) -> Tensor:
-        """(B, T, L, D) to (B, L, T, D)."""
+        """Fold (B, T, L, D) to (B, L, T, D)."""
         return tokens.transpose(1, 2)
 
     def unfold(self, sequences: Tensor, num_frames: int) -> Tensor:
-        """(B, L, T, D) to (B, T, L, D)."""
+        """Unfold (B, L, T, D) to (B, T, L, D)."""
         return sequences.transpose(1, 2)

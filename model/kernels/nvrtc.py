@@ -1,4 +1,4 @@
-"""CUDA C++ compiled at run time by NVRTC, and launched through the driver.
+"""Compile CUDA C++ at run time with NVRTC, and launch it through the driver.
 
 Both come with a CUDA build of PyTorch (cuda.bindings and NVIDIA's libraries), so nobody needs a compiler. Compiling needs
 no GPU; the sources include nothing but each other.
@@ -18,7 +18,7 @@ from permafrost.model.errors import KernelError
 def compile_cubin(
     source: str, *, name: str, headers: Mapping[str, str], defines: Sequence[str] = (), architecture: int
 ) -> tuple[bytes, str]:
-    """Compiles a source for one kind of GPU.
+    """Compile a source for one kind of GPU.
 
     Args:
         source: CUDA C++.
@@ -107,7 +107,7 @@ class LoadedKernel:
             self._check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
 
     def launch(self, blocks: int, threads: int, arguments: ctypes.Structure) -> None:
-        """Starts it on the current stream of the current device, with one argument by value."""
+        """Start it on the current stream of the current device, with one argument by value."""
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = torch.cuda.current_stream().cuda_stream
         sizes = (blocks, 1, 1, threads, 1, 1, self._shared_bytes)

@@ -1,4 +1,4 @@
-"""Which kernel an op runs on: what the recipe asks for, whether it can run here, and why it was taken.
+"""Choose the kernel that an op runs on: what the recipe asks for, whether it can run here, and why it was taken.
 
 What is asked for by name is taken or is an error. "auto" takes what model/kernels/verified.py lists for this GPU and dtype,
 and PyTorch's own operators everywhere else.
@@ -21,7 +21,7 @@ COMPILED = ("triton", "cuda", "epilogue")
 
 @dataclass(frozen=True)
 class Choice:
-    """What computes an op, and why."""
+    """The version that computes an op, and why it was taken."""
 
     kernel: str
     reason: str
@@ -41,7 +41,7 @@ def choose_kernel(
     learns: bool,
     attempt: Callable[[str], None],
 ) -> Choice:
-    """Chooses what computes an op of a network.
+    """Choose what computes an op of a network.
 
     Args:
         asked: "auto", or what the recipe names.
@@ -85,7 +85,7 @@ def choose_kernel(
 
 
 def _attempt(kernel: str, *, field: str, plain: str, device: torch.device, attempt: Callable[[str], None]) -> None:
-    """Runs a kernel once.
+    """Run a kernel once.
 
     Raises:
         KernelError: if it cannot be run, whatever the reason, naming the field and the remedy.
@@ -109,5 +109,5 @@ def _attempt(kernel: str, *, field: str, plain: str, device: torch.device, attem
 
 
 def is_interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on a CPU."""
+    """Return whether Triton's kernels run in its interpreter, on a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"

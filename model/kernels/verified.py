@@ -1,4 +1,4 @@
-"""Which kernels have been found right and fast on which GPUs: what `auto` may choose from.
+"""List the kernels found right and fast, and on which GPUs: `auto` chooses from them.
 
 A row is added by whoever has run `pytest -m gpu` and the op's benchmark on that card, with the CSV of the benchmark in the
 same commit; benchmarks/gpu_all.py does both. No row is inferred from another architecture or dtype.

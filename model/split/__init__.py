@@ -1,1 +1,1 @@
-"""One backbone over a group of processes."""
+"""Split one backbone over a group of processes."""

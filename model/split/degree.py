@@ -1,4 +1,4 @@
-"""Over how many processes a base network can be split. Imports no torch: a recipe is checked before anything is loaded."""
+"""Say over how many processes a base network can be split. Imports no torch: a recipe is checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ SPLIT_STAGES = (2, 3)
 
 
 def possible_degrees(size: SwinV2Size) -> list[int]:
-    """The degrees that split the heads of every split stage evenly, 1 first."""
+    """Return the degrees that split the heads of every split stage evenly, 1 first."""
     common = math.gcd(*(size.num_heads[stage] for stage in SPLIT_STAGES))
     return [degree for degree in range(1, common + 1) if common % degree == 0]
 
 
 def check_tensor_degree(name: str, degree: int, size: SwinV2Size | None = None) -> None:
-    """Checks that a base network can be split over a tensor group of this degree.
+    """Check that a base network can be split over a tensor group of this degree.
 
     Args:
         name: name of the network, in the table of sizes unless `size` is given.

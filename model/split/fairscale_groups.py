@@ -1,4 +1,4 @@
-"""Tensor groups: the processes that share one base network, and what they send each other.
+"""Form tensor groups: the processes that share one base network, and what they send each other.
 
 Every import of fairscale is in this file, for the library is no longer maintained. Its process groups and the mappings
 over them are used; its linear layers are not, as they ignore the meta device and fill a whole weight before they split
@@ -50,17 +50,17 @@ class TensorGroup:
         return dist.get_process_group_ranks(self.group)
 
     def reduce(self, x: Tensor) -> Tensor:
-        """Sums tensors of one shape over the group; may overwrite `x`."""
+        """Sum tensors of one shape over the group; may overwrite `x`."""
         self._require_current()
         return reduce_from_model_parallel_region(x.contiguous())
 
     def gather_channels(self, x: Tensor) -> Tensor:
-        """Joins (..., C / degree) of all members, in rank order, to (..., C)."""
+        """Join (..., C / degree) of all members, in rank order, to (..., C)."""
         self._require_current()
         return gather_from_model_parallel_region(x.contiguous())
 
     def gather_maps(self, x: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """Every member's tensor on every member.
+        """Return every member's tensor on every member.
 
         Args:
             x: this member's, of the shape `shapes` says; any may be empty.
@@ -76,7 +76,7 @@ class TensorGroup:
         return [row[:length].view(shape) for row, length, shape in zip(rows, lengths, shapes, strict=True)]
 
     def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Every member's numbers, equally many each, in rank order; the device is not waited for."""
+        """Return every member's numbers, equally many each, in rank order; the device is not waited for."""
         own = torch.tensor(list(numbers), dtype=torch.int64)
         everyone = [torch.empty_like(own) for _ in range(self.degree)]
         dist.all_gather(everyone, own, group=self.control)
@@ -99,7 +99,7 @@ _joined: tuple[dist.ProcessGroup, TensorGroup] | None = None
 
 
 def join_tensor_group(degree: int) -> TensorGroup:
-    """Divides the world into tensor groups of consecutive ranks and returns this process's.
+    """Divide the world into tensor groups of consecutive ranks and return this process's.
 
     Collective over the whole world. Asked for again with the same degree it returns the same group; with another one it
     leaves the old groups, whose backbones cannot be used any longer.
@@ -130,7 +130,7 @@ def join_tensor_group(degree: int) -> TensorGroup:
 
 
 def leave_tensor_group() -> None:
-    """Forgets the groups; for the end of a world. Safe to call twice."""
+    """Forget the groups; for the end of a world. Safe to call twice."""
     global _joined
     _joined = None
     fairscale.destroy_model_parallel()

@@ -1,4 +1,4 @@
-"""Loading a SwinV2 over a tensor group: each member reads its own part, and all of them find out that they read the same."""
+"""Load a SwinV2 over a tensor group: each member reads its own part, and all of them find out that they read the same."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class ShardReader:
         self._sums = dict.fromkeys(range(group.degree) if self.reads_all else [group.rank], 0)
 
     def take(self, name: str, tensor: Tensor) -> Tensor:
-        """This member's part of a tensor; maybe a view. Names come in the same, sorted, order on every member."""
+        """Return this member's part of a tensor; maybe a view. Names come in the same, sorted, order on every member."""
         own = None
         for member, total in self._sums.items():
             part = shard(name, tensor, member, self._group.degree).detach().contiguous()
@@ -100,7 +100,7 @@ class ShardReader:
         return SplitSwinV2(network, self._group)
 
     def fingerprint(self, source: str) -> str:
-        """The fingerprint of all that was taken, whole, the same on every member. Collective.
+        """Return the fingerprint of all that was taken, whole, the same on every member. Collective.
 
         Raises:
             WeightsError: on every member, if one of them took parts of other weights than the first.

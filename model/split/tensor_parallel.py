@@ -1,4 +1,4 @@
-"""How a frozen SwinV2 is split over a tensor group.
+"""Split a frozen SwinV2 over a tensor group.
 
 Only stages 3 and 4 are split; SPLIT_STAGES names them. Each member runs the patch embedding and the stages before on its
 own images. At the entry of stage 3 the group gathers its members' maps, of whatever sizes and counts, runs the split
@@ -42,12 +42,12 @@ _COLUMNS = re.compile(rf"layers\.[{_STAGES}]\.blocks\.\d+\.(attn\.proj|mlp\.fc2)
 
 
 def is_split(name: str) -> bool:
-    """Whether the members of a group hold different parts of this parameter; the others are whole on each."""
+    """Return whether the members of a group hold different parts of this parameter; the others are whole on each."""
     return any(pattern.fullmatch(name) for pattern in (_QKV, _ROWS, _COLUMNS))
 
 
 def shard(name: str, tensor: Tensor, rank: int, degree: int) -> Tensor:
-    """One member's part of a parameter.
+    """Return one member's part of a parameter.
 
     Args:
         name: official name of the parameter.
@@ -84,7 +84,7 @@ class ReducedLinear(nn.Module):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., C_in / degree) to (..., C_out), the same on every member."""
+        """Map (..., C_in / degree) to (..., C_out), the same on every member."""
         return self.group.reduce(F.linear(x, self.weight)) + self.bias
 
 
@@ -97,7 +97,7 @@ class GatheredLinear(nn.Module):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., C_in) to (..., C_out), the same on every member."""
+        """Map (..., C_in) to (..., C_out), the same on every member."""
         return self.group.gather_channels(F.linear(x, self.weight))
 
 
@@ -152,18 +152,18 @@ class SplitSwinV2(nn.Module):
         return self.network.min_image_size
 
     def fold(self) -> None:
-        """As SwinV2.fold: of the split blocks, this member's heads."""
+        """Fold as SwinV2 does; of the split blocks, this member's heads."""
         self.network.fold()
 
     def describe(self) -> dict[str, Any]:
-        """What the whole network says, and how it is split."""
+        """Return what the whole network says, and how it is split."""
         return self.network.describe() | {
             "tensor_degree": self.group.degree,
             "resident_parameters": sum(parameter.numel() for parameter in self.parameters()),
         }
 
     def forward(self, images: Tensor, shapes: Sequence[tuple[int, int, int]]) -> tuple[Tensor, ...]:
-        """Computes the raw output of every stage for this member's images. Collective over the group.
+        """Compute the raw output of every stage for this member's images. Collective over the group.
 
         Args:
             images: (B, 3, H, W), normalised; B may be 0.
@@ -198,7 +198,7 @@ class SplitSwinV2(nn.Module):
         return (*features, *self._empty_maps(images, range(len(features), spec.num_levels)))
 
     def _own_stages(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The maps of the unsplit stages, and what enters the first split one, (B, H, W, C)."""
+        """Return the maps of the unsplit stages, and what enters the first split one, (B, H, W, C)."""
         first = SPLIT_STAGES[0]
         if not len(images):
             (entry,) = self._empty_maps(images, [first])
@@ -212,7 +212,7 @@ class SplitSwinV2(nn.Module):
         return features, x
 
     def _empty_maps(self, images: Tensor, levels: Sequence[int]) -> list[Tensor]:
-        """What no images give on some levels: (0, C_i, H_i, W_i)."""
+        """Return what no images give on some levels: (0, C_i, H_i, W_i)."""
         assert not levels or not len(images)
         maps = []
         for level in levels:
@@ -249,7 +249,7 @@ class SplitBackbone(FrozenBackbone):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """As FrozenBackbone.forward; an error of one member is an error on all, since the others would wait for it.
+        """Compute as FrozenBackbone does; an error of one member is an error on all, since the others would wait for it.
 
         Raises:
             BackboneError: if the images of any member cannot be used.
@@ -274,7 +274,7 @@ class SplitBackbone(FrozenBackbone):
         return self._folded(images, lambda flat: self._maps_together(flat, [tuple(sizes) for _, *sizes in reports]))
 
     def _maps_together(self, images: Tensor, shapes: Sequence[tuple[int, int, int]]) -> tuple[Tensor, ...]:
-        """Maps of images (N, 3, H, W), in as many passes as the member with most images needs.
+        """Return maps of images (N, 3, H, W), in as many passes as the member with most images needs.
 
         Args:
             images: this member's.

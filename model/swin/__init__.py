@@ -1,1 +1,1 @@
-"""Swin V1 and V2: what they compute, how their weights are named and loaded."""
+"""Define Swin V1 and V2: what they compute, and how their weights are named and loaded."""

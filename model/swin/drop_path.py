@@ -1,4 +1,4 @@
-"""What a network needs only while it is trained: stochastic depth, drawn per sample, and blocks that are computed twice."""
+"""Provide what a network needs only while it is trained: stochastic depth, drawn per sample, and blocks that are computed twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def draw_kept(keep: Tensor, num_images: int, generator: Generators) -> Tensor:
-    """Draws which residual branches are kept (stochastic depth, Huang et al., ECCV 2016), for each image by itself.
+    """Draw which residual branches are kept (stochastic depth, Huang et al., ECCV 2016), for each image by itself.
 
     Drawn on the CPU, so that a seed means the same on every device. With a generator per sample the draw of a sample
     depends on neither the others nor their number, hence not on how a batch is spread over ranks.
@@ -41,14 +41,14 @@ class DropPath(nn.Module):
     """(B,): 0 for a dropped branch, 1 / (1 - rate) for a kept one. None drops nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, ...) to the same shape."""
+        """Map (B, ...) to the same shape."""
         if self.scales is None:
             return x
         return x * self.scales.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 def run_again_in_backward(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """`function(*arguments)`, of which a backward keeps the arguments only and computes the rest again.
+    """Return `function(*arguments)`; a backward keeps the arguments only and computes the rest again.
 
     It draws no random numbers, so no state of a generator is kept.
     """

@@ -1,4 +1,4 @@
-"""A Swin with its weights: from a file, or drawn at random; whole, or one member's share of it."""
+"""Load a Swin with its weights: from a file, or drawn at random; whole, or one member's share of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Share(Protocol):
-    """What one of several processes keeps of a network that they hold together; see permafrost.model.split.load."""
+    """The part that one of several processes keeps of a network they hold together, as permafrost.model.split.load makes it."""
 
     reads_all: bool
     """Whether it reads every tensor of a file whole."""
@@ -138,6 +138,6 @@ def empty_swin(config: BackboneConfig) -> SwinV1 | SwinV2:
 
 
 def resident_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
-    """Keeps what the folded constants come from in float32: they are computed once, so precision costs nothing."""
+    """Return float32 for what the folded constants come from: they are computed once, so precision costs nothing."""
     precise = ".cpb_mlp." in key or key.endswith((".logit_scale", ".relative_position_bias_table"))
     return torch.promote_types(dtype, torch.float32) if precise else dtype

@@ -1,4 +1,4 @@
-"""What Swin V1 and SwinV2 have in common: windows, their shift, the stages, and the way through them.
+"""Define what Swin V1 and SwinV2 have in common: windows, their shift, the stages, and the way through them.
 
 The two differ in how tokens attend (`ShiftedWindowAttention` leaves that open), where a block and the step between
 stages normalise, and where the position bias comes from; see permafrost.model.swin.v1 and permafrost.model.swin.v2.
@@ -41,7 +41,7 @@ MAX_WINDOWS_PER_CALL = 65_535
 
 @lru_cache(maxsize=64)
 def relative_position_index(window: int, device: torch.device) -> Tensor:
-    """Where each pair of tokens finds its entry in a table over all relative offsets.
+    """Return the entry of each pair of tokens in a table over all relative offsets.
 
     Returns:
         (L * L,) int64, query-major: row of the ((2 * window - 1) ** 2)-entry table for (query, key).
@@ -56,7 +56,7 @@ def relative_position_index(window: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 def shift_penalties(window: int, shift: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What the cyclic shift adds to the logits, for the four kinds of window it creates.
+    """Return what the cyclic shift adds to the logits, for the four kinds of window it creates.
 
     Rolling a map by `shift` leaves every window whole except those of the last row, whose lowest `shift` rows came from
     the top of the map, and those of the last column, likewise. Tokens of different origin are penalised.
@@ -96,7 +96,7 @@ class ShiftedWindowAttention(nn.Module):
         self.folded: dict[int, tuple[Tensor, Tensor | float, Tensor]] | None = None
 
     def compute_constants(self, window: int) -> tuple[Tensor, Tensor | float, Tensor]:
-        """Computes all that depends on the parameters but not on the image.
+        """Compute all that depends on the parameters but not on the image.
 
         Args:
             window: side of the window that is used, which may be smaller than the configured one.
@@ -108,7 +108,7 @@ class ShiftedWindowAttention(nn.Module):
         raise NotImplementedError
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: Tensor | float, bias: Tensor) -> Tensor:
-        """Attends within each window: q, k, v (N, A, L, D), bias (1, A, L, L) in their dtype -> (N, A, L, D)."""
+        """Attend within each window: q, k, v (N, A, L, D), bias (1, A, L, L) in their dtype -> (N, A, L, D)."""
         raise NotImplementedError
 
     def _apply(self, fn, recurse=True):
@@ -118,7 +118,7 @@ class ShiftedWindowAttention(nn.Module):
         return super()._apply(fn, recurse)
 
     def constants(self, window: int) -> tuple[Tensor, Tensor | float, Tensor]:
-        """What `compute_constants` says, kept after the first time once folded."""
+        """Return what `compute_constants` says, kept after the first time once folded."""
         if self.folded is not None and window in self.folded:
             return self.folded[window]
         with full_precision(self.qkv.weight.device):
@@ -132,7 +132,7 @@ class ShiftedWindowAttention(nn.Module):
         return constants
 
     def forward(self, x: Tensor, window: int, shift: int) -> Tensor:
-        """Attends within windows.
+        """Attend within windows.
 
         The map is padded at the bottom and the right to whole windows and only then rolled. Padded tokens are zero on
         entry, so their query, key and value are the biases of these; they take part like any other token.
@@ -179,7 +179,7 @@ class ShiftedWindowAttention(nn.Module):
         return self.proj(x[:, :height, :width])
 
     def attempt(self, kernel: str, window: int, dtype: torch.dtype) -> None:
-        """Attends to a window of zeros with a kernel of window_attention.
+        """Attend to a window of zeros with a kernel of window_attention.
 
         Raises:
             Exception: of any kind, if it cannot.
@@ -192,7 +192,7 @@ class ShiftedWindowAttention(nn.Module):
         window_attention(qkv, bias, scale, table, window=window, cosine=self.cosine, kernel=kernel)
 
     def _attend_windows(self, qkv: Tensor, window: int, scale: Tensor | float, bias: Tensor) -> Tensor:
-        """Attends within windows that share one bias: qkv (B, H, W, 3 * C) in whole windows, bias (A, L, L)."""
+        """Attend within windows that share one bias: qkv (B, H, W, 3 * C) in whole windows, bias (A, L, L)."""
         batch, height, width, _ = qkv.shape
         grid = (batch, height // window, width // window)
         qkv = qkv.reshape(batch, grid[1], window, grid[2], window, 3, self.num_heads, -1)
@@ -219,7 +219,7 @@ class Mlp(nn.Module):
 
     @torch.no_grad()
     def attempt(self, dtype: torch.dtype) -> None:
-        """Computes the hidden channels of a token with the GELU in the epilogue.
+        """Compute the hidden channels of a token with the GELU in the epilogue.
 
         Raises:
             Exception: of any kind, if that cannot be done.
@@ -239,14 +239,14 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def inflate(self, num_frames: int) -> None:
-        """Takes (B, 3 * num_frames, H, W) from now on: weights repeated over the frames and divided by their number."""
+        """Take (B, 3 * num_frames, H, W) from now on: weights repeated over the frames and divided by their number."""
         weight = self.proj.weight
         inflated = weight.detach().repeat(1, num_frames, 1, 1) / num_frames
         self.proj.weight = nn.Parameter(inflated, requires_grad=weight.requires_grad)
         self.proj.in_channels = inflated.shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps normalised images (B, 3, H, W) to (B, ceil(H / 4), ceil(W / 4), C)."""
+        """Map normalised images (B, 3, H, W) to (B, ceil(H / 4), ceil(W / 4), C)."""
         height, width = images.shape[2:]
         if height % PATCH_SIZE or width % PATCH_SIZE:
             images = F.pad(images, (0, -width % PATCH_SIZE, 0, -height % PATCH_SIZE))
@@ -254,7 +254,7 @@ class PatchEmbed(nn.Module):
 
 
 def join_neighbours(x: Tensor) -> Tensor:
-    """Joins the channels of each 2 x 2 neighbours; an odd side is padded with zeros first.
+    """Join the channels of each 2 x 2 neighbours; an odd side is padded with zeros first.
 
     Args:
         x: (B, H, W, C).
@@ -271,7 +271,7 @@ def join_neighbours(x: Tensor) -> Tensor:
 def stage_windows(
     default: int, window_size: int | Sequence[int] | None, pretrained_window_size: int | Sequence[int] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Per stage the window, and the one that the position bias belongs to: the same unless it is given.
+    """Return per stage the window, and the one that the position bias belongs to: the same unless it is given.
 
     Raises:
         BackboneError: if one is neither an integer of at least 1 nor one per stage.
@@ -300,13 +300,13 @@ class Stage(nn.Module):
         self.checkpoint_activations = False
 
     def window_and_shift(self, height: int, width: int) -> tuple[int, int]:
-        """Window and shift of the odd blocks on a map of this size: a map no larger than a window is not shifted."""
+        """Return window and shift of the odd blocks on a map of this size: a map no larger than a window is not shifted."""
         if min(height, width) <= self.window_size:
             return min(height, width), 0
         return self.window_size, self.window_size // 2
 
     def forward(self, x: Tensor, branch_scales: Sequence[Tensor | None]) -> Tensor:
-        """Maps (B, H, W, C) to the same shape, before the step to the next resolution."""
+        """Map (B, H, W, C) to the same shape, before the step to the next resolution."""
         window, shift = self.window_and_shift(*x.shape[1:3])
         for index, (block, branch_scale) in enumerate(zip(self.blocks, branch_scales, strict=True)):
             arguments = (x, window, shift if index % 2 else 0, branch_scale)
@@ -363,7 +363,7 @@ class Swin(nn.Module):
         return self.size.spec
 
     def describe(self) -> dict[str, Any]:
-        """The windows, and what attends, for the start-up lines and the run folder."""
+        """Return the windows, and what attends, for the start-up lines and the run folder."""
         return {
             "window_size": self.window_size,
             "pretrained_window_size": self.pretrained_window_size,
@@ -415,7 +415,7 @@ class Swin(nn.Module):
             one.has_epilogue = self.gelu.kernel == "epilogue"
 
     def fold(self) -> None:
-        """Keeps everything that depends on the parameters alone after the first forward that needs it.
+        """Keep everything that depends on the parameters alone after the first forward that needs it.
 
         Per block and window that is what `ShiftedWindowAttention.constants` gives, with the position bias in its
         compact form (one row of all offsets per head). Moving or casting the module drops what was kept; changing a
@@ -439,7 +439,7 @@ class Swin(nn.Module):
         return NO_DECAY
 
     def forward(self, images: Tensor, *, generator: Generators = None) -> tuple[Tensor, ...]:
-        """Computes the raw output of every stage, before the step to the next resolution.
+        """Compute the raw output of every stage, before the step to the next resolution.
 
         Args:
             images: (B, 3, H, W), normalised, of any size from one patch (4 x 4) up.
@@ -472,7 +472,7 @@ class Swin(nn.Module):
         return tuple(features)
 
     def _draw_branch_scales(self, images: Tensor, generator: Generators) -> Sequence[Tensor | None]:
-        """Draws stochastic depth (Huang et al., ECCV 2016) per image for all blocks at once.
+        """Draw stochastic depth (Huang et al., ECCV 2016) per image for all blocks at once.
 
         Drawn on the CPU, so that a seed means the same on every device.
 

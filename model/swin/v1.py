@@ -1,4 +1,4 @@
-"""Swin V1: a hierarchical vision transformer with shifted windows, dense on any input size.
+"""Define Swin V1: a hierarchical vision transformer with shifted windows, dense on any input size.
 
 Follows "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows" (Liu et al., ICCV 2021): scaled dot
 product attention with a table of position biases per block, normalisation before each residual branch and before the
@@ -28,7 +28,7 @@ from permafrost.model.swin.parts import Mlp, ShiftedWindowAttention, Stage, Swin
 
 
 def resample_table(table: Tensor, window: int) -> Tensor:
-    """Resamples position biases for another window.
+    """Resample position biases for another window.
 
     Each head's (2P - 1) x (2P - 1) biases are a picture over the offsets, which is stretched to (2W - 1) x (2W - 1):
     offset d of the new window takes the value at d * (2P - 1) / (2W - 1) of the old. Between entries it is interpolated
@@ -69,7 +69,7 @@ class WindowAttention(ShiftedWindowAttention):
         self.proj = nn.Linear(dim, dim)
 
     def compute_constants(self, window: int) -> tuple[Tensor, float, Tensor]:
-        """Computes all that depends on the parameters but not on the image.
+        """Compute all that depends on the parameters but not on the image.
 
         Args:
             window: side of the window that is used, at most the configured one.
@@ -90,7 +90,7 @@ class WindowAttention(ShiftedWindowAttention):
         return self.qkv.bias, scale, table.reshape(self.num_heads, -1).contiguous()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor) -> Tensor:
-        """Dot product attention within each window: q, k, v (N, A, L, D), bias (1, A, L, L) -> (N, A, L, D)."""
+        """Attend by dot product within each window: q, k, v (N, A, L, D), bias (1, A, L, L) -> (N, A, L, D)."""
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
@@ -112,7 +112,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(self, x: Tensor, window: int, shift: int, branch_scale: Tensor | None = None) -> Tensor:
-        """Maps (B, H, W, C) to the same shape; `branch_scale` (2, B, 1, 1, 1) is drop path's factor of each branch."""
+        """Map (B, H, W, C) to the same shape; `branch_scale` (2, B, 1, 1, 1) is drop path's factor of each branch."""
         # Normalised before it is padded: padded tokens are zero, not the norm's bias.
         attention = self.attn(self.norm1(x), window, shift)
         x = x + (attention if branch_scale is None else attention * branch_scale[0])
@@ -129,7 +129,7 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 * C)."""
+        """Map (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 * C)."""
         return self.reduction(self.norm(join_neighbours(x)))
 
 
@@ -174,7 +174,7 @@ class SwinV1(Swin):
         self.init_weights()
 
     def describe(self) -> dict[str, Any]:
-        """The windows, what was resampled and what is folded, for the start-up lines and the run folder."""
+        """Return the windows, what was resampled and what is folded, for the start-up lines and the run folder."""
         pairs = enumerate(zip(self.pretrained_window_size, self.window_size, strict=True))
         resampled = [f"stage {stage + 1} from window {old} to {new}" for stage, (old, new) in pairs if old != new]
         described = super().describe()
@@ -184,7 +184,7 @@ class SwinV1(Swin):
         }
 
     def init_weights(self) -> None:
-        """Initial values for training from scratch."""
+        """Set initial values for training from scratch."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

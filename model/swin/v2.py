@@ -1,4 +1,4 @@
-"""SwinV2: a hierarchical vision transformer with shifted windows, dense on any input size.
+"""Define SwinV2: a hierarchical vision transformer with shifted windows, dense on any input size.
 
 Follows "Swin Transformer V2: Scaling Up Capacity and Resolution" (Liu et al., CVPR 2022): cosine attention, a position
 bias computed from log-spaced coordinates, normalisation after each residual branch. What it shares with Swin V1, and
@@ -34,7 +34,7 @@ POSITION_BIAS_HIDDEN = 512
 
 @lru_cache(maxsize=64)
 def log_spaced_coordinates(window: int, pretrained_window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Relative offsets on the scale the position bias was learned on (equation 4 of the SwinV2 paper).
+    """Return relative offsets on the scale the position bias was learned on (equation 4 of the SwinV2 paper).
 
     Offsets are divided by the largest offset of the *pretrained* window and stretched to [-8, 8] before the logarithm,
     so a larger window extrapolates smoothly. A window of 1 has the single offset 0.
@@ -72,7 +72,7 @@ class WindowAttention(ShiftedWindowAttention):
         self.proj = nn.Linear(dim, dim)
 
     def compute_constants(self, window: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes all that depends on the parameters but not on the image.
+        """Compute all that depends on the parameters but not on the image.
 
         Returns:
             The bias of q, k, v (3 * C,), where k has none; the logit scale (A, 1, 1); the position bias
@@ -87,7 +87,7 @@ class WindowAttention(ShiftedWindowAttention):
         return qkv_bias, scale, table
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        """Cosine attention within each window: q, k, v (N, A, L, D), bias (1, A, L, L) -> (N, A, L, D)."""
+        """Attend by cosine within each window: q, k, v (N, A, L, D), bias (1, A, L, L) -> (N, A, L, D)."""
         q, k = scale_to_length(q, scale), scale_to_length(k, 1.0)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
 
@@ -113,7 +113,7 @@ class Block(nn.Module):
         self.kernel: str | None = None
 
     def forward(self, x: Tensor, window: int, shift: int, branch_scale: Tensor | None = None) -> Tensor:
-        """Maps (B, H, W, C) to the same shape; `branch_scale` (2, B, 1, 1, 1) is drop path's factor of each branch."""
+        """Map (B, H, W, C) to the same shape; `branch_scale` (2, B, 1, 1, 1) is drop path's factor of each branch."""
         if self.kernel is not None:
             assert branch_scale is None, "a network that learns has no such kernel"
             x = residual_norm(x, self.attn(x, window, shift), self.norm1, kernel=self.kernel)
@@ -126,7 +126,7 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def attempt(self, kernel: str, dtype: torch.dtype) -> None:
-        """Adds a branch of a token with a kernel of residual_norm.
+        """Add a branch of a token with a kernel of residual_norm.
 
         Raises:
             Exception: of any kind, if it cannot.
@@ -144,7 +144,7 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 * C)."""
+        """Map (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 * C)."""
         return self.norm(self.reduction(join_neighbours(x)))
 
 
@@ -158,7 +158,7 @@ def build_stage(
     extra_norm_interval: int,
     last: bool,
 ) -> Stage:
-    """Builds the blocks of one resolution and the step to the next.
+    """Build the blocks of one resolution and the step to the next.
 
     Args:
         dim: channels C.
@@ -233,7 +233,7 @@ class SwinV2(Swin):
         self.init_weights()
 
     def describe(self) -> dict[str, Any]:
-        """The windows and what is folded, for the start-up lines and the run folder."""
+        """Return the windows and what is folded, for the start-up lines and the run folder."""
         described = super().describe()
         folded = "; position bias, logit scale and q, v biases folded" if self.is_folded else ""
         return described | {
@@ -265,7 +265,7 @@ class SwinV2(Swin):
             block.kernel = None if self.residual_norm.kernel == "torch" else self.residual_norm.kernel
 
     def init_weights(self) -> None:
-        """Initial values for training from scratch: every block starts as the identity (its norms are zero)."""
+        """Set initial values for training from scratch: every block starts as the identity (its norms are zero)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -296,10 +296,10 @@ class SwinV2Classifier(SwinV2):
         nn.init.zeros_(self.head.bias)
 
     def forward_features(self, images: Tensor, *, generator: Generators = None) -> tuple[Tensor, ...]:
-        """Computes the four raw maps, as SwinV2 does."""
+        """Compute the four raw maps, as SwinV2 does."""
         return super().forward(images, generator=generator)
 
     def forward(self, images: Tensor, *, generator: Generators = None) -> Tensor:
-        """Maps normalised images (B, 3, H, W) to logits (B, K)."""
+        """Map normalised images (B, 3, H, W) to logits (B, K)."""
         last = self.forward_features(images, generator=generator)[-1].permute(0, 2, 3, 1)
         return self.head(self.norm(last).mean(dim=(1, 2)))

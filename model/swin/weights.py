@@ -1,4 +1,4 @@
-"""Weights of a Swin: drawn at random, compared with a file, and written to one of our own."""
+"""Draw the weights of a Swin at random, compare them with a file, and write them to one of our own."""
 
 from __future__ import annotations
 

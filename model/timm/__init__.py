@@ -1,1 +1,1 @@
-"""Any timm backbone as B."""
+"""Use any timm backbone as B."""

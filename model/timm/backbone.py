@@ -1,4 +1,4 @@
-"""Any timm model that gives feature maps, as a network to freeze: plain ViTs (one map) and hierarchical ones (several)."""
+"""Make any timm model that gives feature maps a network to freeze: plain ViTs (one map) and hierarchical ones (several)."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class TimmNetwork(nn.Module):
         self.drop_paths: list[tuple[DropPath, float]] = []
 
     def fold(self) -> None:
-        """Does nothing: timm computes what depends on the parameters alone in every forward."""
+        """Do nothing: timm computes what depends on the parameters alone in every forward."""
 
     def set_training(self, config: BackboneConfig) -> dict[str, Any]:
         """Set drop path and recomputation, as permafrost.model.backbone.Network says.
@@ -132,7 +132,7 @@ class TimmNetwork(nn.Module):
         return tuple(sorted({*names, *NO_DECAY}))
 
     def describe(self) -> dict[str, Any]:
-        """Which layers are tapped, and what is done to images and positions."""
+        """Return which layers are tapped, and what is done to images and positions."""
         return {
             "timm": timm.__version__,
             "taps": self.taps,
@@ -143,7 +143,7 @@ class TimmNetwork(nn.Module):
         }
 
     def forward(self, images: Tensor, *, generator: Generators = None) -> tuple[Tensor, ...]:
-        """Feature maps, finest first.
+        """Return feature maps, finest first.
 
         Args:
             images: (B, 3, H, W), normalised, in the parameters' dtype.
@@ -178,7 +178,7 @@ class TimmNetwork(nn.Module):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Runs it once on a small image, since timm's own account of a model is not checked anywhere else.
+        """Run it once on a small image, since timm's own account of a model is not checked anywhere else.
 
         Raises:
             BackboneError: if the model does not take images of any size, or its maps are not what it says.
@@ -238,7 +238,7 @@ def check_known(name: str) -> str:
 
 
 def build_model(name: str) -> nn.Module:
-    """timm's model for images of any size, whole, without memory for its weights.
+    """Build timm's model for images of any size, whole, without memory for its weights.
 
     Args:
         name: as timm spells it.
@@ -303,7 +303,7 @@ def load_timm(
 
 
 def _created(name: str) -> nn.Module:
-    """The model, asked to take images of any size where it can be asked."""
+    """Return the model, asked to take images of any size where it can be asked."""
     for options in _ANY_SIZE:
         try:
             return timm.create_model(name, **options)
@@ -335,7 +335,7 @@ def _chosen_taps(name: str, strides: Sequence[int], taps: Sequence[int] | None) 
 
 
 def _hiera_maps(model: Hiera, images: Tensor, taps: Sequence[int]) -> list[Tensor]:
-    """Hiera's stages for an image of any size in whole mask units; timm's own forward is tied to one size.
+    """Compute Hiera's stages for an image of any size in whole mask units; timm's own forward is tied to one size.
 
     The order of the tokens follows from the image's size. Position embeddings of the whole image are resampled to its
     grid. Where they were trained without a part for each window, that blurs what they learned about the windows, and
@@ -366,7 +366,7 @@ def _hiera_maps(model: Hiera, images: Tensor, taps: Sequence[int]) -> list[Tenso
 
 
 def _hiera_positions(model: Hiera, grid: Sequence[int]) -> Tensor:
-    """(1, H' W', C) embeddings of the places of a grid."""
+    """Return (1, H' W', C) embeddings of the places of a grid."""
     if model.pos_embed_win is None:
         if list(grid) == list(model.tokens_spatial_shape):
             return model.pos_embed

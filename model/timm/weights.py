@@ -1,4 +1,4 @@
-"""Weights of a timm model: drawn, read from a file, or fetched from timm's own hub; under timm's names in any case."""
+"""Draw a timm model's weights, read them from a file, or fetch them from timm's own hub; under timm's names in any case."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TimmWeights:
     originals: dict[str, Tensor] = field(default_factory=dict)
 
     def source_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """What a fingerprint is made of: these tensors as the source has them. Counters of batches are none."""
+        """Return what a fingerprint is made of: these tensors as the source has them. Counters of batches are none."""
         chosen = {name: self.originals.get(name, self.tensors[name]) for name in names}
         return {name: tensor for name, tensor in chosen.items() if tensor.is_floating_point()}
 
@@ -77,7 +77,7 @@ def find_weights(name: str, config: BackboneConfig, *, model: nn.Module, build: 
 
 
 def random_tensors(model: nn.Module, *, seed: int) -> dict[str, Tensor]:
-    """Draws parameters for an untrained network in which nothing is an identity or zero by accident.
+    """Draw parameters for an untrained network in which nothing is an identity or zero by accident.
 
     Weights are normal with variance 1 / fan-in; norms and layer scales are spread around 1, so that every branch counts;
     embeddings of places and tokens are as large as to matter beside the patches. Every tensor is drawn on the CPU in
@@ -118,7 +118,7 @@ def _drawn(name: str, tensor: Tensor, module: nn.Module, seed: int) -> Tensor:
 
 
 def check_fit(file: TimmWeights, name: str, *, model: nn.Module, whole: nn.Module) -> None:
-    """Checks that weights hold every tensor that is used, and none that the whole model does not know.
+    """Check that weights hold every tensor that is used, and none that the whole model does not know.
 
     Args:
         file: after timm's conversion.
@@ -157,7 +157,7 @@ def check_fit(file: TimmWeights, name: str, *, model: nn.Module, whole: nn.Modul
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, dtype: torch.dtype) -> nn.Module:
-    """Gives a model on the meta device its weights, in a dtype, on the CPU.
+    """Give a model on the meta device its weights, in a dtype, on the CPU.
 
     Tables that are no weights (rotary frequencies, indices of relative positions) are computed anew by the modules that
     own them and cast with the weights, but for rotary frequencies: as in timm (not in all its versions), those stay float32.
@@ -188,7 +188,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, dtype: torch.dtype)
 
 
 def tables_can_be_rebuilt(model: nn.Module) -> bool:
-    """Whether every module with tables outside the state dict says how they are computed."""
+    """Return whether every module with tables outside the state dict says how they are computed."""
     weights = model.state_dict().keys()
     return all(
         hasattr(module, "init_non_persistent_buffers")
@@ -199,7 +199,7 @@ def tables_can_be_rebuilt(model: nn.Module) -> bool:
 
 
 def _converted(source: str, tensors: dict[str, Tensor], whole: nn.Module) -> TimmWeights:
-    """Weights in any format that timm's own conversion of this model knows, in timm's names and this model's shapes."""
+    """Return weights in any format that timm's own conversion of this model knows, in timm's names and this model's shapes."""
     convert = getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return TimmWeights(source, tensors)
@@ -223,7 +223,7 @@ def _converted(source: str, tensors: dict[str, Tensor], whole: nn.Module) -> Tim
 
 
 def _download(name: str) -> tuple[str, dict[str, Tensor]]:
-    """The state dict that timm has for a model, through its hub client and cache.
+    """Return the state dict that timm has for a model, through its hub client and cache.
 
     Raises:
         WeightsError: if there is none, it is not in PyTorch's format, or cannot be reached.
@@ -262,5 +262,5 @@ def _download(name: str) -> tuple[str, dict[str, Tensor]]:
 
 
 def _named(path: str, key: str) -> str:
-    """The full name of a module's own tensor."""
+    """Return the full name of a module's own tensor."""
     return f"{path}.{key}" if path else key

@@ -1,1 +1,1 @@
-"""Weight files of every public format, read as untrusted input, and written in our own."""
+"""Read weight files of every public format, as untrusted input, and write our own."""

@@ -1,4 +1,4 @@
-"""What a network looks like, told from the shapes of its weights alone."""
+"""Tell a network's architecture from the shapes of its weights alone."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Architecture:
     name: str | None
 
     def describe(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return it as plain values."""
         return asdict(self)
 
 
 def infer_architecture(shapes: Mapping[str, tuple[int, ...]], *, source: str) -> Architecture:
-    """Reads the architecture off the shapes of a state dict with official names.
+    """Read the architecture off the shapes of a state dict with official names.
 
     A V1 block has a table of position biases ((2 * window - 1) ** 2, heads), a V2 block a logit scale (heads, 1, 1).
 

@@ -1,4 +1,4 @@
-"""Files fetched once into the cache folder: resumed where they broke off, by one process while the others wait.
+"""Fetch files once into the cache folder: resumed where they broke off, by one process while the others wait.
 
 Imports no torch.
 """
@@ -32,13 +32,13 @@ _CHUNK = 1 << 20
 
 
 def weights_folder() -> Path:
-    """`weights` in the cache folder: $PERMAFROST_CACHE, or ~/.cache/permafrost."""
+    """Return `weights` in the cache folder: $PERMAFROST_CACHE, or ~/.cache/permafrost."""
     given = os.environ.get("PERMAFROST_CACHE")
     return (Path(given).expanduser() if given else Path.home() / ".cache" / "permafrost") / "weights"
 
 
 def fetch(url: str, *, file: str, sha256: str | None = None) -> Path:
-    """Downloads a file unless it is there already.
+    """Download a file unless it is there already.
 
     Args:
         url: where it is.
@@ -75,7 +75,7 @@ def fetch(url: str, *, file: str, sha256: str | None = None) -> Path:
 
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """Keeps other processes from downloading the same file; the lock ends with the process."""
+    """Keep other processes from downloading the same file; the lock ends with the process."""
     lock = FileLock(f"{target}.lock")
     try:
         lock.acquire(timeout=0)
@@ -126,7 +126,7 @@ def _download(url: str, target: Path, sha256: str | None, by_hand: str) -> None:
 
 
 def _attempt(url: str, partial: Path, validator: Path, by_hand: str) -> int:
-    """One request, from where the last one broke off if the file on the server is still the same.
+    """Make one request, from where the last one broke off if the file on the server is still the same.
 
     Returns:
         Size of the complete file.

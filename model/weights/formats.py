@@ -1,4 +1,4 @@
-"""From the names in a weights file to the official names: which entry of a checkpoint, which prefix, which convention.
+"""Turn the names in a weights file into the official names: which entry of a checkpoint, which prefix, which convention.
 
 Every convention holds the same numbers in the same order, so a mapping of names is all there is, save that Hugging Face
 files keep query, key and value apart:
@@ -76,7 +76,7 @@ class Reading:
 
 
 def choose_state_dict(loaded: Any, *, path: Path, weights_key: str | None) -> tuple[Mapping[str, Tensor], str | None]:
-    """Finds the weights in what a PyTorch checkpoint holds.
+    """Find the weights in what a PyTorch checkpoint holds.
 
     Args:
         loaded: the checkpoint: a state dict, or a dictionary with one.
@@ -110,7 +110,7 @@ def choose_state_dict(loaded: Any, *, path: Path, weights_key: str | None) -> tu
 
 
 def to_official_names(tensors: Tensors, *, path: Path, prefix: str | None) -> Reading:
-    """Gives tensors their official names.
+    """Give tensors their official names.
 
     Args:
         tensors: all of the file.
@@ -160,7 +160,7 @@ def to_official_names(tensors: Tensors, *, path: Path, prefix: str | None) -> Re
 
 
 def listed(entries: Iterable[str]) -> str:
-    """The first few entries, and how many more there are."""
+    """Return the first few entries, and how many more there are."""
     entries = list(entries)
     more = f", and {len(entries) - _MAX_LISTED} more" if len(entries) > _MAX_LISTED else ""
     return ", ".join(entries[:_MAX_LISTED]) + more
@@ -190,7 +190,7 @@ def misfits(
 
 
 def grouped(names: Iterable[str]) -> list[str]:
-    """Sorted names; where there are many, only what they begin with, and how many begin so."""
+    """Return sorted names; where there are many, only what they begin with, and how many begin so."""
     names = sorted(names)
     if len(names) <= _MAX_NAMED:
         return names
@@ -198,7 +198,7 @@ def grouped(names: Iterable[str]) -> list[str]:
 
 
 def _find_prefix(names: Iterable[str], path: Path) -> str:
-    """What stands before the names of the backbone; "" where that cannot be seen, which fails later with its names."""
+    """Return what stands before the names of the backbone; "" where that cannot be seen, which fails later with its names."""
     prefixes = sorted(
         {
             name.removesuffix(anchor)
@@ -219,7 +219,7 @@ def _find_prefix(names: Iterable[str], path: Path) -> str:
 
 
 def _renamed(entries: Mapping[str, Entry], rename: Callable[[str], str], path: Path) -> dict[str, Entry]:
-    """Renames; two names must not become one.
+    """Return entries under new names; two names must not become one.
 
     Raises:
         WeightsError: if they would.
@@ -239,7 +239,7 @@ def _from_timm(name: str) -> str:
 
 
 def _from_hugging_face(entries: dict[str, Entry], path: Path) -> dict[str, Entry]:
-    """Renames, and joins query, key and value.
+    """Return entries under official names, with query, key and value joined.
 
     V2 has biases for query and value alone (official `q_bias`, `v_bias`), V1 for all three (`qkv.bias`).
     """

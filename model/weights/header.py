@@ -1,4 +1,4 @@
-"""The header of our own weights files: what a network says about itself in text, beside its tensors."""
+"""Encode the header of our own weights files: what a network says about itself in text, beside its tensors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from permafrost.model.spec import NUM_STAGES
 
 
 def encode_header(values: Mapping[str, Any]) -> dict[str, str]:
-    """Text stays as it is, anything else becomes JSON."""
+    """Encode fields: text stays as it is, anything else becomes JSON."""
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
 def decode_header(header: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """Decodes the fields that are read back; the others stay text."""
+    """Decode the fields that are read back; the others stay text."""
 
     def integers(value: Any, count: int) -> tuple[int, ...]:
         if len(value) != count or any(type(one) is not int or one < 1 for one in value):

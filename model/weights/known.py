@@ -1,4 +1,4 @@
-"""Public weights that are downloaded by name: what they are and where they lie. Imports no torch.
+"""List the public weights that are downloaded by name: what they are and where they lie. Imports no torch.
 
 Names are the released files' names, without `.pth`. Sources: the model hub page of microsoft/Swin-Transformer for the
 files, their windows and resolutions; its configurations for SimMIM (pretraining at 192 pixels with window 12,
@@ -49,12 +49,12 @@ class PublicWeights:
 
 
 def windows_on(image_size: int, window: int) -> tuple[int, ...]:
-    """The window of each stage in training on images of `image_size` pixels: the whole map where that is smaller."""
+    """Return the window of each stage in training on images of `image_size` pixels: the whole map where that is smaller."""
     return tuple(min(window, image_size // (PATCH_SIZE * 2**stage)) for stage in range(NUM_STAGES))
 
 
 def find_public(name: object) -> PublicWeights | None:
-    """The public weights of this name; the released file's name is one too."""
+    """Return the public weights of this name; the released file's name is one too."""
     return PUBLIC_WEIGHTS.get(str(name).removesuffix(".pth"))
 
 

@@ -1,4 +1,4 @@
-"""Weights of a base network: every file format in, one state dict of official names out.
+"""Read the weights of a base network: every file format in, one state dict of official names out.
 
 Nothing in a file is executed. Read are safetensors files, single or sharded, and PyTorch checkpoints; with the names of
 the official code, of SimMIM, EsViT and the detection code, of timm and of Hugging Face (permafrost.model.weights.formats).
@@ -57,7 +57,7 @@ KNOWN_WEIGHTS: dict[str, KnownWeights] = {
 
 @dataclass(frozen=True)
 class WeightFile:
-    """What a weights file holds.
+    """The content of a weights file.
 
     Attributes:
         source: what errors and reports call it.
@@ -83,11 +83,11 @@ class WeightFile:
         object.__setattr__(self, "tensors", Tensors.of(self.tensors))
 
     def backbone_tensors(self) -> Tensors:
-        """The tensors without the final norm and the classifier."""
+        """Return the tensors without the final norm and the classifier."""
         return self.tensors.select(name for name in self.tensors if is_backbone(name))
 
     def load_backbone(self, keep: Callable[[str, Tensor], Tensor]) -> tuple[dict[str, Tensor], str]:
-        """Reads the backbone's tensors, each once.
+        """Read the backbone's tensors, each once.
 
         Args:
             keep: makes of a name and its tensor what is to stay in memory; it must copy.
@@ -106,7 +106,7 @@ class WeightFile:
         return kept, digest
 
     def check_shards(self) -> None:
-        """Hashes the shards of a checkpoint that has a manifest.
+        """Hash the shards of a checkpoint that has a manifest.
 
         Raises:
             WeightsError: if one is not what was written, naming it.
@@ -120,7 +120,7 @@ class WeightFile:
 
 
 def is_backbone(name: str) -> bool:
-    """Whether a tensor of this official name lies before the last feature map."""
+    """Return whether a tensor of this official name lies before the last feature map."""
     return not name.startswith(CLASSIFIER_PREFIXES)
 
 
@@ -131,7 +131,7 @@ def read_weights(
     weights_key: str | None = None,
     check_values: bool = True,
 ) -> WeightFile:
-    """Reads a weights file, as far as names, shapes and windows go: tensors are read when they are used.
+    """Read a weights file, as far as names, shapes and windows go: tensors are read when they are used.
 
     Args:
         weights: a file, a folder that holds one, the index of a sharded checkpoint, a name in KNOWN_WEIGHTS, or one in
@@ -169,7 +169,7 @@ def read_weights(
 
 
 def locate(weights: str | os.PathLike[str]) -> Path:
-    """Finds the file behind a path or a known name; of a folder, the file or index in it. Public files are downloaded.
+    """Find the file behind a path or a known name; of a folder, the file or index in it. Public files are downloaded.
 
     Raises:
         WeightsError: if there is none, naming what comes nearest.
@@ -207,7 +207,7 @@ def locate(weights: str | os.PathLike[str]) -> Path:
 
 
 def read_file(path: Path, weights_key: str | None) -> tuple[Tensors, dict[str, str], Manifest | None, str | None]:
-    """Opens a file, telling the formats apart by content.
+    """Open a file, telling the formats apart by content.
 
     Returns:
         Tensors, header, manifest if there is one, and what is worth saying about the reading.
@@ -243,7 +243,7 @@ def read_file(path: Path, weights_key: str | None) -> tuple[Tensors, dict[str, s
 
 
 def _checked(name: str, entry: Entry, path: Path) -> Entry:
-    """An entry that refuses values that are not finite, whenever it is read."""
+    """Return an entry that refuses values that are not finite, whenever it is read."""
 
     def read() -> Tensor:
         tensor = entry.read()
@@ -255,7 +255,7 @@ def _checked(name: str, entry: Entry, path: Path) -> Entry:
 
 
 def _find_windows(reading: Reading, path: Path) -> Windows:
-    """The windows of a file without a header of ours: from its buffers, its V1 tables, or the configuration beside it."""
+    """Return the windows of a file without a header of ours: from its buffers, its V1 tables, or the configuration beside it."""
     telling = [name for name in reading.tensors if is_buffer(name) or name.endswith("relative_position_bias_table")]
     windows = windows_of_buffers({name: reading.tensors[name] for name in telling}, source=str(path))
     if windows.window_size is None and reading.rule.startswith("Hugging Face"):
@@ -264,7 +264,7 @@ def _find_windows(reading: Reading, path: Path) -> Windows:
 
 
 def _windows_of_configuration(path: Path) -> Windows:
-    """Windows of a Hugging Face model, from its config.json: no stage has a window larger than its map in training."""
+    """Return windows of a Hugging Face model, from its config.json: no stage has a window larger than its map in training."""
     try:
         config = json.loads(path.read_text())
         if config["model_type"] != "swinv2":

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints without running anything that they contain.
+"""Read PyTorch checkpoints without running anything that they contain.
 
 A checkpoint is a pickle, and a pickle may call any function. torch's own `weights_only` reader is tried first; it refuses
 files that hold anything but tensors and plain values, such as the configuration objects in training checkpoints. Those
@@ -58,13 +58,13 @@ class Inert:
         pass
 
     def append(self, item: Any) -> None:
-        """A list's."""
+        """Take an item, as a list does, and drop it."""
 
     def extend(self, items: Any) -> None:
-        """A list's."""
+        """Take items, as a list does, and drop them."""
 
     def add(self, item: Any) -> None:
-        """A set's."""
+        """Take an item, as a set does, and drop it."""
 
 
 class _Call:
@@ -80,7 +80,7 @@ class _Call:
 
 
 class _NumberType:
-    """What a pickle says of a numpy.dtype."""
+    """A numpy.dtype as a pickle describes it."""
 
     __slots__ = ("code", "order")
 
@@ -92,7 +92,7 @@ class _NumberType:
 
 
 class _Array:
-    """What a pickle says of a numpy.ndarray: shape, number type and bytes."""
+    """A numpy.ndarray as a pickle describes it: shape, number type and bytes."""
 
     __slots__ = ("_content",)
 
@@ -102,13 +102,13 @@ class _Array:
 
     @classmethod
     def of(cls, content: Any, number_type: Any, shape: Any, order: str) -> _Array:
-        """As numpy writes large arrays from protocol 5 on."""
+        """Return an array as numpy writes large arrays from protocol 5 on."""
         array = cls()
         array._content = (content, number_type, shape, order)
         return array
 
     def tensor(self) -> torch.Tensor:
-        """The array as a tensor of its own memory.
+        """Return the array as a tensor of its own memory.
 
         Raises:
             ValueError: bytes, shape and type do not fit together.
@@ -129,7 +129,7 @@ class _Refused(Exception):
 
 
 def read_pickle(path: Path) -> tuple[Any, tuple[str, ...]]:
-    """Reads a PyTorch checkpoint, of the zip or the older format, or a plain pickle with numpy arrays.
+    """Read a PyTorch checkpoint, of the zip or the older format, or a plain pickle with numpy arrays.
 
     Args:
         path: the file. Tensors of the zip format are memory-mapped.
@@ -168,14 +168,14 @@ def read_pickle(path: Path) -> tuple[Any, tuple[str, ...]]:
 
 
 def _is_plain_pickle(path: Path) -> bool:
-    """Whether a file is a pickle of protocol 2 or above that torch did not write."""
+    """Return whether a file is a pickle of protocol 2 or above that torch did not write."""
     with path.open("rb") as file:
         start = file.read(32)
     return start[:1] == b"\x80" and _TORCH_MAGIC not in start
 
 
 def _load_plain(path: Path) -> tuple[Any, tuple[str, ...]]:
-    """See read_pickle."""
+    """Read a file that is a plain pickle, and return what `read_pickle` does."""
     inert: set[str] = set()
     try:
         with path.open("rb") as file:
@@ -188,7 +188,7 @@ def _load_plain(path: Path) -> tuple[Any, tuple[str, ...]]:
 
 
 def _with_tensors(content: Any) -> Any:
-    """The same dictionaries, lists and tuples, their arrays as tensors. A container within itself ends in a RecursionError."""
+    """Return the same dictionaries, lists and tuples, their arrays as tensors. A container within itself ends in a RecursionError."""
     if isinstance(content, _Array):
         return content.tensor()
     if isinstance(content, dict):
@@ -199,7 +199,7 @@ def _with_tensors(content: Any) -> Any:
 
 
 def _restricted_pickle(inert: set[str]) -> Any:
-    """What `torch.load` wants of a `pickle_module`; names of classes that are not loaded are added to `inert`."""
+    """Return what `torch.load` wants of a `pickle_module`; names of classes that are not loaded are added to `inert`."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
@@ -214,7 +214,7 @@ def _restricted_pickle(inert: set[str]) -> Any:
 
 
 def _resolve(name: str, inert: set[str]) -> Any:
-    """What stands for a global name in a pickle; nothing is imported, whatever the name.
+    """Return what stands for a global name in a pickle; nothing is imported, whatever the name.
 
     Raises:
         _Refused: if it belongs to the standard library and is no plain container or value.
@@ -254,7 +254,7 @@ def _resolve(name: str, inert: set[str]) -> Any:
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """How protocol 2 writes bytes; other encodings would import a module of their name."""
+    """Return bytes from the text that protocol 2 writes for them; other encodings would import a module of their name."""
     if encoding not in ("latin1", "latin-1"):
         raise _Refused(f"_codecs.encode with {encoding!r}")
     return text.encode("latin1")

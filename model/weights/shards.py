@@ -1,4 +1,4 @@
-"""Safetensors files, single or sharded: memory-mapped reading, and the writer of sharded weights.
+"""Read safetensors files, single or sharded, memory-mapped, and write sharded weights.
 
 A sharded checkpoint is a folder: `model-00001-of-00003.safetensors`, ..., and `model.safetensors.index.json`, which says
 which tensor is in which file (the layout that Hugging Face uses). Ours have a `manifest.json` besides: size and SHA-256
@@ -49,7 +49,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says.
+    """The content of `manifest.json`.
 
     Attributes:
         folder: where it lies.
@@ -64,12 +64,12 @@ class Manifest:
     fingerprint: str
 
     def damaged_shards(self) -> list[str]:
-        """Hashes every shard; returns those whose content is not what was written."""
+        """Hash every shard; return those whose content is not what was written."""
         return [name for name, shard in self.shards.items() if _sha256(self.folder / name) != shard["sha256"]]
 
 
 def read_single(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Opens a safetensors file.
+    """Open a safetensors file.
 
     Returns:
         Its tensors, to be read on demand, and its header.
@@ -92,7 +92,7 @@ def read_single(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def read_sharded(index: Path) -> tuple[Tensors, dict[str, str], Manifest | None]:
-    """Opens the shards of an index. Everything that can be told from the headers is checked here.
+    """Open the shards of an index. Everything that can be told from the headers is checked here.
 
     Returns:
         The tensors, to be read on demand; the shards' header; the manifest, if there is one.
@@ -143,7 +143,7 @@ def read_sharded(index: Path) -> tuple[Tensors, dict[str, str], Manifest | None]
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, header: Mapping[str, str]) -> None:
-    """Writes one file with the permissions that this process gives its files; safetensors leaves it to the owner alone."""
+    """Write one file with the permissions that this process gives its files; safetensors leaves it to the owner alone."""
     path.touch()
     mode = path.stat().st_mode & 0o777
     save_file(tensors, path, metadata=dict(header))
@@ -160,7 +160,7 @@ def save_sharded(
     dtype: Callable[[str], torch.dtype | None] = lambda name: None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Path:
-    """Writes tensors as a sharded checkpoint, one shard after the other: about two shards are in memory at a time.
+    """Write tensors as a sharded checkpoint, one shard after the other: about two shards are in memory at a time.
 
     The folder appears when it is complete; until then it has another name.
 
@@ -229,7 +229,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_manifest(path: Path, files: list[str]) -> Manifest | None:
-    """Reads the manifest beside an index, and compares the sizes of the shards."""
+    """Read the manifest beside an index, and compare the sizes of the shards."""
     if not path.is_file():
         return None
     content = _read_json(path)
@@ -258,7 +258,7 @@ def _read_manifest(path: Path, files: list[str]) -> Manifest | None:
 
 
 def _plan(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Fills shards in the order of the names."""
+    """Return the names of each shard, filled in the order of the names."""
     plan: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""Named tensors that are read when they are asked for: a giant's weights never lie in memory twice."""
+"""Read named tensors when they are asked for: a giant's weights never lie in memory twice."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Tensors(Mapping[str, Tensor]):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Tensors:
-        """Wraps tensors that are at hand already; a Tensors is returned as it is."""
+        """Wrap tensors that are at hand already; a Tensors is returned as it is."""
         if isinstance(tensors, Tensors):
             return tensors
         return cls({name: _at_hand(tensor) for name, tensor in tensors.items()})
@@ -60,12 +60,12 @@ class Tensors(Mapping[str, Tensor]):
         return {name: entry.shape for name, entry in self.entries.items()}
 
     def select(self, names: Iterable[str]) -> Tensors:
-        """Some of the tensors."""
+        """Return some of the tensors."""
         return Tensors({name: self.entries[name] for name in names})
 
 
 def joined(entries: list[Entry]) -> Entry:
-    """Several entries along their first dimension, as one."""
+    """Join several entries along their first dimension, as one."""
     shape = (sum(entry.shape[0] for entry in entries), *entries[0].shape[1:])
     return Entry(shape, entries[0].dtype, lambda: torch.cat([entry.read() for entry in entries]))
 
@@ -73,7 +73,7 @@ def joined(entries: list[Entry]) -> Entry:
 def materialise(
     tensors: Iterable[tuple[str, Tensor]], keep: Callable[[str, Tensor], Tensor]
 ) -> tuple[dict[str, Tensor], str]:
-    """Reads every tensor once, hashes it, and keeps what is made of it.
+    """Read every tensor once, hash it, and keep what is made of it.
 
     Args:
         tensors: names and tensors, in the order of the names.
@@ -91,7 +91,7 @@ def materialise(
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Hashes tensors by name, dtype, shape and bytes; their order and device do not matter.
+    """Hash tensors by name, dtype, shape and bytes; their order and device do not matter.
 
     Returns:
         SHA-256 in hexadecimal.
@@ -103,14 +103,14 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def add_to_fingerprint(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
-    """Adds one tensor; they are added in the order of their sorted names."""
+    """Add one tensor; they are added in the order of their sorted names."""
     tensor = tensor.detach().cpu().contiguous()
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
     digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are; unlike torch.isfinite(...).all() without copies of the tensor's size."""
+    """Return whether all values are finite; unlike torch.isfinite(...).all() without copies of the tensor's size."""
     if tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor.detach())

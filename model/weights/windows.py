@@ -1,4 +1,4 @@
-"""Which windows weights were trained with, and which they are used with.
+"""Find the windows that weights were trained with, and choose those they are used with.
 
 The position bias of SwinV2 is a function of coordinates that are divided by the window of training. It can be evaluated
 for any window, so wrong windows load without a word and only make the features worse. Hence the rules here.
@@ -54,12 +54,12 @@ class Windows:
 
 
 def is_buffer(name: str) -> bool:
-    """Whether the official code would rebuild this tensor: it says something about the windows, and is not a weight."""
+    """Return whether the official code would rebuild this tensor: it says something about the windows, and is not a weight."""
     return _BUFFER.search(name) is not None
 
 
 def windows_of_buffers(tensors: Mapping[str, Tensor], *, source: str) -> Windows:
-    """Reads the windows from the buffers that official checkpoints carry, and from the position tables of a Swin V1.
+    """Read the windows from the buffers that official checkpoints carry, and from the position tables of a Swin V1.
 
     Shapes give the window: (1, 2W - 1, 2W - 1, 2) of the coordinates, (L, L) of the index, (N, L, L) of the mask. The
     largest coordinate, log2(8 * (W - 1) / (P - 1) + 1) / 3, gives the pretrained window P. A position table of
@@ -115,7 +115,7 @@ def choose_windows(
     source: str,
     position_tables: bool = False,
 ) -> Windows:
-    """Brings what the file states and what the recipe asks for together.
+    """Reconcile what the file states with what the recipe asks for.
 
     Args:
         stored: what the file states.

@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def deformable_attention(
     value: Tensor, sizes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor, *, kernel: Kernel
 ) -> Tensor:
-    """Weighted sums of values read at points between the cells of several maps; see reference.py for what exactly.
+    """Sum weighted values read at points between the cells of several maps, as reference.py specifies.
 
     The Triton kernel takes 16, 32 or 64 dims per head, float32, float16 and bfloat16; its sums are float32. The gradient of
     `value` is added up atomically there: its last digits are not the same from run to run.
@@ -112,7 +112,7 @@ _deformable_attention.register_autograd(_backward, setup_context=_save)
 
 
 def _kernels():
-    """Imports the kernels where they are first wanted.
+    """Import the kernels where they are first wanted.
 
     Raises:
         KernelError: if that fails.

@@ -1,4 +1,4 @@
-"""What multi-scale deformable attention computes: the specification that the kernel is tested against, in plain PyTorch.
+"""Specify multi-scale deformable attention: the specification that the kernel is tested against, in plain PyTorch.
 
 Shapes: B batch, S cells of all maps, Q queries, A heads, D head dim, N maps, P points.
 """
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 def deformable_attention_reference(
     value: Tensor, sizes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """Sums, over maps and points, weight times value at the point ("Deformable DETR", Zhu et al. 2021, equation 3).
+    """Sum, over maps and points, weight times value at the point ("Deformable DETR", Zhu et al. 2021, equation 3).
 
     The centre of cell (row i, column j) of a map lies at ((j + 0.5) / width, (i + 0.5) / height); between centres values are
     interpolated bilinearly, and what lies outside the map is zero.

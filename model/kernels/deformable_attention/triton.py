@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention in Triton: a program reads for a tile of queries, of one head.
+"""Compute multi-scale deformable attention in Triton: a program reads for a tile of queries, of one head.
 
 Nothing is materialised: the reference keeps all D * P * N values that a query reads, here they are summed as they come, and
 the backward reads them again. Values of neighbouring queries lie near one another, which the caches serve.
@@ -18,7 +18,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def _cells(location, weight, at, wanted, height, width):
-    """Where points lie: the upper left of the four cells around each, how far beyond its centre, and the point's weight."""
+    """Locate points: return the upper left of the four cells around each, how far beyond its centre, and the point's weight."""
     x = tl.load(location + 2 * at, mask=wanted, other=0.0).to(tl.float32) * width - 0.5
     y = tl.load(location + 2 * at + 1, mask=wanted, other=0.0).to(tl.float32) * height - 0.5
     share = tl.load(weight + at, mask=wanted, other=0.0).to(tl.float32)
@@ -28,21 +28,21 @@ def _cells(location, weight, at, wanted, height, width):
 
 @triton.jit
 def _place(column, row, wanted, height, width, STRIDE: tl.constexpr):
-    """Offsets of cells from their map's first, and which of them lie inside."""
+    """Return offsets of cells from their map's first, and which of them lie inside."""
     inside = wanted & (column >= 0) & (column < width) & (row >= 0) & (row < height)
     return (row.to(tl.int64) * width + column) * STRIDE, inside
 
 
 @triton.jit
 def _read(base, column, row, wanted, dims, height, width, STRIDE: tl.constexpr):
-    """Values (queries, dims) of cells, zero outside the map."""
+    """Load the values (queries, dims) of cells, zero outside the map."""
     offset, inside = _place(column, row, wanted, height, width, STRIDE)
     return tl.load(base + offset[:, None] + dims[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _add(base, column, row, wanted, dims, amount, height, width, STRIDE: tl.constexpr):
-    """Adds amounts (queries, dims) to cells, as far as they lie inside the map."""
+    """Add amounts (queries, dims) to cells, as far as they lie inside the map."""
     offset, inside = _place(column, row, wanted, height, width, STRIDE)
     tl.atomic_add(base + offset[:, None] + dims[None, :], amount, mask=inside[:, None])
 
@@ -62,7 +62,7 @@ def deformable_attention_fwd_kernel(
     NUM_POINTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Fills `out`; `levels` holds height, width and first cell of each map."""
+    """Fill `out`; `levels` holds height, width and first cell of each map."""
     STRIDE: tl.constexpr = NUM_HEADS * HEAD_DIM
     program = tl.program_id(0)
     num_tiles = tl.cdiv(num_queries, BLOCK)
@@ -108,7 +108,7 @@ def deformable_attention_bwd_kernel(
     NUM_POINTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds to `grad_value` (float32, zero at first) and fills the other two gradients."""
+    """Add to `grad_value` (float32, zero at first) and fill the other two gradients."""
     STRIDE: tl.constexpr = NUM_HEADS * HEAD_DIM
     program = tl.program_id(0)
     num_tiles = tl.cdiv(num_queries, BLOCK)
@@ -155,7 +155,7 @@ def deformable_attention_bwd_kernel(
 
 
 def launch_options(num_heads: int, head_dim: int, num_levels: int, num_points: int) -> dict[str, int]:
-    """The constants both kernels are compiled with, and the warps of their programs."""
+    """Return the constants both kernels are compiled with, and the warps of their programs."""
     return {
         "NUM_HEADS": num_heads,
         "HEAD_DIM": head_dim,
@@ -180,7 +180,7 @@ def _launch(kernel, value: Tensor, sizes: list[int], locations: Tensor, before: 
 
 
 def forward(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor, out: Tensor) -> None:
-    """Fills `out` (B, Q, A * D) with what the reference says; `sizes` are heights and widths in turn, tensors contiguous."""
+    """Fill `out` (B, Q, A * D) with what the reference says; `sizes` are heights and widths in turn, tensors contiguous."""
     _launch(deformable_attention_fwd_kernel, value, sizes, locations, (), (weights, out))
 
 
@@ -194,6 +194,6 @@ def backward(
     grad_locations: Tensor,
     grad_weights: Tensor,
 ) -> None:
-    """Adds to `grad_value`, which is float32 and zero, and fills the gradients of locations and weights."""
+    """Add to `grad_value`, which is float32 and zero, and fill the gradients of locations and weights."""
     grads = (grad_value, grad_locations, grad_weights)
     _launch(deformable_attention_bwd_kernel, value, sizes, locations, (grad,), (weights, *grads))

@@ -1,4 +1,4 @@
-"""A linear layer with a GELU in the epilogue of its product: the hidden map is written once, and not read and written again.
+"""Apply a linear layer with a GELU in the epilogue of its product: the hidden map is written once, and not read and written again.
 
 cuBLASLt has such an epilogue, with the approximation by tanh ("Gaussian Error Linear Units", Hendrycks and Gimpel, 2016,
 section 2). Put into whole networks it moves the feature maps by 1e-4 to 3e-4 (relative L2; dev/LOG.md, 2026-11-26), where
@@ -16,12 +16,12 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def linear_gelu_reference(x: Tensor, layer: nn.Linear) -> Tensor:
-    """The exact GELU of a linear layer: x (..., C_in) -> (..., C_out)."""
+    """Compute the exact GELU of a linear layer: x (..., C_in) -> (..., C_out)."""
     return nn.functional.gelu(layer(x))
 
 
 def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
-    """The same by PyTorch's product with an activation, which has no gradient.
+    """Compute the same by PyTorch's product with an activation, which has no gradient.
 
     Where the library has no epilogue for it, PyTorch computes the GELU afterwards: on a CPU the exact one.
 
@@ -36,7 +36,7 @@ def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Checks that the approximation lies below the rounding.
+    """Check that the approximation lies below the rounding.
 
     Raises:
         KernelError: if it does not.

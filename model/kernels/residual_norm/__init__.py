@@ -1,4 +1,4 @@
-"""A residual connection around a branch with a norm at its end, in one pass: x + norm(y), or norm'(x + norm(y)).
+"""Add a branch with a norm at its end to the map around it, in one pass: x + norm(y), or norm'(x + norm(y)).
 
 `residual_norm` is the one entry. The Triton kernel is the op `permafrost::residual_norm`, which torch.compile and CUDA graphs
 see as a whole; it has no backward.
@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def residual_norm(
     x: Tensor, y: Tensor, norm: nn.LayerNorm, extra: nn.LayerNorm | None = None, *, kernel: Kernel
 ) -> Tensor:
-    """Adds a branch, normalised, to the main one; see reference.py for what exactly.
+    """Add a branch, normalised, to the main one, as reference.py specifies.
 
     Args:
         x: (..., C), the main branch.

@@ -1,4 +1,4 @@
-"""What residual_norm computes: the specification that every kernel is tested against."""
+"""Specify residual_norm: the specification that every kernel is tested against."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer normalisation (Ba, Kiros and Hinton, 2016) over the last dim, in the dtype of `x`."""
+    """Apply layer normalisation (Ba, Kiros and Hinton, 2016) over the last dim, in the dtype of `x`."""
     centred = x - x.mean(dim=-1, keepdim=True)
     variance = centred.square().mean(dim=-1, keepdim=True)
     return centred * (variance + eps).rsqrt() * weight.to(x.dtype) + bias.to(x.dtype)
@@ -21,7 +21,7 @@ def residual_norm_reference(
     eps: float,
     extra: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """A residual connection around a branch that is normalised at its end: x + norm(y), or norm'(x + norm(y)).
+    """Add a branch that is normalised at its end to the map around it: x + norm(y), or norm'(x + norm(y)).
 
     This is the res-post-norm of "Swin Transformer V2" (section 3.2); the extra norm on the main branch is that of its
     largest models (section 3.4). Computed in float32 at least, and rounded once.

@@ -1,4 +1,4 @@
-"""residual_norm in Triton: a program has a few tokens whole, so both maps are read once and the sum is written once."""
+"""Compute residual_norm in Triton: a program has a few tokens whole, so both maps are read once and the sum is written once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ELEMENTS = 2048
 
 @triton.jit
 def _normalise(x, weight, bias, eps, columns, is_channel, CHANNELS: tl.constexpr):
-    """Layer normalisation of rows in float32; what is beyond the channels becomes zero."""
+    """Normalise rows in float32; what is beyond the channels becomes zero."""
     mean = tl.sum(x, axis=1) / CHANNELS
     centred = tl.where(is_channel[None, :], x - mean[:, None], 0.0)
     variance = tl.sum(centred * centred, axis=1) / CHANNELS
@@ -53,7 +53,7 @@ def residual_norm_fwd_kernel(
 
 
 def launch_options(channels: int, *, has_extra: bool) -> dict[str, int | bool]:
-    """The constants a kernel is compiled with, and the warps of its programs."""
+    """Return the constants a kernel is compiled with, and the warps of its programs."""
     block = triton.next_power_of_2(channels)
     tokens = max(1, ELEMENTS // block)
     return {
@@ -74,7 +74,7 @@ def residual_norm_triton(
     extra: tuple[Tensor, Tensor, float] | None,
     out: Tensor,
 ) -> None:
-    """Fills `out` with what the reference says.
+    """Fill `out` with what the reference says.
 
     Args:
         x: (..., C), contiguous.

@@ -1,4 +1,4 @@
-"""Attention within (shifted) windows, from the packed projection of a map to the attended map.
+"""Attend within (shifted) windows, from the packed projection of a map to the attended map.
 
 `window_attention` is the one entry. Each kernel is an implementation of the op `permafrost::window_attention`, which
 torch.compile and CUDA graphs see as a whole; kernels have no backward.
@@ -35,7 +35,7 @@ def window_attention(
     cosine: bool = True,
     kernel: Kernel,
 ) -> Tensor:
-    """Attends within (shifted) windows of a map; see reference.py for what exactly.
+    """Attend within (shifted) windows of a map, as reference.py specifies.
 
     Kernels take 32 or 64 dims per head, windows up to 56, float32, float16 and bfloat16; "reference" takes everything.
     Where a gradient is wanted the reference is used whatever `kernel` says, with a warning.
@@ -81,7 +81,7 @@ def window_attention(
 
 
 def check_kernel_takes(kernel: Kernel, *, dtype: torch.dtype, head_dim: int, window: int) -> None:
-    """Checks what a kernel is asked for against what it can do.
+    """Check what a kernel is asked for against what it can do.
 
     Raises:
         KernelError: naming what it cannot.
@@ -121,7 +121,7 @@ def _(qkv, qkv_bias, scale, table, window, shift, cosine, kernel):
 
 
 def _launcher(kernel: str):
-    """Imports a kernel where it is first wanted.
+    """Import a kernel where it is first wanted.
 
     Raises:
         KernelError: if that fails.

@@ -1,4 +1,4 @@
-"""Window attention in CUDA C++ (csrc/window_attention.cu): how it is configured, compiled and launched."""
+"""Configure, compile and launch window attention in CUDA C++ (csrc/window_attention.cu)."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Plan:
 
 
 def plan(dtype: torch.dtype, window: int, head_dim: int, num_heads: int, *, cosine: bool) -> Plan:
-    """Chooses the constants for windows of a size."""
+    """Choose the constants for windows of a size."""
     tiles = -(-(window**2) // 16)
     row_bytes = head_dim * dtype.itemsize
     # The group that wastes the fewest tiles; of these the largest. Logits of larger ones spill where two blocks of nine
@@ -123,13 +123,13 @@ def plan(dtype: torch.dtype, window: int, head_dim: int, num_heads: int, *, cosi
 
 
 def sources() -> tuple[str, dict[str, str]]:
-    """The kernel's source, and what it includes."""
+    """Return the kernel's source, and what it includes."""
     headers = {name: (SOURCES / name).read_text() for name in ("geometry.h", "warp.h")}
     return (SOURCES / "window_attention.cu").read_text(), headers
 
 
 def compile_plan(chosen: Plan, architecture: int) -> tuple[bytes, str]:
-    """Compiles a build for one kind of GPU: the cubin, and the assembler's messages.
+    """Compile a build for one kind of GPU: the cubin, and the assembler's messages.
 
     Raises:
         KernelError: see compile_cubin.
@@ -156,7 +156,7 @@ def _load(chosen: Plan, device: torch.device) -> LoadedKernel:
 def window_attention_cuda(
     qkv: Tensor, qkv_bias: Tensor, scale: Tensor, table: Tensor, out: Tensor, *, window: int, shift: int, cosine: bool
 ) -> None:
-    """Fills `out` (B, H, W, C) with what the reference says, on the current stream.
+    """Fill `out` (B, H, W, C) with what the reference says, on the current stream.
 
     Args:
         qkv: (B, H, W, 3 * C); images may lie anywhere, each is contiguous.
@@ -194,7 +194,7 @@ def describe_launch(
     window: int,
     shift: int,
 ) -> tuple[int, Arguments]:
-    """The size of the grid, and the kernel's argument.
+    """Return the size of the grid, and the kernel's argument.
 
     Raises:
         KernelError: if the grid is larger than a GPU takes.

@@ -1,4 +1,4 @@
-"""What PyTorch's own operators make of window attention: what the kernels are timed against, and their errors measured by.
+"""Compute window attention with PyTorch's own operators: kernels are timed against it, and their errors measured by it.
 
 Shapes: B batch, H W map size, C channels, N windows, L tokens per window, A heads, D head dim.
 """
@@ -15,7 +15,7 @@ from permafrost.model.kernels.window_attention.reference import SHIFT_PENALTY, s
 def materialise_bias(
     table: Tensor, *, height: int, width: int, window: int, shift: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Spreads the position biases over all pairs of tokens, and the penalty of the shift over all windows.
+    """Spread the position biases over all pairs of tokens, and the penalty of the shift over all windows.
 
     Args:
         table: (A, (2 * window - 1) ** 2).
@@ -42,7 +42,7 @@ def materialise_bias(
 
 
 def partition(qkv: Tensor, qkv_bias: Tensor, num_heads: int, *, window: int, shift: int) -> Tensor:
-    """Pads, rolls and partitions (B, H, W, 3 * C) into q, k and v, (3, N, A, L, D)."""
+    """Pad, roll and partition (B, H, W, 3 * C) into q, k and v, (3, N, A, L, D)."""
     batch, height, width, channels = qkv.shape
     down, across = -(-height // window), -(-width // window)
     if (down * window, across * window) != (height, width):
@@ -56,7 +56,7 @@ def partition(qkv: Tensor, qkv_bias: Tensor, num_heads: int, *, window: int, shi
 
 
 def join(x: Tensor, height: int, width: int, *, window: int, shift: int) -> Tensor:
-    """Puts windows (N, A, L, D) back into their map (B, H, W, C)."""
+    """Put windows (N, A, L, D) back into their map (B, H, W, C)."""
     down, across = -(-height // window), -(-width // window)
     x = x.view(-1, down, across, x.shape[1], window, window, x.shape[3]).permute(0, 1, 4, 2, 5, 3, 6)
     x = x.reshape(len(x), down * window, across * window, -1)
@@ -68,7 +68,7 @@ def join(x: Tensor, height: int, width: int, *, window: int, shift: int) -> Tens
 def attend(
     q: Tensor, k: Tensor, v: Tensor, scale: Tensor, bias: Tensor, penalty: Tensor | None, *, cosine: bool, fused: bool
 ) -> Tensor:
-    """Attends within windows: q, k, v (N, A, L, D) -> (N, A, L, D), in their dtype.
+    """Attend within windows: q, k, v (N, A, L, D) -> (N, A, L, D), in their dtype.
 
     Args:
         q: Queries.
@@ -100,7 +100,7 @@ def window_attention_pytorch(
     cosine: bool,
     fused: bool,
 ) -> Tensor:
-    """The same as the reference, in the dtype of `qkv` throughout; see `attend` for `fused`."""
+    """Compute the same as the reference, in the dtype of `qkv` throughout; `fused` is `attend`'s."""
     height, width = qkv.shape[1:3]
     q, k, v = partition(qkv, qkv_bias, len(table), window=window, shift=shift)
     biases = materialise_bias(table, height=height, width=width, window=window, shift=shift, dtype=qkv.dtype)

@@ -1,4 +1,4 @@
-"""What window attention computes: the specification that every kernel is tested against.
+"""Specify window attention: the specification that every kernel is tested against.
 
 The shortest way to write it, not a fast one: it pads, rolls, partitions and materialises everything that the kernels
 avoid. Its gradients are those of autograd.
@@ -17,7 +17,7 @@ SHIFT_PENALTY = -100.0
 
 
 def scale_to_length(x: Tensor, length: Tensor | float) -> Tensor:
-    """Scales vectors (..., D) to a length; zero stays zero, and has no gradient. Norms are at least in float32."""
+    """Scale vectors (..., D) to a length; zero stays zero, and has no gradient. Norms are at least in float32."""
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(precise, dim=-1, keepdim=True)
     return (precise * (length / norm.clamp_min(1e-12) * (norm > 0))).to(x.dtype)
@@ -26,7 +26,7 @@ def scale_to_length(x: Tensor, length: Tensor | float) -> Tensor:
 def window_attention_reference(
     qkv: Tensor, qkv_bias: Tensor, scale: Tensor, table: Tensor, *, window: int, shift: int, cosine: bool
 ) -> Tensor:
-    """Attends within (shifted) windows of a map.
+    """Attend within (shifted) windows of a map.
 
     The map is padded at the bottom and the right to whole windows, and only then rolled. A padded token is what the
     projection makes of a zero: its query, key and value are `qkv_bias`, and it is attended to like any other.

@@ -1,4 +1,4 @@
-"""Window attention in Triton: a program attends with a tile of one window's queries, of one head, to all its keys.
+"""Compute window attention in Triton: a program attends with a tile of one window's queries, of one head, to all its keys.
 
 Rows of the map are gathered where the shift finds them and written back there, so nothing is padded, rolled or
 partitioned; the position bias is gathered from its compact table, the mask is a comparison of coordinates. The softmax
@@ -26,7 +26,7 @@ _PENALTY = tl.constexpr(SHIFT_PENALTY)
 
 @triton.jit
 def _unit_rows(x):
-    """Scales the rows of x to length 1, in float32; zero stays zero."""
+    """Scale the rows of x to length 1, in float32; zero stays zero."""
     x = x.to(tl.float32)
     norm = tl.sqrt(tl.sum(x * x, axis=1))
     factor = tl.where(norm > 0.0, 1.0 / tl.maximum(norm, 1e-12), 0.0)
@@ -35,7 +35,7 @@ def _unit_rows(x):
 
 @triton.jit
 def _token(number, window_row, window_column, height, width, down, across, shift, WINDOW: tl.constexpr):
-    """Where tokens of a window come from.
+    """Locate the tokens of a window.
 
     Returns:
         Row and column in the window; row and column in the padded map, before it was rolled; from across which border.
@@ -71,7 +71,7 @@ def window_attention_fwd_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """Heads of a window are neighbours in the grid: they read the same lines of memory."""
+    """Attend with one tile of queries; heads of a window are neighbours in the grid: they read the same lines of memory."""
     CHANNELS: tl.constexpr = NUM_HEADS * HEAD_DIM
     TOKENS: tl.constexpr = WINDOW * WINDOW
     SIDE: tl.constexpr = 2 * WINDOW - 1
@@ -142,7 +142,7 @@ def window_attention_fwd_kernel(
 
 
 def block_size(tokens: int, head_dim: int, dtype: str) -> int:
-    """Rows of a tile: the largest power of two up to 64 whose last tile wastes little.
+    """Return the rows of a tile: the largest power of two up to 64 whose last tile wastes little.
 
     float32, which is multiplied without tensor cores, keeps to tiles whose operands fit the registers.
 
@@ -157,7 +157,7 @@ def block_size(tokens: int, head_dim: int, dtype: str) -> int:
 
 
 def launch_options(num_heads: int, head_dim: int, window: int, *, cosine: bool, dtype: str) -> dict[str, Any]:
-    """The constants a kernel is compiled with, and the warps of its programs.
+    """Return the constants a kernel is compiled with, and the warps of its programs.
 
     Args:
         num_heads: heads A.
@@ -183,7 +183,7 @@ def launch_options(num_heads: int, head_dim: int, window: int, *, cosine: bool, 
 def window_attention_triton(
     qkv: Tensor, qkv_bias: Tensor, scale: Tensor, table: Tensor, out: Tensor, *, window: int, shift: int, cosine: bool
 ) -> None:
-    """Fills `out` (B, H, W, C) with what the reference says.
+    """Fill `out` (B, H, W, C) with what the reference says.
 
     Args:
         qkv: (B, H, W, 3 * C); images may lie anywhere, each is contiguous.
