@@ -9,6 +9,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from smoke import SMOKE
+
 FOLDERS = ("configs", "data", "heads", "launcher", "model")
 
 
@@ -114,5 +116,19 @@ def test_readme_commands_are_what_ci_runs(root: Path) -> None:
     readme, ci = (root / "README.md").read_text(), (root / ".ci" / "run").read_text()
     assert "pip install -e . && permafrost train quickstart" in readme
     assert "pip install -e '.[test]' && pytest" in readme
-    for piece in ("pip install -q -e .\n", "-e '.[test]'", "\npytest -q", "permafrost train quickstart"):
+    for piece in ("pip install -q -e .\n", "-e '.[test]'", "\ntests --durations=15", "permafrost train quickstart"):
         assert piece in ci, piece
+
+
+def test_the_smoke_tier_has_a_path_through_every_room(root: Path) -> None:
+    rooms = {
+        str(folder.relative_to(root))
+        for top in FOLDERS
+        for folder in [root / top, *(root / top).iterdir()]
+        if (folder / "__init__.py").exists()
+    }
+    assert rooms | {"permafrost"} == set(SMOKE)
+    for entry in (entry for entries in SMOKE.values() for entry in entries):
+        file, _, test = entry.partition("::")
+        name = re.split(r"[\[:]", test)[-1] if "::" in test else test.partition("[")[0]
+        assert not test or f"def {name}" in (root / file).read_text(), entry
