@@ -70,7 +70,7 @@ def train(experiment: Experiment, *, resume: str = "auto", device: str = "auto")
         device: auto, cpu, cuda or cuda:N.
 
     Returns:
-        The final evaluation: of each head, the evaluator's values.
+        the final evaluation: of each head, the evaluator's values.
 
     Raises:
         Interrupted: by SIGTERM or SIGUSR1, after saving.
@@ -221,7 +221,7 @@ def head_losses(
     """Run forward and backward of one head over a step's micro-batches.
 
     Returns:
-        Each named loss, averaged over the micro-batches, without a graph.
+        each named loss, averaged over the micro-batches, without a graph.
     """
     counts = world_mean_counts
     if len(micro_batches) > 1:

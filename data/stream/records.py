@@ -107,7 +107,7 @@ class ReplacementTracker:
         """Take in `Batch.replaced`.
 
         Returns:
-            The (path, reason) pairs that are new: to be said once.
+            the (path, reason) pairs that are new: to be said once.
 
         Raises:
             DataError: more files than the limit cannot be read.

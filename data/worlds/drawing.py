@@ -24,7 +24,7 @@ def rings_mask(rings: Sequence[np.ndarray], height: int, width: int, supersample
         supersample: subpixels per pixel and axis.
 
     Returns:
-        Coverage, float32 (height, width) in [0, 1].
+        coverage, float32 (height, width) in [0, 1].
     """
     canvas = Image.new("L", (width * supersample, height * supersample), 0)
     draw = ImageDraw.Draw(canvas)
@@ -47,7 +47,7 @@ def strokes_mask(
         supersample: subpixels per pixel and axis.
 
     Returns:
-        Coverage, float32 (height, width) in [0, 1].
+        coverage, float32 (height, width) in [0, 1].
     """
     canvas = Image.new("L", (width * supersample, height * supersample), 0)
     draw = ImageDraw.Draw(canvas)
@@ -94,7 +94,7 @@ def fourier_ring(
         decay: exponent of the amplitudes' fall with frequency.
 
     Returns:
-        Ring (num_points, 2).
+        ring (num_points, 2).
     """
     angles = np.linspace(0, 2 * np.pi, num_points, endpoint=False)
     orders = np.arange(2, num_harmonics + 1)
@@ -117,7 +117,7 @@ def band_noise(rng: np.random.Generator, height: int, width: int, low: float, hi
         high: highest frequency kept, cycles per pixel; 0.5 is the finest.
 
     Returns:
-        Field (height, width), mean near 0.5, two standard deviations on either side reach 0 and 1.
+        field (height, width), mean near 0.5, two standard deviations on either side reach 0 and 1.
     """
     spectrum = np.fft.rfft2(rng.standard_normal((height, width), dtype=np.float32))
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
@@ -138,7 +138,7 @@ def smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float)
         cell: grid spacing in pixels.
 
     Returns:
-        Field (height, width).
+        field (height, width).
     """
     grid = rng.random((int(np.ceil(height / cell)) + 2, int(np.ceil(width / cell)) + 2), dtype=np.float32)
     full = (round(grid.shape[1] * cell), round(grid.shape[0] * cell))
@@ -163,7 +163,7 @@ def composite(image: np.ndarray, layer: np.ndarray, mask: np.ndarray, opacity: f
         opacity: multiplies the coverage.
 
     Returns:
-        A new image (H, W, 3), float32.
+        a new image (H, W, 3), float32.
     """
     alpha = (mask * np.float32(opacity))[..., None]
     return image + alpha * (np.asarray(layer, dtype=np.float32) - image)

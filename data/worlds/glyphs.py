@@ -103,7 +103,7 @@ def render(split: str, index: int, image_size: int = 128, seed: int = 0) -> tupl
         seed: seed of the whole sample.
 
     Returns:
-        The picture, uint8 (image_size, image_size, 4), RGB and the visible part of the figure, and its label.
+        the picture, uint8 (image_size, image_size, 4), RGB and the visible part of the figure, and its label.
     """
     rng = _generator(split, index, seed)
     shapes = list(outlines.outlines().values())

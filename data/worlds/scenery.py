@@ -37,7 +37,7 @@ def render_labelled(world: SceneryWorld, split: str, index: int) -> tuple[np.nda
         index: 0-based index within the split.
 
     Returns:
-        The image, uint8 (side, side, 3), and its labels, uint8 (side, side): 0 is ignore.
+        the image, uint8 (side, side, 3), and its labels, uint8 (side, side): 0 is ignore.
     """
     rng = np.random.default_rng([world.seed, SPLITS.index(split), index, _STREAM])
     side = world.image_side

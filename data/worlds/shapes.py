@@ -118,7 +118,7 @@ def render_scene(world: ShapesWorld, split: str, index: int) -> tuple[np.ndarray
         index: 0-based index within the split.
 
     Returns:
-        The image, uint8 (side, side, 3), and its annotated regions from back to front.
+        the image, uint8 (side, side, 3), and its annotated regions from back to front.
     """
     rng = np.random.default_rng([world.seed, SPLITS.index(split), index])
     side = world.image_side

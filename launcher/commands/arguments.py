@@ -23,21 +23,19 @@ def device_name(text: str) -> str:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the --device option."""
-    help_text = "where to compute: auto (the default) takes a GPU if torch sees one; cpu, cuda or cuda:N"
+    help_text = "where to compute: auto (the default, a GPU if torch sees one), cpu, cuda or cuda:N"
     parser.add_argument("--device", type=device_name, default="auto", metavar="DEVICE", help=help_text)
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
     """Add the --resume option."""
-    help_text = (
-        "auto (the default) continues what the run folder holds; must refuses an empty one; never one with a run"
-    )
+    help_text = "auto (the default) continues a run that the folder holds; must refuses a folder without a checkpoint, never one with a run"
     parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto", help=help_text)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add the --checkpoint option."""
-    help_text = "best (the default): of each head the checkpoint that evaluated best; latest: the newest"
+    help_text = "best (the default) takes each head's best-scoring checkpoint; latest takes the newest"
     parser.add_argument("--checkpoint", choices=("best", "latest"), default="best", help=help_text)
 
 

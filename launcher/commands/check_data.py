@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LISTED = 100
 COLUMNS = 4
-EPILOG = """Exit code 0: a run can start, though there may be warnings; 2: it cannot.
+EPILOG = """Exit code 0: a run can start, perhaps with warnings; 2: it cannot.
 
   permafrost check-data quickstart --draw 16 --output samples.png
   permafrost check-data coco:swinv2_base_fpn --data.root /path/to/coco"""
@@ -28,20 +28,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser = recipe_parser(
         "check-data",
         usage="[--field.sub value ...] [--draw N] [--output FILE.png] [--quick] [--all]",
-        description="Look for faults in the labels and files of a recipe's two splits. It changes none of them.",
+        description="Look for faults in the labels and files of a recipe's two splits, without changing any.",
         epilog=EPILOG,
     )
     parser.add_argument(
         "--draw",
         type=number("samples"),
         metavar="N",
-        help="draw the first N augmented training samples with their labels on a sheet",
+        help="draw the first N augmented training samples, with labels, on one sheet",
     )
     parser.add_argument(
         "--output", type=png_file, metavar="FILE.png", help="the sheet's file (default: <recipe's name>_samples.png)"
     )
-    parser.add_argument("--quick", action="store_true", help="only see that files are there, do not decode them")
-    parser.add_argument("--all", action="store_true", help=f"list every finding, not the first {LISTED}")
+    parser.add_argument("--quick", action="store_true", help="only check that the files exist; do not decode them")
+    parser.add_argument("--all", action="store_true", help=f"list every finding, not only the first {LISTED}")
     return parser
 
 

@@ -18,30 +18,32 @@ def run(argv: Sequence[str]) -> int:
         description="Read weights of any known format (official, SimMIM, EsViT, detection code, timm, Hugging Face; .pth "
         "or safetensors), say what they are, and write sharded safetensors with a manifest.",
     )
-    parser.add_argument("input", metavar="IN", help="a file, a folder, an index, or a known name")
-    parser.add_argument("output", metavar="OUT", help="the new folder")
+    parser.add_argument("input", metavar="IN", help="a file, a folder, an index file, or the name of known weights")
+    parser.add_argument("output", metavar="OUT", help="folder to write; new or empty")
     parser.add_argument(
         "--dtype",
         choices=("keep", "float32", "bfloat16", "float16"),
         default="keep",
-        help="dtype of the weights in the result; keep (the default): as they are",
+        help="dtype to write the weights in; keep (the default) leaves them as they are",
     )
     parser.add_argument(
         "--max-shard-size",
         type=num_bytes,
         default=num_bytes("2GB"),
         metavar="SIZE",
-        help="most bytes in one file, for example 500MB or 2GiB (default: 2GB)",
+        help="largest size of one file, for example 500MB or 2GiB (default: 2GB)",
     )
-    parser.add_argument("--prefix", metavar="TEXT", help="take only tensors whose names start so, without it")
     parser.add_argument(
-        "--weights-key", metavar="KEY", help="the entry of a PyTorch checkpoint that holds the weights, as `student`"
+        "--prefix", metavar="TEXT", help="take only tensors whose names start with this, and strip it from them"
+    )
+    parser.add_argument(
+        "--weights-key", metavar="KEY", help="entry of a PyTorch checkpoint that holds the weights, such as `student`"
     )
     for name, what in (
-        ("--window-size", "the window in training"),
-        ("--pretrained-window-size", "the window that scales the position bias's coordinates"),
+        ("--window-size", "window size in training"),
+        ("--pretrained-window-size", "window size that scales the position bias's coordinates"),
     ):
-        help_text = f"{what}, one number or four, where the file does not say"
+        help_text = f"{what}, one number or four, if the file does not give it"
         parser.add_argument(name, type=int, nargs="+", metavar="W", help=help_text)
     options = parse(parser, argv)
 

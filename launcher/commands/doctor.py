@@ -12,7 +12,9 @@ from permafrost.launcher.exit_codes import DONE, FAILED
 
 def run(argv: Sequence[str]) -> int:
     """Print the report; returns 0 if the quickstart could run here, else 1."""
-    description = "Show versions, devices and what is missing. Exit code 0 if the quickstart could run here, else 1."
+    description = (
+        "Show versions, devices and what is missing. The exit code is 0 if the quickstart can run here, else 1."
+    )
     parse(argparse.ArgumentParser(prog="permafrost doctor", description=description), argv)
     report = diagnose()
     print(format_report(report))

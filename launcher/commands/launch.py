@@ -34,11 +34,11 @@ EPILOG = """RECIPE and its fields are those of `permafrost train`; every rank ge
   permafrost launch coco:swinv2_base_fpn --hostfile hosts --engine.kind deepspeed --export HF_TOKEN --max-restarts 3
   permafrost launch coco:swinv2_base_fpn --slurm run.sbatch --num-nodes 4 --num-procs 8
 
-Without --hostfile: one process for each GPU that CUDA_VISIBLE_DEVICES leaves; 1 process where there is none, unless
---num-procs says otherwise. With it: DeepSpeed's launcher starts `slots` processes on each node over pdsh and ssh, after
-each node was looked at: ssh, versions, source, GPUs or cores, ports, network, data, weights, room on its disks.
+Without --hostfile, one process starts for each GPU that CUDA_VISIBLE_DEVICES leaves, or a single one where there is
+none; --num-procs overrides that. With it, DeepSpeed's launcher starts `slots` processes on each node over pdsh and ssh,
+once each node is inspected: ssh, versions, source, GPUs or cores, ports, network, data, weights, space on its disks.
 
-When a rank dies, stops or is silent, or a node cannot be reached, or this program ends in whatever way, every process of
+If a rank dies, stops or goes silent, if a node cannot be reached, or if this program ends in any way, every process of
 the launch is ended on every node. Ctrl-C and SIGTERM are passed on to the ranks first.
 
 Exit codes: 0 every rank ended well and the run folder has its final.json; 1 training failed on a rank; 2 a mistake,
@@ -55,21 +55,26 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
     )
     parser.add_argument(
-        "--hostfile", type=Path, metavar="FILE", help="one node a line, `node01 slots=8`; the first holds rank 0"
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help="file with one node per line, such as `node01 slots=8`; rank 0 runs on the first",
     )
     parser.add_argument(
         "--num-procs",
         type=number("processes"),
         metavar="N",
-        help="processes on this machine (default: its GPUs, else 1)",
+        help="processes on this machine (default: one per GPU, or 1 without any)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="look at the nodes, say what would run, start nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="inspect the nodes and say what would run, but start nothing"
+    )
     parser.add_argument(
         "--export",
         action="append",
         default=[],
         metavar="NAME[=VALUE]",
-        help="hand this variable to every rank; may be repeated. NCCL_*, OMP_*, PERMAFROST_* and some others go unasked",
+        help="pass this variable to every rank; may be repeated. NCCL_*, OMP_*, PERMAFROST_* and some others are always passed",
     )
     parser.add_argument(
         "--max-restarts",
@@ -84,24 +89,30 @@ def make_parser() -> argparse.ArgumentParser:
         type=amount("seconds", 5),
         default=60.0,
         metavar="SECONDS",
-        help="how long a node or rank may be silent, or stopped, before all are ended (default 60)",
+        help="how long a node or rank may be silent or stopped before the launch is ended (default 60)",
     )
     parser.add_argument("--interface", metavar="NAME", help="network interface for messages between ranks")
-    parser.add_argument("--master-port", type=port, default=0, metavar="PORT", help="where ranks meet (default: free)")
-    parser.add_argument("--ssh-config", type=Path, metavar="FILE", help="configuration for ssh instead of the user's")
+    parser.add_argument(
+        "--master-port", type=port, default=0, metavar="PORT", help="port where ranks meet (default: a free one)"
+    )
+    parser.add_argument(
+        "--ssh-config", type=Path, metavar="FILE", help="ssh configuration to use instead of the user's"
+    )
     parser.add_argument(
         "--min-free",
         type=amount("GiB", 0),
         default=1.0,
         metavar="GIB",
-        help="room that the disks of run folder and cache must have (default 1)",
+        help="free space that the disks of run folder and cache must have (default 1)",
     )
     parser.add_argument(
         "--slurm",
         metavar="FILE",
-        help="write a batch script for sbatch instead (- is standard output); nothing is started",
+        help="only write a batch script for sbatch (- is standard output), and start nothing",
     )
-    parser.add_argument("--num-nodes", type=number("nodes"), metavar="N", help="nodes of the batch script (default 1)")
+    parser.add_argument(
+        "--num-nodes", type=number("nodes"), metavar="N", help="nodes that the batch script asks for (default 1)"
+    )
     add_resume(parser)
     add_device(parser)
     return parser

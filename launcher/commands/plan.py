@@ -10,12 +10,12 @@ from permafrost.launcher.commands.arguments import amount, number, recipe_parser
 from permafrost.launcher.exit_codes import DONE, FAILED
 from permafrost.launcher.recipes.overrides import parse_experiment
 
-EPILOG = """All numbers are of one rank and of one optimizer step. Nothing is downloaded, and no weights, data or GPU are needed.
-Not counted: CUDA's context, workspaces of its libraries, gaps of the allocator; 8 % of a GPU are left to them.
-Times are arithmetic at --tflops plus traffic at 300 GB/s in a node and 40 GB/s between nodes, one after the other; what is
-bound by memory comes on top.
+EPILOG = """All numbers are for one rank and one optimizer step. Nothing is downloaded, and no weights, data or GPU are needed.
+CUDA's context, its libraries' workspaces and gaps in the allocator are not counted; 8 % of a GPU is left for them.
+Times add arithmetic at --tflops and traffic at 300 GB/s in a node and 40 GB/s between nodes; work that is bound by
+memory bandwidth comes on top.
 
-Exit code: 0; 1 if no layout fits.
+Exit code 0: a layout fits, perhaps after a change that the report names; 1: none fits.
 
   permafrost plan coco:swinv2_base_fpn --gpus 8 --gpu-memory 80
   permafrost plan coco:swinv2_base_fpn --gpus 8 --nodes 4 --gpu-memory 40 --backbone.name swinv2_giant"""
@@ -30,28 +30,28 @@ def make_parser() -> argparse.ArgumentParser:
         description="Predict memory, traffic and time of a recipe for every tensor degree and engine.",
         epilog=EPILOG,
     )
-    parser.add_argument("--gpus", type=number("GPUs"), default=1, metavar="N", help="GPUs of each node (default 1)")
-    parser.add_argument("--nodes", type=number("nodes"), default=1, metavar="N", help="nodes (default 1)")
+    parser.add_argument("--gpus", type=number("GPUs"), default=1, metavar="N", help="GPUs per node (default 1)")
+    parser.add_argument("--nodes", type=number("nodes"), default=1, metavar="N", help="number of nodes (default 1)")
     parser.add_argument(
         "--gpu-memory",
         type=amount("GB of memory"),
         metavar="GB",
-        help="memory of each GPU in units of 2^30 bytes, to say what fits",
+        help="memory of each GPU in units of 2^30 bytes, to judge what fits",
     )
     parser.add_argument(
         "--tflops",
         type=amount("TFLOP/s"),
         default=400.0,
         metavar="T",
-        help="10^12 operations that a GPU really computes in a second (default 400: two fifths of an H100's bfloat16)",
+        help="10^12 operations that a GPU really sustains per second (default 400, two fifths of an H100's bfloat16 peak)",
     )
     parser.add_argument(
         "--objects",
         type=number("objects"),
         metavar="N",
-        help="objects in each image (segmentation: classes) to plan for",
+        help="objects (in segmentation, classes) per image to plan for",
     )
-    parser.add_argument("--classes", type=number("classes"), metavar="N", help="classes of the data set")
+    parser.add_argument("--classes", type=number("classes"), metavar="N", help="number of classes of the data set")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="plan for GPUs (the default), or for a run on CPUs"
     )

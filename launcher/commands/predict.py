@@ -14,8 +14,8 @@ def run(argv: Sequence[str]) -> int:
     """Predict; returns 0 when every input was read, 1 when some were not, 2 when none was."""
     parser = argparse.ArgumentParser(
         prog="permafrost predict",
-        description="Draw what a run finds in images or videos, and list it (predictions.json).",
-        epilog="Exit code 0: every input was read; 1: some could not be, the others are done; 2: none could be.",
+        description="Draw what a run finds in images or videos, and list it in predictions.json.",
+        epilog="Exit code 0: every input was read; 1: some could not be read, the others are done; 2: none could be read.",
     )
     parser.add_argument("run", metavar="RUN", help="a run folder, as `permafrost train` printed it")
     parser.add_argument(
@@ -24,14 +24,14 @@ def run(argv: Sequence[str]) -> int:
         nargs="+",
         help="image or video files, folders of them, or quoted patterns such as 'in/*.jpg'",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the pictures and predictions.json go")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures and predictions.json")
     parser.add_argument(
         "--score-threshold",
         type=probability,
         metavar="P",
-        help="least score shown and listed (default: 0.5 for objects, none for videos)",
+        help="lowest score that is drawn and listed (default: 0.5 for objects, none for videos)",
     )
-    parser.add_argument("--head", metavar="NAME", help="which head, when the run has several")
+    parser.add_argument("--head", metavar="NAME", help="head to use if the run has several")
     add_checkpoint(parser)
     add_device(parser)
     options = parse(parser, argv)

@@ -21,7 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = recipe_parser(
         "pretrain",
         usage="[--field value ...] [--output DIR] [--resume ...] [--device ...]",
-        description="Train a backbone by classification; `backbone.weights` of other recipes names its weights.",
+        description="Train a backbone by classification; other recipes name its weights in `backbone.weights`.",
         epilog=EPILOG,
     )
     add_resume(parser)

@@ -19,7 +19,7 @@ def run(argv: Sequence[str]) -> int:
         prog="permafrost recipes", description="List the recipes that come with permafrost."
     )
     parser.add_argument(
-        "--plain", action="store_true", help="tab-separated lines, as when the output is not a terminal"
+        "--plain", action="store_true", help="print tab-separated lines, as it does when the output is not a terminal"
     )
     options = parse(parser, argv)
     rows = [_row(info) for info in list_recipes()]

@@ -17,22 +17,28 @@ def run(argv: Sequence[str]) -> int:
     """Resize; returns 0, with broken files listed."""
     parser = argparse.ArgumentParser(
         prog="permafrost resize-videos",
-        description="Write a copy of every video below IN with its shorter side at --short-side pixels to the same place below "
-        "OUT, as H.264 in MP4 without sound. Smaller videos are not enlarged. Run it again to go on after an interruption. "
+        description="Copy every video below IN to the same place below OUT, with its shorter side at --short-side pixels, as H.264 "
+        "in MP4 without sound. Smaller videos are not enlarged. Run it again to continue after an interruption. "
         f"Files that cannot be decoded are listed in OUT/{FAILURES}; copy annotation files yourself.",
     )
-    parser.add_argument("input", metavar="IN", type=Path, help="a folder of videos; nothing in it is changed")
-    parser.add_argument("output", metavar="OUT", type=Path, help="another folder")
-    parser.add_argument("--short-side", type=_pixels, default=256, metavar="N", help="pixels (default: 256)")
+    parser.add_argument("input", metavar="IN", type=Path, help="folder of videos; nothing in it is changed")
+    parser.add_argument("output", metavar="OUT", type=Path, help="folder to write to, outside IN")
+    parser.add_argument(
+        "--short-side", type=_pixels, default=256, metavar="N", help="shorter side in pixels (default: 256)"
+    )
     parser.add_argument(
         "--processes",
         type=number("processes"),
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="videos at once (default: cores)",
+        help="videos to process at once (default: one per core)",
     )
     parser.add_argument(
-        "--timeout", type=number("seconds"), default=600, metavar="S", help="seconds for one video (default: 600)"
+        "--timeout",
+        type=number("seconds"),
+        default=600,
+        metavar="S",
+        help="seconds that one video may take (default: 600)",
     )
     options = parse(parser, argv)
 

@@ -17,8 +17,7 @@ Its fields are options: `permafrost train RECIPE --help` shows each with its typ
   permafrost train quickstart --loop.num-steps 50 --heads.detection.optimizer.learning-rate 2e-4
 
 The same command again continues the run where its last checkpoint left it.
-Several processes: torchrun, deepspeed --module, accelerate launch -m or srun with `permafrost.launcher.train RECIPE
-    ...`.
+Several processes: torchrun, deepspeed --module, accelerate launch -m or srun with `permafrost.launcher.train RECIPE ...`.
 
 SIGTERM or SIGUSR1 to any rank: all of them save after the step they are in and exit with 75, which asks to be run again;
 a second signal ends at once. Exit codes: 0 trained to the end (final.json is in the run folder then, and only then), 1 failed or
@@ -37,8 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_resume(parser)
     add_device(parser)
     help_text = (
-        "start every head from that run's (or from a released detector's file), and list what had to be initialised anew; of one "
-        "head only: --heads.NAME.init RUN"
+        "start every head from that run's head, or from a released detector's file, and list what is initialised anew; for one "
+        "head only, use --heads.NAME.init RUN"
     )
     parser.add_argument("--init-head", metavar="RUN", help=help_text)
     return parser

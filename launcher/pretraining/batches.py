@@ -39,7 +39,7 @@ def train_batches(
     """Yield augmented batches from a step on.
 
     Yields:
-        The step, images (B, 3, S, S) float32 in [0, 1], coverage (B, S, S) float32 in [0, 1] of the visible figure,
+        the step, images (B, 3, S, S) float32 in [0, 1], coverage (B, S, S) float32 in [0, 1] of the visible figure,
         labels (B,) int64.
     """
     by_difficulty = np.argsort(split.difficulties, kind="stable")
@@ -67,7 +67,7 @@ def augment(pictures: Tensor, source: torch.Generator, freedom: float = 1.0) -> 
         freedom: in [0, 1], how much of the turning, mirroring and shifting is allowed.
 
     Returns:
-        Images (B, 3, S, S) and coverage (B, S, S), float32 in [0, 1].
+        images (B, 3, S, S) and coverage (B, S, S), float32 in [0, 1].
     """
     count, size = len(pictures), pictures.shape[-1]
 

@@ -77,7 +77,7 @@ class Readouts(nn.Module):
             label_smoothing: of the class.
 
         Returns:
-            A scalar. In the class term figure and ground weigh the same, whatever the figure's size.
+            a scalar. In the class term figure and ground weigh the same, whatever the figure's size.
         """
         shares = [F.avg_pool2d(coverage[:, None], stride)[:, 0] for stride in self.strides]
         fine = [

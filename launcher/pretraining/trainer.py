@@ -60,7 +60,7 @@ def run(
         command: what to record as the command.
 
     Returns:
-        The last evaluation: "val/accuracy" and "val/loss" of the shipped weights, and the like for both candidates.
+        the last evaluation: "val/accuracy" and "val/loss" of the shipped weights, and the like for both candidates.
 
     Raises:
         RunFolderError: the folder and `resume` do not go together, or it belongs to another recipe.
@@ -182,7 +182,7 @@ def train_step(
         step: 0-based.
 
     Returns:
-        The image-level loss before the update and the number of correct answers.
+        the image-level loss before the update and the number of correct answers.
     """
     images, coverage, labels = batch
     model.train()

@@ -159,7 +159,7 @@ def save_checkpoint(
             stopped head.
 
     Returns:
-        The folder of the checkpoint.
+        the folder of the checkpoint.
 
     Raises:
         CheckpointError: a tensor is not finite; nothing was written.
@@ -238,7 +238,7 @@ def load_head(path: str | os.PathLike[str], head: str | None = None, which: str 
             damaged one is passed over with a warning.
 
     Returns:
-        A checkpoint whose `heads` holds that head only.
+        a checkpoint whose `heads` holds that head only.
 
     Raises:
         CheckpointError: nothing there, nothing valid, or no such head.
