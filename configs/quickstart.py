@@ -13,7 +13,7 @@ def quickstart() -> Experiment:
 
         permafrost train quickstart
 
-    Hardware: two CPU cores, 4 GB of memory. The README has the measured time, box and mask AP, and the random twin beside them.
+    Hardware: two CPU cores, 4 GB of memory. docs/evidence.md has the measured time, box and mask AP, and the random twin beside them.
     """
     # Objects of 24 to 72 pixels: anchors of 16 to 128 on strides 4 to 32, boxes of 48 to 96 pixels pooled at stride 8.
     head = MaskRCNNConfig(

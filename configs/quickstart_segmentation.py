@@ -13,7 +13,7 @@ def quickstart_segmentation() -> Experiment:
 
         permafrost train quickstart_segmentation
 
-    Hardware: two CPU cores, 4 GB of memory. The README has the measured time and mIoU, and the random twin beside it.
+    Hardware: two CPU cores, 4 GB of memory. docs/evidence.md has the measured time and mIoU, and the random twin beside it.
     """
     # The backbone was pretrained to name outlines whatever their fill: objects and textures are large and clear, so that this short
     # a run tells them apart.
@@ -70,7 +70,7 @@ def random_weights() -> Experiment:
 
         permafrost train quickstart_segmentation:random_weights
 
-    Hardware: as the quickstart. What the head alone can learn; the README has the measured mIoU.
+    Hardware: as the quickstart. What the head alone can learn; docs/evidence.md has the measured mIoU.
     """
     experiment = quickstart_segmentation()
     experiment.name = "quickstart_segmentation_random"

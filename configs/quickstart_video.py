@@ -13,7 +13,7 @@ def quickstart_video() -> Experiment:
 
         permafrost train quickstart_video
 
-    Hardware: two CPU cores, 4 GB of memory. The README has the measured time and accuracy, and the random twin beside it.
+    Hardware: two CPU cores, 4 GB of memory. docs/evidence.md has the measured time and accuracy, and the random twin beside it.
     """
     return Experiment(
         name="quickstart_video",
@@ -46,7 +46,7 @@ def random_weights() -> Experiment:
 
         permafrost train quickstart_video:random_weights
 
-    Hardware: as the quickstart. What the head alone can learn; the README has the measured accuracy.
+    Hardware: as the quickstart. What the head alone can learn; docs/evidence.md has the measured accuracy.
     """
     experiment = quickstart_video()
     experiment.name = "quickstart_video_random"
