@@ -103,7 +103,7 @@ def sample_regions(
     """Add the ground truth to the proposals, match them and draw samples from each image's own generator.
 
     Args:
-        proposals: one (R_i, 4) xyxy tensor per image.
+        proposals: one (R_i, 4) xyxy tensor per image; with its G_i true boxes it has A_i = R_i + G_i candidates.
         batch: targets and keys.
         config: thresholds and sizes.
         num_classes: K, the background's label.
@@ -112,17 +112,17 @@ def sample_regions(
     """
     candidates, matches, assignments, classes = [], [], [], []
     for found, target in zip(proposals, batch.targets):
-        gt_boxes = target.boxes.to(found.dtype)
-        boxes = torch.cat([found, gt_boxes])
-        index, assignment = match_boxes(
+        gt_boxes = target.boxes.to(found.dtype)  # (G_i, 4)
+        boxes = torch.cat([found, gt_boxes])  # (A_i, 4), the truth last: `is_truth` below counts on it
+        index, assignment = match_boxes(  # (A_i,) each
             boxes, gt_boxes, positive_iou=config.positive_iou, negative_iou=config.positive_iou
         )
         ignored = target.ignore_boxes.to(found.dtype)
         assignment = drop_ignored(assignment, boxes, ignored, overlap=ignore_overlap)
         if len(gt_boxes):
-            is_positive = assignment == POSITIVE
-            matches.append(gt_boxes[index].where(is_positive[:, None], boxes))
-            classes.append(target.labels[index].where(is_positive, num_classes))
+            is_positive = assignment == POSITIVE  # (A_i,) bool
+            matches.append(gt_boxes[index].where(is_positive[:, None], boxes))  # (A_i, 4)
+            classes.append(target.labels[index].where(is_positive, num_classes))  # (A_i,)
             index = index.where(is_positive, 0)
         else:
             matches.append(boxes)
@@ -130,7 +130,7 @@ def sample_regions(
         candidates.append((boxes, index))
         assignments.append(assignment)
 
-    samples = sample_balanced(
+    samples = sample_balanced(  # (B, S) each
         assignments,
         batch.keys,
         purpose,
@@ -139,11 +139,11 @@ def sample_regions(
     )
 
     def sampled(values: list[Tensor], fill: float) -> Tensor:
-        padded = pad_sequence(values, batch_first=True, padding_value=fill)
-        rows = torch.arange(len(padded), device=padded.device)[:, None]
-        return padded[rows, samples.index]
+        padded = pad_sequence(values, batch_first=True, padding_value=fill)  # (B, max A_i, ...)
+        rows = torch.arange(len(padded), device=padded.device)[:, None]  # (B, 1)
+        return padded[rows, samples.index]  # (B, S, ...)
 
-    is_truth = [
+    is_truth = [  # (A_i,) bool each
         torch.arange(len(boxes), device=boxes.device) >= len(found) for (boxes, _), found in zip(candidates, proposals)
     ]
     return RegionSamples(

@@ -38,7 +38,7 @@ def match_boxes(
         gt_boxes: (G, 4) xyxy of the same dtype; G may be 0.
         positive_iou: overlap from which a candidate is positive.
         negative_iou: overlap below which it is negative; between the two it is unused.
-        allow_low_quality: see above.
+        allow_low_quality: makes the best candidate of a ground-truth box positive, as above.
 
     Returns:
         (A,) int64 index of the ground-truth box (0 where there is none), and (A,) int64 POSITIVE, NEGATIVE or UNUSED.
@@ -47,12 +47,12 @@ def match_boxes(
         zeros = torch.zeros(len(candidates), dtype=torch.int64, device=candidates.device)
         return zeros, torch.full_like(zeros, NEGATIVE)
     # Two boxes without area have a union of 0.
-    iou = box_iou(gt_boxes, candidates).nan_to_num_(0.0)
-    best_iou, index = iou.max(dim=0)
+    iou = box_iou(gt_boxes, candidates).nan_to_num_(0.0)  # (G, A)
+    best_iou, index = iou.max(dim=0)  # (A,) each
     labels = torch.full_like(index, UNUSED).masked_fill_(best_iou < negative_iou, NEGATIVE)
     positive = best_iou >= positive_iou
     if allow_low_quality:
-        best_of_gt = iou.amax(dim=1, keepdim=True)
+        best_of_gt = iou.amax(dim=1, keepdim=True)  # (G, 1)
         positive |= ((iou == best_of_gt) & (best_of_gt > 0)).any(dim=0)
     return index, labels.masked_fill_(positive, POSITIVE)
 
@@ -73,7 +73,7 @@ def drop_ignored(labels: Tensor, candidates: Tensor, ignore_boxes: Tensor, *, ov
         return labels
     top_left = torch.maximum(candidates[:, None, :2], ignore_boxes[None, :, :2])
     bottom_right = torch.minimum(candidates[:, None, 2:], ignore_boxes[None, :, 2:])
-    intersection = (bottom_right - top_left).clamp(min=0).prod(dim=-1).amax(dim=1)
+    intersection = (bottom_right - top_left).clamp(min=0).prod(dim=-1).amax(dim=1)  # (A,)
     area = (candidates[:, 2:] - candidates[:, :2]).prod(dim=-1)
     return labels.masked_fill((intersection > overlap * area) & (labels != POSITIVE), UNUSED)
 
@@ -113,12 +113,13 @@ def sample_balanced(
     # Doubles: among 10^5 candidates equal single-precision draws are common, and a device orders ties as it likes.
     draws = [torch.rand(len(x), generator=key.generator(purpose), dtype=torch.float64) for x, key in zip(labels, keys)]
     priority = pad_sequence(draws, batch_first=True).to(device, non_blocking=True)
-    padded = pad_sequence(list(labels), batch_first=True, padding_value=UNUSED)
+    padded = pad_sequence(list(labels), batch_first=True, padding_value=UNUSED)  # (B, max A_i)
 
     num_candidates = padded.shape[1]
     max_positive = min(int(num_samples * positive_fraction), num_candidates)
     drawn, index = priority.masked_fill(padded != POSITIVE, -1.0).topk(max_positive, dim=1)
     chosen = torch.zeros_like(padded, dtype=torch.bool).scatter_(1, index, drawn >= 0)
+    # Positive ones that were drawn rank above every negative (2 to 3, not 0 to 1); what may not be drawn has -1.
     ranking = priority.masked_fill(padded != NEGATIVE, -1.0).where(~chosen, priority + 2.0)
     drawn, index = ranking.topk(min(num_samples, num_candidates), dim=1)
     return Samples(index=index, is_positive=drawn >= 2.0, is_valid=drawn >= 0)

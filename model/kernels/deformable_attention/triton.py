@@ -62,29 +62,30 @@ def deformable_attention_fwd_kernel(
     NUM_POINTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Fill `out`; `levels` holds height, width and first cell of each map."""
+    """Fill `out`; `levels` holds height, width and first cell of each map. Q is BLOCK, D is HEAD_DIM."""
     STRIDE: tl.constexpr = NUM_HEADS * HEAD_DIM
     program = tl.program_id(0)
     num_tiles = tl.cdiv(num_queries, BLOCK)
     head = program % NUM_HEADS
     tile = program // NUM_HEADS % num_tiles
     image = (program // (NUM_HEADS * num_tiles)).to(tl.int64)
-    query = tile * BLOCK + tl.arange(0, BLOCK)
+    query = tile * BLOCK + tl.arange(0, BLOCK)  # (Q,)
     wanted = query < num_queries
-    dims = tl.arange(0, HEAD_DIM)
-    entry = (image * num_queries + query) * NUM_HEADS + head
-    total = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
+    dims = tl.arange(0, HEAD_DIM)  # (D,)
+    entry = (image * num_queries + query) * NUM_HEADS + head  # (Q,)
+    total = tl.zeros((BLOCK, HEAD_DIM), tl.float32)  # (Q, D)
     for level in range(NUM_LEVELS):
         height = tl.load(levels + 3 * level)
         width = tl.load(levels + 3 * level + 1)
         base = value + (image * num_cells + tl.load(levels + 3 * level + 2)) * STRIDE + head * HEAD_DIM
         for point in range(NUM_POINTS):
             at = (entry * NUM_LEVELS + level) * NUM_POINTS + point
-            left, top, right_of, below, share = _cells(locations, weights, at, wanted, height, width)
+            left, top, right_of, below, share = _cells(locations, weights, at, wanted, height, width)  # (Q,) each
             upper = _read(base, left, top, wanted, dims, height, width, STRIDE) * (1 - right_of)[:, None]
             upper += _read(base, left + 1, top, wanted, dims, height, width, STRIDE) * right_of[:, None]
             lower = _read(base, left, top + 1, wanted, dims, height, width, STRIDE) * (1 - right_of)[:, None]
             lower += _read(base, left + 1, top + 1, wanted, dims, height, width, STRIDE) * right_of[:, None]
+            # Bilinear: along the rows in `upper` and `lower`, (Q, D), then between them.
             total += (share * (1 - below))[:, None] * upper + (share * below)[:, None] * lower
     to = out + (entry * HEAD_DIM)[:, None] + dims[None, :]
     tl.store(to, total.to(out.dtype.element_ty), mask=wanted[:, None])
@@ -115,12 +116,12 @@ def deformable_attention_bwd_kernel(
     head = program % NUM_HEADS
     tile = program // NUM_HEADS % num_tiles
     image = (program // (NUM_HEADS * num_tiles)).to(tl.int64)
-    query = tile * BLOCK + tl.arange(0, BLOCK)
+    query = tile * BLOCK + tl.arange(0, BLOCK)  # (Q,)
     wanted = query < num_queries
-    dims = tl.arange(0, HEAD_DIM)
-    entry = (image * num_queries + query) * NUM_HEADS + head
+    dims = tl.arange(0, HEAD_DIM)  # (D,)
+    entry = (image * num_queries + query) * NUM_HEADS + head  # (Q,)
     from_above = tl.load(grad + (entry * HEAD_DIM)[:, None] + dims[None, :], mask=wanted[:, None], other=0.0)
-    from_above = from_above.to(tl.float32)
+    from_above = from_above.to(tl.float32)  # (Q, D)
     for level in range(NUM_LEVELS):
         height = tl.load(levels + 3 * level)
         width = tl.load(levels + 3 * level + 1)
@@ -130,7 +131,7 @@ def deformable_attention_bwd_kernel(
         for point in range(NUM_POINTS):
             at = (entry * NUM_LEVELS + level) * NUM_POINTS + point
             left, top, right_of, below, share = _cells(locations, weights, at, wanted, height, width)
-            # What the gradient from above makes of each of the four cells' values.
+            # The products (Q,) of the gradient from above with each of the four cells' values.
             g00 = tl.sum(from_above * _read(base, left, top, wanted, dims, height, width, STRIDE), axis=1)
             g10 = tl.sum(from_above * _read(base, left + 1, top, wanted, dims, height, width, STRIDE), axis=1)
             g01 = tl.sum(from_above * _read(base, left, top + 1, wanted, dims, height, width, STRIDE), axis=1)
@@ -144,7 +145,7 @@ def deformable_attention_bwd_kernel(
             tl.store(grad_locations + 2 * at, to_x.to(grad_locations.dtype.element_ty), mask=wanted)
             tl.store(grad_locations + 2 * at + 1, to_y.to(grad_locations.dtype.element_ty), mask=wanted)
             above, beneath = share * (1 - below), share * below
-            amount = (above * (1 - right_of))[:, None] * from_above
+            amount = (above * (1 - right_of))[:, None] * from_above  # (Q, D)
             _add(to, left, top, wanted, dims, amount, height, width, STRIDE)
             amount = (above * right_of)[:, None] * from_above
             _add(to, left + 1, top, wanted, dims, amount, height, width, STRIDE)

@@ -39,10 +39,10 @@ def residual_norm_fwd_kernel(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    columns = tl.arange(0, BLOCK)
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)  # (TOKENS,)
+    columns = tl.arange(0, BLOCK)  # (BLOCK,), a power of two that holds all channels
     is_channel = columns < CHANNELS
-    place = tokens[:, None] * CHANNELS + columns[None, :]
+    place = tokens[:, None] * CHANNELS + columns[None, :]  # (TOKENS, BLOCK), as all that follow
     inside = (tokens < num_tokens)[:, None] & is_channel[None, :]
     branch = tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
     total = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)

@@ -51,7 +51,7 @@ class Plan:
         dtype: of the map.
         window: side of a window.
         head_dim: D.
-        cosine: see the reference.
+        cosine: as in the reference.
         heads: heads of a block.
         warps: warps of a block.
         group: tiles of 16 keys whose logits are in registers together.
@@ -132,7 +132,7 @@ def compile_plan(chosen: Plan, architecture: int) -> tuple[bytes, str]:
     """Compile a build for one kind of GPU: the cubin, and the assembler's messages.
 
     Raises:
-        KernelError: see compile_cubin.
+        KernelError: if NVRTC is missing or refuses the source.
     """
     source, headers = sources()
     defines = [f"CONFIG={chosen.config}"]

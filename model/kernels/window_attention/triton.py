@@ -71,7 +71,7 @@ def window_attention_fwd_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """Attend with one tile of queries; heads of a window are neighbours in the grid: they read the same lines of memory."""
+    """Attend with a tile of Q queries to K keys at a time, D dims a head; a window's heads, neighbours in the grid, share its rows."""
     CHANNELS: tl.constexpr = NUM_HEADS * HEAD_DIM
     TOKENS: tl.constexpr = WINDOW * WINDOW
     SIDE: tl.constexpr = 2 * WINDOW - 1
@@ -84,31 +84,33 @@ def window_attention_fwd_kernel(
     window_row = place // across % down
     image = (place // (across * down)).to(tl.int64)
 
-    dims = tl.arange(0, HEAD_DIM)
+    dims = tl.arange(0, HEAD_DIM)  # (D,)
     factor = tl.load(scale + head).to(tl.float32) * _LOG2_E
     qkv += image * qkv_image_stride + head * HEAD_DIM
     out += image * out_image_stride + head * HEAD_DIM
     qkv_bias += head * HEAD_DIM
     table += head.to(tl.int64) * (SIDE * SIDE)
 
-    query = tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    query = tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)  # (Q,)
     q_row, q_column, q_y, q_x, q_origin = _token(
         query, window_row, window_column, height, width, down, across, shift, WINDOW
     )
-    q_wanted = (query < TOKENS) & (q_y < height) & (q_x < width)
+    q_wanted = (query < TOKENS) & (q_y < height) & (q_x < width)  # (Q,)
     q_place = q_y.to(tl.int64) * width + q_x
     q = tl.load(qkv + (q_place * (3 * CHANNELS))[:, None] + dims[None, :], mask=q_wanted[:, None], other=0.0)
     if COSINE:
-        q = _unit_rows(q).to(qkv.dtype.element_ty)
+        q = _unit_rows(q).to(qkv.dtype.element_ty)  # (Q, D)
+    # The entry of a pair in the table is q_entry less the key's row * SIDE + column.
     q_entry = (q_row + WINDOW - 1) * SIDE + q_column + WINDOW - 1
 
-    k_of_padding = tl.load(qkv_bias + CHANNELS + dims)
+    # Padding is zeros before the projection, so its keys and values are the projection's biases.
+    k_of_padding = tl.load(qkv_bias + CHANNELS + dims)  # (D,)
     v_of_padding = tl.load(qkv_bias + 2 * CHANNELS + dims)
     largest = tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_QUERIES,), tl.float32)
     mean = tl.zeros((BLOCK_QUERIES, HEAD_DIM), tl.float32)
     for first in range(0, TOKENS, BLOCK_KEYS):
-        key = first + tl.arange(0, BLOCK_KEYS)
+        key = first + tl.arange(0, BLOCK_KEYS)  # (K,)
         k_row, k_column, k_y, k_x, k_origin = _token(
             key, window_row, window_column, height, width, down, across, shift, WINDOW
         )
@@ -118,23 +120,23 @@ def window_attention_fwd_kernel(
         row = qkv + (k_place * (3 * CHANNELS))[:, None] + dims[None, :]
         k = tl.load(row + CHANNELS, mask=is_inside[:, None], other=0.0)
         v = tl.load(row + 2 * CHANNELS, mask=is_inside[:, None], other=0.0)
-        k = tl.where(is_inside[:, None], k, k_of_padding[None, :])
+        k = tl.where(is_inside[:, None], k, k_of_padding[None, :])  # (K, D)
         v = tl.where(is_inside[:, None], v, v_of_padding[None, :])
         if COSINE:
             k = _unit_rows(k).to(qkv.dtype.element_ty)
-        entry = q_entry[:, None] - (k_row * SIDE + k_column)[None, :]
+        entry = q_entry[:, None] - (k_row * SIDE + k_column)[None, :]  # (Q, K)
         is_pair = (query < TOKENS)[:, None] & is_token[None, :]
-        bias = tl.load(table + entry, mask=is_pair, other=0.0).to(tl.float32)
+        bias = tl.load(table + entry, mask=is_pair, other=0.0).to(tl.float32)  # (Q, K)
         bias += tl.where(q_origin[:, None] != k_origin[None, :], _PENALTY, 0.0)
         logits = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION) * factor + bias * _LOG2_E
-        logits = tl.where(is_token[None, :], logits, float("-inf"))
-
-        before = largest
+        logits = tl.where(is_token[None, :], logits, float("-inf"))  # (Q, K), in units of log2
+        # A larger logit shrinks what was summed with the smaller one subtracted.
+        before = largest  # (Q,)
         largest = tl.maximum(before, tl.max(logits, axis=1))
-        weights = tl.exp2(logits - largest[:, None])
+        weights = tl.exp2(logits - largest[:, None])  # (Q, K)
         shrink = tl.exp2(before - largest)
         total = total * shrink + tl.sum(weights, axis=1)
-        mean = mean * shrink[:, None]
+        mean = mean * shrink[:, None]  # (Q, D)
         mean += tl.dot(weights.to(qkv.dtype.element_ty), v, input_precision=INPUT_PRECISION)
     mean /= total[:, None]
     to = out + (q_place * CHANNELS)[:, None] + dims[None, :]
@@ -163,7 +165,7 @@ def launch_options(num_heads: int, head_dim: int, window: int, *, cosine: bool, 
         num_heads: heads A.
         head_dim: D.
         window: side of a window.
-        cosine: see the reference.
+        cosine: as in the reference.
         dtype: "float32", "float16" or "bfloat16".
     """
     size = block_size(window * window, head_dim, dtype)

@@ -162,9 +162,9 @@ struct Queries {
     using Type = typename C::Type;
     using Pair = typename Type::Pair;
     static constexpr int STEPS = C::HEAD_DIM / 16;
-    Pair q[STEPS][4];
-    float mean[2 * STEPS][4];
-    float largest[2], total[2];
+    Pair q[STEPS][4];            // 16 queries x 16 dims a step, as operand A of the tensor cores.
+    float mean[2 * STEPS][4];    // 16 queries x 8 dims each.
+    float largest[2], total[2];  // Of the two rows; `total` only over the keys that this lane has seen.
     // As the entries of Shared::keys.
     int entry[2];
 
@@ -211,7 +211,7 @@ struct Queries {
 #pragma unroll 1
         for (int group = 0; group < groups; ++group) {
             const int first = group * C::GROUP * 16;
-            float logits[2 * C::GROUP][4];
+            float logits[2 * C::GROUP][4];  // 16 queries x 8 keys each.
             UNROLL for (int tile = 0; tile < 2 * C::GROUP; ++tile) {
                 UNROLL for (int i = 0; i < 4; ++i) logits[tile][i] = 0.0f;
                 const typename C::Element* row =
@@ -257,6 +257,7 @@ struct Queries {
                 }
             }
             UNROLL for (int pair = 0; pair < C::GROUP; ++pair) {
+                // 16 queries x 16 keys: the two results side by side are laid out as the next product's operand A.
                 const float(&left)[4] = logits[2 * pair], (&right)[4] = logits[2 * pair + 1];
                 const Pair a[4] = {Type::make(left[0], left[1]), Type::make(left[2], left[3]),
                                    Type::make(right[0], right[1]), Type::make(right[2], right[3])};
