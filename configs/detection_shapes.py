@@ -8,7 +8,7 @@ from permafrost.heads import (
     CascadeConfig,
     HTCConfig,
     MaskRCNNConfig,
-    PyramidConfig,
+    NeckConfig,
     ResidualFPNConfig,
     SemanticBranchConfig,
 )
@@ -18,7 +18,7 @@ NUM_SHAPES = 8
 """Classes of the built-in world."""
 
 
-def _shapes(name: str, *, kind: type[MaskRCNNConfig] = MaskRCNNConfig, neck: PyramidConfig | None = None) -> Experiment:
+def _shapes(name: str, *, kind: type[MaskRCNNConfig] = MaskRCNNConfig, neck: NeckConfig | None = None) -> Experiment:
     """Return the quickstart with another head or neck."""
     experiment = quickstart()
     experiment.name = f"paper_shapes_{name}"
@@ -87,6 +87,7 @@ def htc() -> Experiment:
     """
     experiment = _shapes("htc", kind=HTCConfig, neck=BiFPNConfig(channels=64, num_extra_levels=0))
     model = experiment.heads["detection"].model
+    assert isinstance(model, HTCConfig)
     model.box.class_agnostic = True
     model.semantic = SemanticBranchConfig(num_classes=NUM_SHAPES + 1, num_convs=2)
     experiment.data.semantic_classes = NUM_SHAPES + 1

@@ -44,7 +44,7 @@ SHARES = {percent: replace(COCO, base=partial(_share, percent), command=COMMAND)
 
 
 def _recipes() -> dict[str, Callable[[], Experiment]]:
-    recipes = {}
+    recipes: dict[str, Callable[[], Experiment]] = {}
     for key, neck, head, *published in TABLE_6:
         for (percent, protocol), (frozen, fine_tuned) in zip(SHARES.items(), published, strict=True):
             row = Row(f"table6_{key}_{percent}pct", f"{percent} % of COCO, {neck}", BASE_22K, head, frozen, fine_tuned)

@@ -38,7 +38,7 @@ from permafrost.heads import (
     CascadeConfig,
     HTCConfig,
     MaskRCNNConfig,
-    PyramidConfig,
+    NeckConfig,
     ResidualFPNConfig,
     SemanticBranchConfig,
 )
@@ -54,7 +54,7 @@ COCO = Protocol(
 
 
 def on_neck(
-    neck: type[PyramidConfig], model: type[MaskRCNNConfig] = MaskRCNNConfig, **fields: int
+    neck: Callable[..., NeckConfig], model: type[MaskRCNNConfig] = MaskRCNNConfig, **fields: int
 ) -> Callable[[], MaskRCNNConfig]:
     """Return what builds a model on a neck with these fields."""
     return lambda: model(neck=neck(**fields))

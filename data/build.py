@@ -80,7 +80,7 @@ def located(config: TaskDataConfig) -> Any:
     kind = KINDS.get(type(config))
     if kind is None:
         return config.located()
-    if kind.world is None:
+    if kind.world is None or not isinstance(config, (ShapesDataConfig, SceneryDataConfig, MotionDataConfig)):
         return config
     return replace(config, root=str(kind.world.ensure(config.world, Path(config.root) if config.root else None)))
 

@@ -104,13 +104,14 @@ class TaskDataConfig(Configuration):
         Raises:
             DataError: it has no such field, or no `evaluation`.
         """
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}.get("evaluation")
+        own: Any = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}.get("evaluation")
         known = set() if own is None else {field.name for field in dataclasses.fields(own)}
         if unknown := sorted(evaluation.keys() - known):
             raise DataError(
                 f"evaluation with other {', '.join(unknown)}: the run's data is {self._kind()}, which has no such field"
             )
-        return dataclasses.replace(self, evaluation=dataclasses.replace(own, **evaluation)) if evaluation else self
+        changed: dict[str, Any] = {"evaluation": dataclasses.replace(own, **evaluation)} if evaluation else {}
+        return dataclasses.replace(self, **changed) if changed else self
 
     def located(self) -> Self:
         """Return the same configuration with files behind it: a built-in world writes them first."""

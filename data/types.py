@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from dataclasses import Field, dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class SampleKey:
 
 class Tensors:
     """Base of dataclasses that hold tensors among other values: results, targets."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def to(self, device: torch.device | str) -> Self:
         """Return the same with its tensors on `device`."""

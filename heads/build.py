@@ -39,7 +39,5 @@ def build_head(config: HeadConfig, *, spec: FeatureSpec, classes: Sequence[str])
     Raises:
         HeadError: the head takes other maps or other classes, or nothing builds this configuration.
     """
-    builder = find_builder(BUILDERS, config, "build(spec=, classes=)")
-    if builder is None:
-        return config.build(spec=spec, classes=classes)
-    return builder(config=config, spec=spec, classes=classes)
+    builder = find_builder(BUILDERS, config, {"config": config}, "build(spec=, classes=)")
+    return builder(spec=spec, classes=classes)

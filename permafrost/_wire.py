@@ -124,6 +124,7 @@ def _pack(value: Any) -> Any:
         return _ext(OBJECT, [_name(type(value)), {field.name: getattr(value, field.name) for field in _fields(value)}])
     if isinstance(value, Exception):
         return _ext(ERROR, [_name(type(value)), list(value.args)])
+    plain: type[Any]
     for plain in (dict, list, str, int, float):
         # Counters, enumerations and the like arrive as what they are kinds of.
         if isinstance(value, plain):
@@ -159,8 +160,8 @@ def _unpack(code: int, data: bytes) -> Any:
         dtype = np.dtype(kind)
         if dtype.kind not in FLOATS_AND_INTEGERS:
             raise TypeError(f"an array of {kind}")
-        flat = np.frombuffer(bytearray(raw), dtype=dtype)
-        return flat[0] if shape is None else flat.reshape(shape)
+        array = np.frombuffer(bytearray(raw), dtype=dtype)
+        return array[0] if shape is None else array.reshape(shape)
     if code == OBJECT:
         cls = _class(content[0])
         if not dataclasses.is_dataclass(cls):

@@ -12,7 +12,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from permafrost.data.detection.masks import decompress_counts
 from permafrost.data.errors import DataError
@@ -94,7 +94,7 @@ def load_coco_file(path: Path, *, labelled: bool = True) -> CocoFile:
     return coco_file
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

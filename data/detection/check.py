@@ -51,8 +51,8 @@ def _check_maps(coco_file: CocoFile, maps: SemanticMaps, decode: bool) -> list[F
     """Return findings about the semantic maps of the training images; a damaged one costs its image, a missing one the run."""
     found = []
     for image in coco_file.images:
-        name, size = image.get("file_name"), (image.get("height"), image.get("width"))
-        if not isinstance(name, str) or not name or not all(isinstance(side, int) for side in size):
+        name, height, width = image.get("file_name"), image.get("height"), image.get("width")
+        if not isinstance(name, str) or not name or not isinstance(height, int) or not isinstance(width, int):
             continue
         path = maps.path(name)
         assert path is not None
@@ -60,7 +60,7 @@ def _check_maps(coco_file: CocoFile, maps: SemanticMaps, decode: bool) -> list[F
             found.append(Finding(str(path), "there is no such semantic map"))
         elif decode:
             try:
-                read_map(path, size, maps.num_classes)
+                read_map(path, (height, width), maps.num_classes)
             except ImageError as error:
                 found.append(Finding(str(path), str(error), fatal=False))
     return found
@@ -85,9 +85,9 @@ def _check_images(
             return [Finding(str(path), "there is no such image file")]
         if not decode:
             return []
-        size = (image.get("height"), image.get("width"))
+        height, width = image.get("height"), image.get("width")
         try:
-            read_image(path, size if all(isinstance(side, int) for side in size) else None)
+            read_image(path, (height, width) if isinstance(height, int) and isinstance(width, int) else None)
         except ImageError as error:
             return [Finding(str(path), str(error), fatal=needs_all)]
         return []

@@ -59,8 +59,8 @@ def confusion_matrix(
                     continue
             if not in_crowd[position]:
                 matrix[background, label] += 1
-        for position in np.flatnonzero(left):
-            matrix[truth[position], background] += 1
+        for missed in np.flatnonzero(left):
+            matrix[truth[missed], background] += 1
     return matrix
 
 

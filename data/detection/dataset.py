@@ -124,7 +124,7 @@ class CocoDetection(TaskDataset):
         return len(self.records) * self.num_views
 
     @property
-    def groups(self) -> list[int]:
+    def groups(self) -> list[int]:  # type: ignore[override]  # computed, not set
         """Return how many indices in a row are views of one image."""
         return [self.num_views] * len(self.records)
 

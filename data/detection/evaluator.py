@@ -23,7 +23,7 @@ from permafrost.data.detection.masks import encode_segmentation, paste_mask
 from permafrost.data.detection.plots import precision_curves
 from permafrost.data.detection.scorers import find_scorer
 from permafrost.data.detection.server import server_files
-from permafrost.data.detection.types import DetectionResult
+from permafrost.data.detection.types import DetectionResult, DetectionView
 from permafrost.data.detection.views import merge_views
 from permafrost.data.errors import DataError
 from permafrost.data.pictures.plots import confusion_picture
@@ -59,7 +59,7 @@ class CocoEvaluator:
         self.submission = submission
         self.evaluation = evaluation or EvaluationConfig()
         self.scorer = find_scorer(self.evaluation.scorer)
-        self._views: dict[int, list[DetectionResult]] = {}
+        self._views: dict[int, list[tuple[DetectionView, DetectionResult]]] = {}
         self.records = {record["id"]: record for record in records}
         self.classes = list(classes)
         self.category_ids = list(category_ids)
@@ -81,14 +81,15 @@ class CocoEvaluator:
                     f"results for image {result.image_id}, which is not among the {len(self.records)} evaluated"
                 )
             views = self._views.setdefault(result.image_id, [])
-            if result.image_id in self._found or any(view.view == result.view for view in views):
+            if result.image_id in self._found or any(view == result.view for view, _ in views):
                 raise DataError(f"results for image {result.image_id} ({record['file_name']}) came twice")
             self._require_finite(result, record)
             if result.view is not None:
-                views.append(result)
+                views.append((result.view, result))
                 if len(views) < result.view.count:
                     continue
-                result = merge_views(sorted(views, key=lambda one: one.view.number), self.evaluation)
+                ordered = sorted(views, key=lambda pair: pair[0].number)
+                result = merge_views([one for _, one in ordered], self.evaluation)
             del self._views[result.image_id]
             self._found[result.image_id] = self._converted(result, record)
             self._with_masks = (self._with_masks is not False) and result.masks is not None
@@ -131,7 +132,7 @@ class CocoEvaluator:
         """
         for image_id, views in self._views.items():
             raise DataError(
-                f"image {image_id}: {len(views)} of its {views[0].view.count} views came; all belong to one rank"
+                f"image {image_id}: {len(views)} of its {views[0][0].count} views came; all belong to one rank"
             )
         return {"found": self._found, "with_masks": self._with_masks}
 
@@ -184,7 +185,7 @@ class CocoEvaluator:
         return metrics
 
     def _ground_truth(self) -> Any:
-        annotations = []
+        annotations: list[dict[str, Any]] = []
         for record in self.records.values():
             for entry in record["annotations"]:
                 encoded = encode_segmentation(entry["segmentation"], record["height"], record["width"])
@@ -203,7 +204,7 @@ class CocoEvaluator:
         return self._coco(annotations)
 
     def _predictions(self, kind: str) -> Any:
-        annotations = []
+        annotations: list[dict[str, Any]] = []
         for image_id in sorted(self._found):
             for entry in self._found[image_id]:
                 width, height = entry["bbox"][2:]

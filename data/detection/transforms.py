@@ -120,7 +120,8 @@ class MultiScaleTransform:
         scales = self.scales
         side_draw, flip_draw, *color_draws = torch.rand(5, generator=generator).tolist()
         side = scales.short_sides[int(side_draw * len(scales.short_sides))]
-        scene = resize(scene, short_side_size(*scene.image.shape[-2:], side, scales.max_side))
+        height, width = scene.image.shape[-2:]
+        scene = resize(scene, short_side_size(height, width, side, scales.max_side))
         if flip_draw < scales.flip:
             scene = flip(scene)
         if scales.color > 0:

@@ -51,8 +51,9 @@ def merge_views(results: Sequence[DetectionResult], evaluation: EvaluationConfig
     labels = torch.cat([view.labels for view in views])
     kept = batched_nms(boxes, scores, labels, evaluation.merge_iou)[: evaluation.num_detections]
     masks = None
-    if all(view.masks is not None for view in views):
-        masks = torch.cat([view.masks for view in views])
+    parts = [view.masks for view in views if view.masks is not None]
+    if len(parts) == len(views):
+        masks = torch.cat(parts)
         is_voted = evaluation.merged_masks == "voted"
         masks = vote(boxes, scores, labels, masks, kept, evaluation.merge_iou) if is_voted else masks[kept]
     return replace(views[0], boxes=boxes[kept], scores=scores[kept], labels=labels[kept], masks=masks)

@@ -15,7 +15,8 @@ MIN_SIDE = 320
 def class_color(label: int) -> tuple[int, int, int]:
     """Return a vivid RGB colour per label; labels next to one another are far apart in hue (steps of the golden ratio)."""
     hue = (0.11 + label * 0.618034) % 1.0
-    return tuple(round(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.85, 1.0))
+    red, green, blue = (round(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.85, 1.0))
+    return red, green, blue
 
 
 def enlarged(picture: np.ndarray, min_side: int = MIN_SIDE) -> Image.Image:

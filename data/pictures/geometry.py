@@ -6,6 +6,8 @@ Padding takes PAD_COLOR, the mean colour of photographs, not black: after the ba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
@@ -32,7 +34,7 @@ def _scaled(height: int, width: int, ratio: float) -> tuple[int, int]:
     return max(1, round(height * ratio)), max(1, round(width * ratio))
 
 
-def padded_size(size: tuple[int, int]) -> tuple[int, int]:
+def padded_size(size: Sequence[int]) -> tuple[int, int]:
     """Return the next whole multiples of DIVISOR."""
     height, width = (-(-side // DIVISOR) * DIVISOR for side in size)
     return height, width

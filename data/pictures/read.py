@@ -130,7 +130,7 @@ def to_pixels(given: Any) -> Tensor:
     if given.dtype not in (np.uint8, torch.uint8):
         raise ImageError(f"its pixels are {given.dtype}: give uint8, 0 to 255")
     # An array is copied: torch warns of one that cannot be written to.
-    pixels = torch.from_numpy(np.array(given)).permute(2, 0, 1) if channels else given.detach().cpu()
+    pixels = given.detach().cpu() if isinstance(given, Tensor) else torch.from_numpy(np.array(given)).permute(2, 0, 1)
     problem = size_problem(pixels.shape[-1], pixels.shape[-2])
     if problem:
         raise ImageError(problem)

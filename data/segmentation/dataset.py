@@ -64,6 +64,7 @@ class SceneParsing(TaskDataset):
     """
 
     headline = "semantic/mIoU"
+    groups: Sequence[int]
 
     def __init__(self, config: ADE20KDataConfig, split: Split, *, submission: Path | None = None) -> None:
         self.config, self.is_train, self.submission = config, split == "train", submission
@@ -202,9 +203,10 @@ class SceneParsing(TaskDataset):
     def draw(self, image: Tensor, shown: SegmentationTarget | SegmentationResult) -> np.ndarray:
         """Draw a sample with the classes of its pixels in colours, and a legend; a result's at the size of the sample."""
         height, width = shown.size
-        is_target = isinstance(shown, SegmentationTarget)
-        classes = shown.semantic[:height, :width] if is_target else best_class(class_scores(shown), shown.size)
-        return draw_classes(image[:, :height, :width], classes, self.classes)
+        image = image[:, :height, :width]
+        if isinstance(shown, SegmentationTarget):
+            return draw_classes(image, shown.semantic[:height, :width], self.classes)
+        return draw_classes(image, best_class(class_scores(shown), shown.size), self.classes)
 
 
 def _target(

@@ -23,6 +23,8 @@ from permafrost.data.pictures.read import ImageError
 from permafrost.data.segmentation.merging import ViewMerger
 from permafrost.data.segmentation.types import SegmentationResult
 
+Truth = Callable[[int, tuple[int, int]], np.ndarray]
+"""The (H, W) uint8 classes of an image, by its id and size."""
 NAMES = ("mIoU", "pixel_accuracy", "mean_accuracy")
 
 
@@ -45,7 +47,7 @@ class SegmentationEvaluator:
         classes: Sequence[str],
         names: Sequence[str],
         *,
-        truth: Callable[[int, tuple[int, int]], np.ndarray] | None = None,
+        truth: Truth | None = None,
         submission: Path | None = None,
     ) -> None:
         self.classes = list(classes)
@@ -78,14 +80,14 @@ class SegmentationEvaluator:
                 continue
             self._seen.add(result.image_id)
             if self.truth is not None:
-                self._confusion += self._count(result.image_id, best)
+                self._confusion += self._count(self.truth, result.image_id, best)
             if self.submission is not None:
-                self._write(name, best)
+                self._write(self.submission / f"{Path(name).stem}.png", best)
 
-    def _count(self, image_id: int, best: torch.Tensor) -> np.ndarray:
+    def _count(self, truth: Truth, image_id: int, best: torch.Tensor) -> np.ndarray:
         """Count the pixels of one image, (K, K) int64: rows are true classes, columns predicted ones."""
         try:
-            true = torch.from_numpy(self.truth(image_id, (best.shape[0], best.shape[1]))).to(best.device)
+            true = torch.from_numpy(truth(image_id, (best.shape[0], best.shape[1]))).to(best.device)
         except ImageError as error:
             raise DataError(f"{self.names[image_id]}: {error}; evaluation needs every image") from error
         known = true != NO_CLASS
@@ -93,8 +95,7 @@ class SegmentationEvaluator:
         cells = true[known].long() * number + best[known].long()
         return torch.bincount(cells, minlength=number**2).view(number, number).cpu().numpy()
 
-    def _write(self, name: str, best: torch.Tensor) -> None:
-        path = self.submission / f"{Path(name).stem}.png"
+    def _write(self, path: Path, best: torch.Tensor) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(best.cpu().numpy() + np.uint8(1)).save(path)
@@ -111,7 +112,8 @@ class SegmentationEvaluator:
         Raises:
             DataError: two ranks give results for one image, or one lacks views of an image.
         """
-        confusion, seen = np.zeros_like(self._confusion), set()
+        confusion = np.zeros_like(self._confusion)
+        seen: set[int] = set()
         for state in states:
             if state["unfinished"] is not None:
                 raise DataError(f"views of image {self.names[state['unfinished']]} are missing")

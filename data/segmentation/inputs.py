@@ -77,6 +77,7 @@ class SegmentationInputs:
         merger = ViewMerger()
         for result in results:
             classes = merger.add(result)
+        assert classes is not None
         return ClassMap(results[0].image_id, classes, self.classes)
 
     def describe(self, result: ClassMap) -> str:

@@ -37,16 +37,17 @@ def best_class(scores: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(scores.shape[-2:]) == tuple(size):
         return scores.argmax(dim=0).to(torch.uint8)
     at_once = max(1, _MAX_ELEMENTS // (size[0] * size[1]))
-    best, winner = None, None
-    for start in range(0, len(scores), at_once):
+
+    def best_from(start: int) -> tuple[Tensor, Tensor]:
         part = F.interpolate(scores[None, start : start + at_once], size=size, mode="bilinear", align_corners=False)[0]
         value, index = part.max(dim=0)
-        index += start
-        if best is None:
-            best, winner = value, index
-        else:
-            is_better = value > best
-            best, winner = torch.where(is_better, value, best), torch.where(is_better, index, winner)
+        return value, index + start
+
+    best, winner = best_from(0)
+    for start in range(at_once, len(scores), at_once):
+        value, index = best_from(start)
+        is_better = value > best
+        best, winner = torch.where(is_better, value, best), torch.where(is_better, index, winner)
     return winner.to(torch.uint8)
 
 
@@ -63,10 +64,8 @@ class ViewMerger:
         self._image: int | None = None
         self._seen = 0
         self._total: Tensor | None = None
-        # Of the scale and flip whose windows are being added up.
-        self._windows: Tensor | None = None
-        self._hits: Tensor | None = None
-        self._kind: tuple[tuple[int, int], bool] | None = None
+        # The scale and flip whose windows are being added up, their sum, and how many windows each pixel lies in.
+        self._open: tuple[tuple[tuple[int, int], bool], Tensor, Tensor] | None = None
 
     @property
     def unfinished(self) -> int | None:
@@ -89,31 +88,32 @@ class ViewMerger:
         if view.is_flipped:
             scores = scores.flip(-1)
         kind = (view.scaled, view.is_flipped)
-        if kind != self._kind:
+        if self._open is None or kind != self._open[0]:
             self._close_windows(result.original_size)
-            self._kind = kind
-            self._windows = scores.new_zeros((len(scores), *view.scaled))
-            self._hits = scores.new_zeros(view.scaled)
+            self._open = (kind, scores.new_zeros((len(scores), *view.scaled)), scores.new_zeros(view.scaled))
+        _, windows, hits = self._open
         (top, left), (height, width) = view.place, result.size
-        self._windows[:, top : top + height, left : left + width] += scores
-        self._hits[top : top + height, left : left + width] += 1
+        windows[:, top : top + height, left : left + width] += scores
+        hits[top : top + height, left : left + width] += 1
         self._seen += 1
         if self._seen < view.count:
             return None
         self._close_windows(result.original_size)
         total = self._total
+        assert total is not None
         self._reset()
         return best_class(total, result.original_size)
 
     def _close_windows(self, size: tuple[int, int]) -> None:
         """Add the mean over windows to the total."""
-        if self._windows is None:
+        if self._open is None:
             return
-        scores = (self._windows / self._hits.clamp(min=1))[None]
+        _, windows, hits = self._open
+        scores = (windows / hits.clamp(min=1))[None]
         if tuple(scores.shape[-2:]) != tuple(size):
             scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
         self._total = scores[0] if self._total is None else self._total + scores[0]
-        self._windows = self._hits = None
+        self._open = None
 
     def _require(self, result: SegmentationResult, number: int, count: int) -> None:
         expected = (result.image_id if self._image is None else self._image, self._seen)

@@ -59,7 +59,8 @@ class SegmentationJitter:
         if jitter.num_scales > 1:
             scale_draw = int(scale_draw * jitter.num_scales) / (jitter.num_scales - 1)
         side = square * (low + (high - low) * scale_draw)
-        scaled = short_side_size(*image.shape[-2:], side, jitter.max_side)
+        height, width = image.shape[-2:]
+        scaled = short_side_size(height, width, side, jitter.max_side)
         image, labels = self._crop(resize(image, scaled), resize_map(labels, scaled), places)
         if jitter.color_probability:
             image = self._change_colors(image, color_draws)

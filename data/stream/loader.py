@@ -11,8 +11,8 @@ import traceback
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Protocol
+from types import FrameType, TracebackType
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -77,17 +77,20 @@ class _Guarded(Dataset):
 
 def collate(samples: Sequence[Sample | _Failure]) -> Batch | _Failure:
     """Stack samples into a batch, padded to the largest of them; the first failure, if any, takes its place."""
+    loaded: list[Sample] = []
     for sample in samples:
         if isinstance(sample, _Failure):
             return sample
-    canvas = tuple(max(sides) for sides in zip(*(sample.image.shape[-2:] for sample in samples)))
-    samples = [sample if tuple(sample.image.shape[-2:]) == canvas else _padded(sample, canvas) for sample in samples]
+        loaded.append(sample)
+    height, width = (max(sides) for sides in zip(*(sample.image.shape[-2:] for sample in loaded)))
+    canvas = (height, width)
+    loaded = [sample if tuple(sample.image.shape[-2:]) == canvas else _padded(sample, canvas) for sample in loaded]
     return Batch(
-        images=torch.stack([sample.image for sample in samples]),
-        targets=[sample.target for sample in samples],
-        keys=[sample.key for sample in samples],
-        replaced=[entry for sample in samples for entry in sample.replaced],
-        is_padding=all(sample.key.epoch == _PADDING_EPOCH for sample in samples),
+        images=torch.stack([sample.image for sample in loaded]),
+        targets=[sample.target for sample in loaded],
+        keys=[sample.key for sample in loaded],
+        replaced=[entry for sample in loaded for entry in sample.replaced],
+        is_padding=all(sample.key.epoch == _PADDING_EPOCH for sample in loaded),
     )
 
 
@@ -164,7 +167,7 @@ class BatchLoader:
                 batch.raise_it()
             yield batch
 
-    def _shut_down(self, iterator: object) -> None:
+    def _shut_down(self, iterator: Any) -> None:
         """End the workers of a failed iteration now: a traceback keeps them alive otherwise, and torch watching them."""
         if self.num_workers:
             iterator._shutdown_workers()
@@ -218,7 +221,7 @@ class _Deaths:
         if threading.current_thread() is not threading.main_thread():
             return
 
-        def handler(number: int, frame: object) -> None:
+        def handler(number: int, frame: FrameType | None) -> None:
             try:
                 previous(number, frame)
             except RuntimeError:
@@ -261,7 +264,7 @@ class _TrainBatches(Sequence):
     def __len__(self) -> int:
         return self.num_steps * self.layout[-1]
 
-    def __getitem__(self, index: int) -> list[SampleKey]:
+    def __getitem__(self, index: int) -> list[SampleKey]:  # type: ignore[override]  # no slices
         if not 0 <= index < len(self):
             raise IndexError(index)
         step, part = divmod(index, self.layout[-1])

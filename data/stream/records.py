@@ -76,11 +76,11 @@ class PackedRecords(Sequence):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]  # no slices
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         start = self._ends[index - 1] if index else 0
-        return pickle.loads(memoryview(self._bytes[start : self._ends[index]]))
+        return pickle.loads(self._bytes[start : self._ends[index]].data)
 
 
 class ReplacementTracker:

@@ -88,7 +88,7 @@ class KineticsClips(TaskDataset):
         return len(self.records) * self.num_views
 
     @property
-    def groups(self) -> list[int] | None:
+    def groups(self) -> list[int] | None:  # type: ignore[override]  # computed, not set
         """Return the number of views of each video, whose crops share a decoded clip; None in training."""
         return None if self.is_train else [self.num_views] * len(self.records)
 

@@ -43,7 +43,7 @@ def main() -> None:
         header, content = _answer(json.loads(line))
         _write(answers, json.dumps({**header, "size": 0 if content is None else content.nbytes}).encode() + b"\n")
         if content is not None:
-            _write(answers, memoryview(np.ascontiguousarray(content)).cast("B"))
+            _write(answers, np.ascontiguousarray(content).data.cast("B"))
 
 
 def _die_with(parent: int) -> None:

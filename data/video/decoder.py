@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -85,11 +85,12 @@ class Decoder:
         seconds = self.timeout if timeout is None else timeout
         deadline = time.monotonic() + seconds
         try:
+            assert process.stdin is not None
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
             header = json.loads(self._line(deadline))
             content = np.empty(header.get("size", 0), dtype=np.uint8)
-            self._fill(memoryview(content), deadline)
+            self._fill(content.data, deadline)
         except TimeoutError:
             self.close()
             raise VideoError(f"decoding was not done after {seconds:g} s (data.decode_timeout) and was ended") from None
@@ -122,7 +123,7 @@ class Decoder:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
             )
             with contextlib.suppress(OSError, AttributeError):
-                fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+                fcntl.fcntl(self._answers, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             try:
                 self._line(time.monotonic() + START_TIMEOUT)
             except (TimeoutError, OSError, EOFError):
@@ -132,11 +133,18 @@ class Decoder:
                 ) from None
         return self._process
 
+    @property
+    def _answers(self) -> IO[bytes]:
+        """The pipe that the process answers through."""
+        if self._process is None or self._process.stdout is None:
+            raise EOFError
+        return self._process.stdout
+
     def _line(self, deadline: float) -> bytes:
         line = bytearray()
         while not line.endswith(b"\n"):
             self._wait(deadline)
-            byte = os.read(self._process.stdout.fileno(), 1)
+            byte = os.read(self._answers.fileno(), 1)
             if not byte:
                 raise EOFError
             line += byte
@@ -146,14 +154,14 @@ class Decoder:
         filled = 0
         while filled < len(view):
             self._wait(deadline)
-            count = os.readv(self._process.stdout.fileno(), [view[filled:]])
+            count = os.readv(self._answers.fileno(), [view[filled:]])
             if not count:
                 raise EOFError
             filled += count
 
     def _wait(self, deadline: float) -> None:
         remaining = deadline - time.monotonic()
-        if remaining <= 0 or not select.select([self._process.stdout], [], [], remaining)[0]:
+        if remaining <= 0 or not select.select([self._answers], [], [], remaining)[0]:
             raise TimeoutError
 
     def close(self) -> int | None:
@@ -161,6 +169,8 @@ class Decoder:
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return None
+        assert process.stdin is not None
+        assert process.stdout is not None
         with contextlib.suppress(OSError):
             process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -109,7 +109,8 @@ class VideoEvaluator:
                 f"(data.corrupt_share): {shown}"
             )
         videos = [video for video in range(len(self.labels)) if video not in unreadable]
-        means = [np.mean([self._found[video, view] for view in range(self.num_views)], axis=0) for video in videos]
+        scores = {key: found for key, found in self._found.items() if found is not None}
+        means = [np.mean([scores[video, view] for view in range(self.num_views)], axis=0) for video in videos]
         return np.asarray(videos), np.stack(means)
 
     def compute(self) -> dict[str, float]:

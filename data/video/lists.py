@@ -114,7 +114,7 @@ def _sorted_out(
 
 def _read_list(config: KineticsDataConfig, split: str) -> tuple[list[tuple[tuple[str, ...], int]], list[str]]:
     file = config.paths(split)[0]
-    entries = [((path,), label) for path, label in _lines(file)]
+    entries: list[tuple[tuple[str, ...], int]] = [((path,), label) for path, label in _lines(file)]
     if config.class_names:
         names = Path(config.root).expanduser() / config.class_names
         classes = [line.strip() for line in _text(names).splitlines() if line.strip()]
@@ -194,7 +194,7 @@ def _read_folders(config: KineticsDataConfig, split: str) -> tuple[list[tuple[tu
         raise DataError(f"{train}: there is no such folder; the classes are those of the training split")
     classes = sorted(entry.name for entry in os.scandir(train) if entry.is_dir() and not entry.name.startswith("."))
     numbers = {name: number for number, name in enumerate(classes)}
-    entries = []
+    entries: list[tuple[tuple[str, ...], int]] = []
     for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")):
         if name not in numbers:
             raise DataError(f"{folder / name}: the training split in {train} has no such class")

@@ -11,11 +11,14 @@ import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from permafrost.data.video.errors import VideoError
+
+if TYPE_CHECKING:
+    from av import VideoFrame
 
 Backend = Literal["auto", "decord", "pyav"]
 
@@ -269,7 +272,7 @@ class _PyAVReader:
         return found
 
     @staticmethod
-    def _picture(frame: object) -> np.ndarray:
+    def _picture(frame: VideoFrame) -> np.ndarray:
         pixels = frame.to_ndarray(format="rgb24")
         # decord turns the pictures itself.
         return np.rot90(pixels, round(frame.rotation / 90))

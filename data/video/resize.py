@@ -48,6 +48,7 @@ def resize_video(path: Path, target: Path, short_side: int) -> dict[str, Any]:
                     width, height = _size(frame.width, frame.height, short_side)
                     output = sink.add_stream("libx264", rate=stream.average_rate or 25)
                     output.width, output.height, output.pix_fmt = width, height, "yuv420p"
+                    assert stream.time_base is not None
                     output.time_base = output.codec_context.time_base = stream.time_base
                     output.options = {"crf": QUALITY, "preset": "veryfast", "g": str(KEY_EVERY)}
                     output.codec_context.thread_count = 1

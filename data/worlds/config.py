@@ -54,8 +54,8 @@ class ShapesWorld(Configuration):
         most = "give 1 to 1000000 images"
         require_within(self, "world.", "num_train", "num_val", low=1, high=1_000_000, remedy=most)
         require_within(self, "world.", "image_side", low=32, high=4096, remedy="give 32 to 4096 pixels")
-        (fewest, most), (small, large) = self.objects, self.object_size
-        require(1 <= fewest <= most, "world.objects", self.objects, "give fewest and most, at least 1")
+        (fewest, greatest), (small, large) = self.objects, self.object_size
+        require(1 <= fewest <= greatest, "world.objects", self.objects, "give fewest and most, at least 1")
         remedy = "give two rising shares of the side within 0..1"
         require(0 < small <= large <= 1, "world.object_size", self.object_size, remedy)
         require_within(self, "world.", "stretch", low=1, remedy="a ratio of axes is at least 1")

@@ -157,7 +157,8 @@ class WorldFiles:
             for child in children:
                 child.kill()
                 child.wait()
-                child.stdout.close()
+                if child.stdout is not None:
+                    child.stdout.close()
         return results
 
     def main(self, make: Callable[..., Any]) -> None:

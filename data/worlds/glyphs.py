@@ -12,6 +12,7 @@ cross-hatching, wood rings, shards, scales) and another seed space.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import shutil
@@ -370,7 +371,7 @@ def _source_hash() -> str:
     """Hash of the code that draws: an edited world never reads a stale cache."""
     digest = hashlib.sha256()
     for module in (drawing, outlines):
-        digest.update(Path(module.__file__).read_bytes())
+        digest.update(Path(inspect.getfile(module)).read_bytes())
     digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()[:8]
 

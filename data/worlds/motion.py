@@ -78,9 +78,8 @@ def render_clip(world: MotionWorld, split: str, index: int, label: int | None = 
             crossing = 0.75 * size
             half = (0.5 * crossing + 1, side)
             corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * half + (side / 2, side / 2)
-            layers = [(corners, bar_colour), (_placed("circle", crossing, turn, centre), colour)]
+            layers = [([corners], bar_colour), (_placed("circle", crossing, turn, centre), colour)]
             for rings, layer in layers if name == "passes_before" else layers[::-1]:
-                rings = [rings] if isinstance(rings, np.ndarray) else rings
                 canvas = composite(canvas, layer, rings_mask(rings, side, side))
         else:
             canvas = composite(canvas, colour, rings_mask(_placed(figure, diameter, angle, centre), side, side))

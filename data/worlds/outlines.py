@@ -308,7 +308,7 @@ def _characters() -> dict[str, list[np.ndarray]]:
     for character in CHARACTERS:
         font.load_char(ord(character))
         vertices, codes = font.get_path()
-        rings = FontPath(vertices, codes).to_polygons(closed_only=True)
+        rings = [np.asarray(ring) for ring in FontPath(vertices, codes).to_polygons(closed_only=True)]
         outlines[f"char_{character}"] = [ring[:-1] * (1, -1) for ring in rings if len(ring) > 3]
     return outlines
 

@@ -266,6 +266,7 @@ def draw_crowd(rng: np.random.Generator, world: ShapesWorld, canvas: np.ndarray)
     radius = rng.uniform(0.1, 0.18) * side
     centre = rng.uniform(0.2, 0.8, 2) * side
     window = _window([centre + radius * outline("square")[0]], side)
+    assert window is not None  # the centre is inside
     under = canvas[window[0] : window[2], window[1] : window[3]].mean(axis=(0, 1))
     union = np.zeros((side, side), dtype=bool)
     for _ in range(rng.integers(20, 36)):

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from permafrost._modules import module_list
 from permafrost.data.detection.types import DetectionResult
 from permafrost.data.types import Batch
 from permafrost.heads.base import LossCounts
@@ -62,8 +63,8 @@ class CascadeMaskRCNN(TwoStageHead):
         **parts: Any,
     ) -> None:
         super().__init__(**parts)
-        self.boxes = nn.ModuleList(boxes)
-        self.masks = nn.ModuleList(masks)
+        self.boxes = module_list(boxes)
+        self.masks = module_list(masks)
         self.stage_weights = tuple(stage_weights)
         self.interleaved = interleaved
         self.information_flow = information_flow
@@ -112,7 +113,7 @@ class CascadeMaskRCNN(TwoStageHead):
         return [own[keep] for own, keep in zip(refined, samples.is_valid & ~samples.is_truth)]
 
     def _box_addition(self, maps: RegionMaps, boxes: Tensor, image_index: Tensor) -> Tensor | None:
-        if maps.embedding is None:
+        if self.semantic is None or maps.embedding is None:
             return None
         pooled = self.semantic.pool([maps.embedding], boxes, image_index)
         return F.adaptive_avg_pool2d(pooled, self.boxes[0].config.resolution)
@@ -120,15 +121,16 @@ class CascadeMaskRCNN(TwoStageHead):
     def _mask_regions(self, maps: RegionMaps, boxes: Tensor, image_index: Tensor) -> Tensor:
         """Pool what all mask branches see of these boxes, (R, C, S, S): they pool alike."""
         regions = self.masks[0].pool(maps.levels, boxes, image_index)
-        if maps.embedding is not None:
+        if self.semantic is not None and maps.embedding is not None:
             regions = regions + self.semantic.pool([maps.embedding], boxes, image_index)
         return regions
 
     def _stage_masks(self, stage: int, maps: RegionMaps, regions: PositiveRegions) -> Tensor:
         """Return (R, M, M) logits of one stage in training; the branches before it run only where their features are handed on."""
         pooled = self._mask_regions(maps, regions.boxes, regions.image_index)
-        features = None
-        for i in range(0 if self.information_flow else stage, stage + 1):
+        first = 0 if self.information_flow else stage
+        features = self.masks[first].features(pooled, None)
+        for i in range(first + 1, stage + 1):
             features = self.masks[i].features(pooled, features)
         return self.masks[stage].logits(features, regions.labels).to(regions.boxes.dtype)
 
@@ -137,7 +139,7 @@ class CascadeMaskRCNN(TwoStageHead):
         maps = RegionMaps(self.pooled_levels(pyramid), None)
         if self.semantic is not None:
             _, maps.embedding = self.semantic(pyramid)
-        scores: Tensor | float = 0.0
+        scores = pyramid[0].new_zeros(())
         for i, box in enumerate(self.boxes):
             boxes, image_index = join(list(proposals))
             logits, deltas = box(maps.levels, boxes, image_index, self._box_addition(maps, boxes, image_index))

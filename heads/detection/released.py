@@ -125,8 +125,8 @@ def from_released(tensors: Mapping[str, Tensor]) -> RenamedHead:
     found: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in tensors.items():
-        if norm := _BATCH_NORM.fullmatch(name):
-            norms.setdefault(norm[1], {})[norm[2]] = tensor
+        if match := _BATCH_NORM.fullmatch(name):
+            norms.setdefault(match[1], {})[match[2]] = tensor
         elif own := _renamed(name):
             found[own] = tensor
         elif not name.startswith("backbone."):

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import batched_nms
 
+from permafrost._modules import module_list
 from permafrost.data.types import Batch
 from permafrost.heads.base import LossCounts
 from permafrost.heads.detection.boxes import box_loss, clip_boxes, giou_loss, image_sizes, larger_than
@@ -179,10 +180,10 @@ class BoxBranch(nn.Module):
         self.coder = BoxCoder(weights=tuple(1.0 / std for std in config.regression_stds))
         self.pool = RegionPooling(resolution=config.resolution, strides=strides, config=pooling)
         conv_widths = [channels] + [config.conv_channels] * config.num_convs
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(conv_widths))
+        self.convs = module_list(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(conv_widths))
         self.norms = nn.ModuleList(make_norm(config.norm, width) for width in conv_widths[1:])
         fc_widths = [conv_widths[-1] * config.resolution**2] + [config.fc_channels] * config.num_fc
-        self.fcs = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(fc_widths))
+        self.fcs = module_list(nn.Linear(a, b) for a, b in pairwise(fc_widths))
         self.classifier = nn.Linear(fc_widths[-1], num_classes + 1)
         self.num_boxes = 1 if config.class_agnostic else num_classes
         self.regressor = nn.Linear(fc_widths[-1], self.num_boxes * 4)
@@ -192,8 +193,10 @@ class BoxBranch(nn.Module):
             nn.init.kaiming_uniform_(fc.weight, a=1)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.normal_(self.regressor.weight, std=0.001)
-        for layer in (*self.convs, *self.fcs, self.classifier, self.regressor):
-            nn.init.zeros_(layer.bias)
+        layers: list[nn.Conv2d | nn.Linear] = [*self.convs, *self.fcs, self.classifier, self.regressor]
+        for layer in layers:
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def forward(
         self, levels: Sequence[Tensor], boxes: Tensor, image_index: Tensor, added: Tensor | None = None

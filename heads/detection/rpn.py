@@ -112,7 +112,7 @@ class RPN(nn.Module):
             logits.append(self.objectness(level).permute(0, 2, 3, 1).reshape(batch_size, -1).to(dtype))
             deltas.append(self.regressor(level).permute(0, 2, 3, 1).reshape(batch_size, -1, 4).to(dtype))
         anchors = make_anchors(
-            [level.shape[-2:] for level in pyramid],
+            [(level.shape[-2], level.shape[-1]) for level in pyramid],
             self.strides,
             scale=self.config.anchor_scale,
             aspect_ratios=self.config.aspect_ratios,

@@ -7,6 +7,7 @@ are fields; the defaults are those of its authors' own detection code: 256 chann
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from permafrost._modules import module_list
 from permafrost.heads.errors import HeadError
 from permafrost.heads.necks.level_norm import LevelNorm
 from permafrost.heads.necks.norms import make_norm
@@ -75,12 +77,10 @@ class BiFPNLayer(nn.Module):
 
     def __init__(self, *, num_levels: int, channels: int, separable: bool, norm: str) -> None:
         super().__init__()
-        node = {"channels": channels, "separable": separable, "norm": norm}
+        node = partial(FusionNode, channels=channels, separable=separable, norm=norm)
         # down[i] makes level i; up[i] makes level i + 1.
-        self.down = nn.ModuleList(FusionNode(num_inputs=2, **node) for _ in range(num_levels - 1))
-        self.up = nn.ModuleList(
-            FusionNode(num_inputs=2 if level == num_levels - 1 else 3, **node) for level in range(1, num_levels)
-        )
+        self.down = nn.ModuleList(node(num_inputs=2) for _ in range(num_levels - 1))
+        self.up = nn.ModuleList(node(num_inputs=2 if level == num_levels - 1 else 3) for level in range(1, num_levels))
 
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """Fuse one (B, channels, H_i, W_i) map per level, finest first, to as many."""
@@ -160,14 +160,15 @@ class BiFPN(nn.Module):
             )
         widths = spec.channels[self.first_map :]
         self.level_norms = nn.ModuleList(LevelNorm(width) for width in widths) if level_norm else None
-        self.lateral = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in widths)
+        self.lateral = module_list(nn.Conv2d(width, channels, 1) for width in widths)
         self.layers = nn.ModuleList(
             BiFPNLayer(num_levels=len(self.strides), channels=channels, separable=separable, norm=norm)
             for _ in range(num_layers)
         )
         for conv in self.lateral:
             nn.init.kaiming_uniform_(conv.weight, a=1)
-            nn.init.zeros_(conv.bias)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return the pyramid, finest level first.

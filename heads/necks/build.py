@@ -38,5 +38,4 @@ def build_neck(config: PyramidConfig, *, spec: FeatureSpec) -> Neck:
     Raises:
         HeadError: the neck takes other maps, or nothing builds this configuration.
     """
-    builder = find_builder(BUILDERS, config, "build(spec=)")
-    return config.build(spec=spec) if builder is None else builder(spec=spec, **vars(config))
+    return find_builder(BUILDERS, config, vars(config), "build(spec=)")(spec=spec)

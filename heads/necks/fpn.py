@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from permafrost._modules import module_list
 from permafrost.heads.errors import HeadError
 from permafrost.heads.necks.level_norm import LevelNorm
 
@@ -53,7 +54,7 @@ class FPN(nn.Module):
         self.num_extra_levels = num_extra_levels
         self.strides = strides + tuple(strides[-1] * 2 ** (i + 1) for i in range(num_extra_levels))
         self.level_norms = nn.ModuleList(LevelNorm(c) for c in spec.channels) if level_norm else None
-        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in spec.channels)
+        self.lateral = module_list(nn.Conv2d(c, channels, 1) for c in spec.channels)
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in spec.channels)
         for conv in (*self.lateral, *self.output):
             nn.init.kaiming_uniform_(conv.weight, a=1)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from permafrost._modules import module_list
 from permafrost.heads.necks.fpn import FPN
 from permafrost.heads.necks.norms import make_norm
 
@@ -41,11 +42,11 @@ class ResidualBlock(nn.Module):
         if kind == "bottleneck":
             shapes = [(channels, inner, 1), (inner, inner, 3), (inner, channels, 1)]
         has_bias = norm == "none"
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, k, padding=k // 2, bias=has_bias) for a, b, k in shapes)
+        self.convs = module_list(nn.Conv2d(a, b, k, padding=k // 2, bias=has_bias) for a, b, k in shapes)
         self.norms = nn.ModuleList(make_norm(norm, width) for _, width, _ in shapes)
         for conv in self.convs:
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            if has_bias:
+            if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:

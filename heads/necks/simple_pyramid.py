@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from permafrost._modules import module_list
 from permafrost.heads.errors import HeadError
 from permafrost.heads.necks.level_norm import LevelNorm
 
@@ -69,7 +70,7 @@ class SimpleFeaturePyramid(nn.Module):
         self.doublings = tuple(round(math.log2(stride / level)) for level in LEVEL_STRIDES)
         self.scale = nn.ModuleList(_scaling(width, doublings) for doublings in self.doublings)
         widths = [max(1, width // 2 ** max(0, doublings)) for doublings in self.doublings]
-        self.lateral = nn.ModuleList(nn.Conv2d(own, channels, 1, bias=False) for own in widths)
+        self.lateral = module_list(nn.Conv2d(own, channels, 1, bias=False) for own in widths)
         self.lateral_norm = nn.ModuleList(LevelNorm(channels, eps=EPS) for _ in widths)
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in widths)
         self.output_norm = nn.ModuleList(LevelNorm(channels, eps=EPS) for _ in widths)

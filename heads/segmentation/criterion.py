@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ class Criterion:
         weights = torch.where(wanted == self.num_classes, logits.new_tensor(config.no_object_weight), 1.0)
         entropy = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none").view_as(weights)
         # As many queries are matched in every prediction, so the weights add up to the same.
-        total = sum(min(num_queries, count) for count in segments.counts)
+        total: float = sum(min(num_queries, count) for count in segments.counts)
         total += config.no_object_weight * (num_queries * len(keys) - total)
         of_class = (entropy * weights).sum(dim=(1, 2)) / counts(
             "class_weights", torch.tensor(float(total), device=device)
@@ -152,10 +153,10 @@ class Criterion:
         config = self.config
         num_predictions, num_images, num_masks = queries.shape
         num_uncertain = int(config.importance * config.num_points)
-        draws = {"num_predictions": num_predictions, "like": segments.masks}
+        draw = partial(draw_points, keys, num_predictions=num_predictions, like=segments.masks)
         num_candidates = int(config.oversample * config.num_points)
-        candidates = draw_points(keys, "segmentation/candidates", num_points=num_candidates, **draws)
-        uniform = draw_points(keys, "segmentation/uniform", num_points=config.num_points - num_uncertain, **draws)
+        candidates = draw("segmentation/candidates", num_points=num_candidates)
+        uniform = draw("segmentation/uniform", num_points=config.num_points - num_uncertain)
         image = torch.arange(num_images, device=queries.device)[:, None]
         logits = torch.cat([prediction.masks[image, own] for prediction, own in zip(predictions, queries)])
         points = uncertain_points(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from permafrost._modules import module_list
 from permafrost.heads.necks.norms import make_norm
 from permafrost.heads.segmentation.config import PixelDecoderConfig
 from permafrost.heads.segmentation.positions import sine_positions
@@ -101,9 +102,7 @@ class Encoder(nn.Module):
 
     def __init__(self, *, config: PixelDecoderConfig, num_levels: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            EncoderBlock(config=config, num_levels=num_levels) for _ in range(config.num_blocks)
-        )
+        self.layers = module_list(EncoderBlock(config=config, num_levels=num_levels) for _ in range(config.num_blocks))
 
 
 class DeformableEncoder(nn.Module):
@@ -172,18 +171,21 @@ class PixelDecoder(nn.Module):
         super().__init__()
         channels = config.channels
         coarse_first = spec.channels[:0:-1]
-        self.input_proj = nn.ModuleList(
+        self.input_proj = module_list(
             nn.Sequential(nn.Conv2d(own, channels, 1), make_norm("group", channels)) for own in coarse_first
         )
-        for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
+        for conv in (projection[0] for projection in self.input_proj):
+            assert isinstance(conv, nn.Conv2d)
+            nn.init.xavier_uniform_(conv.weight)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
         self.transformer = DeformableEncoder(config=config, num_levels=len(coarse_first))
         self.adapter_1 = ConvNorm(spec.channels[0], channels, 1)
         self.layer_1 = ConvNorm(channels, channels, 3)
         self.mask_features = nn.Conv2d(channels, channels, 1)
         nn.init.kaiming_uniform_(self.mask_features.weight, a=1)
-        nn.init.zeros_(self.mask_features.bias)
+        if self.mask_features.bias is not None:
+            nn.init.zeros_(self.mask_features.bias)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the (B, C, H, W) embedding of the finest map's cells, and the N other maps (B, C, H_i, W_i), coarsest first."""

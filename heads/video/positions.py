@@ -52,6 +52,8 @@ class SinCosPositions(nn.Module):
         axes: those of AXES that are told apart.
     """
 
+    anchor: Tensor
+
     def __init__(self, channels: int, axes: Sequence[str]) -> None:
         super().__init__()
         self.channels, self.axes = channels, tuple(axes)
