@@ -46,7 +46,7 @@ class Lasting(io.RawIOBase):
         return os.isatty(self._descriptor)
 
     def writable(self) -> bool:
-        """Return that it is."""
+        """Return True: it takes writes, even those it has to drop."""
         return True
 
     def write(self, content: Any) -> int:

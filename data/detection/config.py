@@ -94,7 +94,7 @@ class EvaluationConfig(Configuration):
         require_within(self, "evaluation.", "num_detections", low=1, remedy="give at least 1")
 
     def views(self) -> list[tuple[int | None, bool]]:
-        """Return of each view of an image its size (None: the one that holds without `sizes`), and whether it is mirrored."""
+        """Return, for each view of an image, its size (None: the one that holds without `sizes`), and whether it is mirrored."""
         return [(size, flip) for size in (self.sizes or (None,)) for flip in ((False, True) if self.flip else (False,))]
 
 

@@ -10,7 +10,7 @@ from pycocotools import mask as mask_api
 
 
 def decompress_counts(text: str) -> list[int]:
-    """Run lengths of COCO's compressed string: base-32 digits, low first, signed, each but the first three as a
+    """Return the run lengths of COCO's compressed string: base-32 digits, low first, signed, each but the first three as a
     difference.
 
     Raises:
@@ -96,7 +96,7 @@ def _interpolation(cells: int, start: float, stop: float, first: int, last: int)
 
 
 def _encode_patch(patch: np.ndarray, top: int, left: int, height: int, width: int) -> dict[str, Any]:
-    """Run lengths of an image that is zero outside a boolean patch: only the patch's columns are looked at."""
+    """Return the run lengths of an image that is zero outside a boolean patch: only the patch's columns are looked at."""
     columns = np.zeros((patch.shape[1], height), dtype=bool)
     columns[:, top : top + patch.shape[0]] = patch.T
     flat = np.concatenate([[False], columns.ravel(), [False]])

@@ -76,7 +76,7 @@ class DetectionTarget(Target):
 
     @classmethod
     def pixel_bytes(cls, objects: int) -> int:
-        """Return those of the masks."""
+        """Return the bytes of the masks."""
         return objects
 
     def padded(self, canvas: tuple[int, int]) -> Self:

@@ -60,7 +60,7 @@ def merge_views(results: Sequence[DetectionResult], evaluation: EvaluationConfig
 
 
 def vote(boxes: Tensor, scores: Tensor, labels: Tensor, masks: Tensor, kept: Tensor, iou: float) -> Tensor:
-    """Return of each kept box the mean mask (D, M, M) of the boxes of its class that overlap it by more than `iou`, itself included.
+    """Return, for each kept box, the mean mask (D, M, M) of the boxes of its class that overlap it by more than `iou`, itself included.
 
     Args:
         boxes: (N, 4) xyxy.

@@ -35,7 +35,7 @@ def _scaled(height: int, width: int, ratio: float) -> tuple[int, int]:
 
 
 def padded_size(size: Sequence[int]) -> tuple[int, int]:
-    """Return the next whole multiples of DIVISOR."""
+    """Return the size rounded up to whole multiples of DIVISOR."""
     height, width = (-(-side // DIVISOR) * DIVISOR for side in size)
     return height, width
 
@@ -63,12 +63,12 @@ def crop(x: Tensor, top: int, left: int, size: tuple[int, int]) -> Tensor:
 
 
 def flip(x: Tensor) -> Tensor:
-    """Return it mirrored, left to right."""
+    """Return pixels mirrored, left to right."""
     return x.flip(-1)
 
 
 def pad_to(x: Tensor, canvas: tuple[int, int], value: float | tuple[int, ...]) -> Tensor:
-    """Return it in the upper left of a canvas of this size filled with a value, or one per channel."""
+    """Return pixels in the upper left of a canvas of this size filled with a value, or one per channel."""
     if tuple(x.shape[-2:]) == tuple(canvas):
         return x
     filling = torch.tensor(value, dtype=x.dtype)

@@ -160,7 +160,7 @@ class SegmentationEvaluator:
         return hits / np.maximum(true + found - hits, 1), hits / np.maximum(true, 1), true > 0
 
     def results_json(self) -> list[dict[str, Any]]:
-        """Return of each class with a labelled pixel its name, labelled and predicted pixels, IoU and accuracy."""
+        """Return, for each class with a labelled pixel, its name, labelled and predicted pixels, IoU and accuracy."""
         iou, accuracy, labelled = self._per_class()
         return [
             {

@@ -1,4 +1,4 @@
-"""Turn a photo with labels into what the network sees in training; in evaluation it sees the views of `views`.
+"""Turn a photo with labels into what the network sees in training; in evaluation it sees the views that `views` plans.
 
 All randomness is drawn from the generator that is passed in, always the same number of draws, so a sample is a pure function of
 its key. Resizing, cropping and padding are those of `pictures.geometry`.

@@ -61,7 +61,7 @@ class SegmentationTarget(Target):
 
     @classmethod
     def pixel_bytes(cls, objects: int) -> int:
-        """Return those of the map."""
+        """Return the bytes of the map."""
         return 1
 
     def padded(self, canvas: tuple[int, int]) -> Self:

@@ -27,7 +27,7 @@ class GlobalStream:
 
     def __init__(self, num_samples: int, seed: int) -> None:
         if num_samples < 1:
-            raise DataError("the training set is empty: there is no stream of no samples")
+            raise DataError("the training set is empty: it needs at least one sample")
         self.num_samples = num_samples
         self.seed = seed
         self._orders: dict[int, list[int]] = {}

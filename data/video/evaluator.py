@@ -154,7 +154,7 @@ class VideoEvaluator:
         }
 
     def results_json(self) -> list[dict[str, Any]]:
-        """Return of each readable video its name, its class and the five best with their probabilities."""
+        """Return, for each readable video, its name, its class and the five best with their probabilities."""
         videos, scores = self.scores()
         listed = []
         for video, row in zip(videos.tolist(), scores):

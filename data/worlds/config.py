@@ -161,7 +161,7 @@ class ShapesDataConfig(_Rendered, CocoDataConfig):
     world: ShapesWorld = field(default_factory=ShapesWorld)
 
     def extent(self) -> SampleExtent:
-        """Return what the world's parameters say."""
+        """Return the extent that the world's parameters give."""
         return SampleExtent(self.image_size, num_classes=len(self.world.classes), objects=self.world.objects[1])
 
 
@@ -177,7 +177,7 @@ class SceneryDataConfig(_Rendered, ADE20KDataConfig):
     world: SceneryWorld = field(default_factory=SceneryWorld)
 
     def extent(self) -> SampleExtent:
-        """Return what the world's parameters say."""
+        """Return the extent that the world's parameters give."""
         num_classes = len(self.world.classes)
         most = min(self.world.objects[1] + self.world.regions[1], num_classes)
         return SampleExtent(self.image_size, num_classes=num_classes, objects=most)

@@ -62,7 +62,7 @@ def strokes_mask(
 
 
 def nesting_depths(rings: Sequence[np.ndarray]) -> list[int]:
-    """Return of each ring in how many of the rings before it its first point lies."""
+    """Return, for each ring, how many of the rings before it its first point lies in."""
     return [sum(contains_point(outer, ring[0]) for outer in rings[:i]) for i, ring in enumerate(rings)]
 
 

@@ -32,7 +32,7 @@ class WorldFiles:
         kind: the world's name.
         renderer: part of the cache folder's name: raised when what unchanged parameters give changes.
         unit: what a split is counted in, to be said when it is written ("images").
-        per_process: A further process pays from this many on: it takes half a second to start.
+        per_process: a further process pays from this many on: it takes half a second to start.
         folders: made before anything is rendered, relative to the world's folder.
         render_part: takes a world, its folder, part and parts; writes every `parts`-th of both splits from `part` on, and returns
             JSON values.

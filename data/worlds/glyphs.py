@@ -368,7 +368,7 @@ _TEXTURES: tuple[Callable[[np.random.Generator, int], np.ndarray], ...] = (
 
 
 def _source_hash() -> str:
-    """Hash of the code that draws: an edited world never reads a stale cache."""
+    """Return a hash of the code that draws: an edited world never reads a stale cache."""
     digest = hashlib.sha256()
     for module in (drawing, outlines):
         digest.update(Path(inspect.getfile(module)).read_bytes())

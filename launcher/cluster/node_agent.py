@@ -234,8 +234,7 @@ class Agent:
         self._say({"report": self._ranks(), "processes": len(processes), "final": self._final()})
 
     def _ranks(self) -> dict[str, dict]:
-        """Return of each rank that has started what it noted, its process's state, its heartbeat and for how long that has
-        been the same, seconds."""
+        """Return, for each rank that has started, its note, its process's state, its heartbeat and the seconds since that changed."""
         assert self._watched is not None
         found = {}
         for record in self._records():

@@ -119,7 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Launch; returns the exit code, see `permafrost launch --help`.
+    """Launch; returns the exit code, one of those that `permafrost launch --help` lists.
 
     Raises:
         LaunchError: nothing was started.

@@ -182,7 +182,7 @@ def plan_backbone(
             if not config.name.startswith(TIMM_PREFIX):
                 raise
             raise RecipeError(
-                f"backbone.name is {config.name!r}: plan runs a network without numbers, which this model does not allow "
+                f"backbone.name is {config.name!r}: plan runs a network on the meta device, which this model does not allow "
                 f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
             ) from error
         constants, flops = trace.live, trace.flops

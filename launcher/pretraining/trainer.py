@@ -171,7 +171,7 @@ def train_step(
     experiment: PretrainExperiment,
     step: int,
 ) -> tuple[float, int]:
-    """One update.
+    """Train one step.
 
     Args:
         model: the network.

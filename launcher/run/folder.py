@@ -94,7 +94,7 @@ class RunFolder:
 
     @property
     def checkpoint_folders(self) -> list[Path]:
-        """Complete checkpoints, newest first. Folders still being written have other names."""
+        """Return the complete checkpoints, newest first. Folders still being written have other names."""
         if not self.checkpoints.is_dir():
             return []
         found = [path for path in self.checkpoints.iterdir() if path.is_dir() and path.name.startswith("step_")]
@@ -217,7 +217,7 @@ class RunFolder:
         return any(entry.get("step") == step for entry in self.read_evaluations())
 
     def read_best(self) -> dict[str, dict[str, Any]]:
-        """Return of each evaluated head {"step", "metric", "value"}; empty before the first or when the file is damaged."""
+        """Return, for each evaluated head, {"step", "metric", "value"}; empty before the first or when the file is damaged."""
         try:
             found = json.loads(self.best.read_text())
         except (OSError, ValueError):
