@@ -4,7 +4,12 @@ from __future__ import annotations
 
 SMOKE = {
     "permafrost": ["tests/test_front_door.py", "tests/test_fronts.py", "tests/test_files.py", "tests/test_wire.py"],
-    "configs": ["tests/test_structure.py", "tests/test_configuration.py", "tests/launcher/recipes/test_recipes.py"],
+    "configs": [
+        "tests/test_structure.py",
+        "tests/test_docs.py",
+        "tests/test_configuration.py",
+        "tests/launcher/recipes/test_recipes.py",
+    ],
     "data": ["tests/data/test_findings.py"],
     "data/detection": ["tests/data/detection/test_transforms.py"],
     "data/pictures": ["tests/data/pictures/test_read.py"],
