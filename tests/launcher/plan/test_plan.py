@@ -29,6 +29,7 @@ from permafrost.launcher.plan.engines import EnginePlan
 from permafrost.launcher.plan.head import HeadRun, plan_head
 from permafrost.launcher.plan.planner import Layout, Machines, Planner
 from permafrost.launcher.recipes.overrides import parse_experiment
+from permafrost.launcher.run.offload import ActivationOffload
 from permafrost.model.config import BackboneConfig
 from permafrost.model.spec import SWINV2_SIZES
 from permafrost.model.split.tensor_parallel import is_split
@@ -160,6 +161,34 @@ def test_offload_moves_what_a_head_saves_to_the_host(head_run: HeadRun) -> None:
     assert everything.host_bytes > 0.8 * off.saved_bytes
     assert everything.saved_bytes < 0.1 * off.saved_bytes
     assert everything.flops == off.flops
+
+
+@pytest.mark.parametrize("mode", ["features", "all"])
+def test_planned_host_memory_is_what_a_real_step_holds(head_run: HeadRun, mode: str) -> None:
+    planned = plan_head(replace(head_run, offload=mode), batch=2, side=192)
+    head, batch = copy.deepcopy(head_run.head), head_run.data.batch(2, 192)
+    maps = [torch.randn(2, c, 192 // s, 192 // s) for c, s in zip(NANO.channels, NANO.strides)]
+    offload = ActivationOffload(mode, torch.device("cpu"))
+    kept = offload.forward(Maps(maps), batch.images)
+    taken = kept.take()
+    with offload.saving(head, kept, taken):
+        losses = head(taken, batch)
+    del taken
+    torch.stack(list(losses.values())).sum().backward()
+    # How many regions are positive is the data's.
+    assert planned.host_bytes == pytest.approx(offload.buffers.held_bytes, rel=0.1)
+
+
+class Maps:
+    """A backbone that gives maps which are there."""
+
+    stages = ()
+
+    def __init__(self, maps: list[torch.Tensor]) -> None:
+        self.maps = tuple(maps)
+
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.maps
 
 
 def test_engines_hold_less_the_more_they_partition() -> None:
