@@ -33,7 +33,10 @@ def test_recipe_may_repeat_the_files_windows(official_file) -> None:
     path = official_file()
     for window_size in (12, (12, 12, 12, 12), (12, 12, 12, 6)):
         for pretrained in (None, (12, 12, 12, 6)):
-            load_backbone("swinv2_nano", weights=path, window_size=window_size, pretrained_window_size=pretrained)
+            said = load_backbone(
+                "swinv2_nano", weights=path, window_size=window_size, pretrained_window_size=pretrained
+            )
+            assert said.describe()["pretrained_window_size"] == (12, 12, 12, 6)
 
 
 def test_recipe_must_not_contradict_the_files_windows(official_file) -> None:
