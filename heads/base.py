@@ -47,7 +47,7 @@ class Head(nn.Module):
         Args:
             features: one (B, C_i, H/s_i, W/s_i) map per level, in the backbone's dtype.
             batch: the images' targets and keys; in evaluation only sizes and ids are read from the targets.
-            counts: see LossCounts.
+            counts: what sums of losses are divided by, by name.
 
         Returns:
             training: named float32 scalars whose sum is the loss; evaluation: one result of the task per image.

@@ -12,7 +12,7 @@ from permafrost.heads.detection import released as detection
 from permafrost.heads.segmentation import released as segmentation
 
 KNOWN = "a released detector (neck.*, rpn_head.*, roi_head.*) or Mask2Former (sem_seg_head.*)"
-"""What is read here, by the names of its tensors."""
+"""The heads that are read here, by the names of their tensors."""
 FILES = "the .pth of Mask R-CNN or Cascade Mask R-CNN of the Swin papers' detection code, or the .pkl of Mask2Former's model zoo"
 
 

@@ -122,13 +122,13 @@ class Backbone(nn.Module):
         all alike have the maps of one. It then takes clips only, of a multiple of as many frames.
 
         Raises:
-            BackboneError: if it is no Swin, or inflated already.
+            BackboneError: if it is not a Swin, or inflated already.
         """
         embed = next((module for module in self.network.modules() if isinstance(module, PatchEmbed)), None)
         if embed is None or self.patch_frames > 1:
             raise BackboneError(
-                f"The patch embedding cannot be inflated over {num_frames} frames: it is "
-                f"{'none of a Swin' if embed is None else 'inflated already'}."
+                f"The patch embedding cannot be inflated over {num_frames} frames: "
+                f"{'the network is not a Swin' if embed is None else 'it is inflated already'}."
             )
         embed.inflate(num_frames)
         self.patch_frames = num_frames

@@ -64,15 +64,15 @@ class BackboneConfig(Configuration):
     blocks of a plain one; taps of one stride become one map, joined along the channels. None: the last of each stride
     from 4 up, so every stage, or the last block."""
     attention: Literal["auto", "triton", "cuda", "sdpa", "reference"] = "auto"
-    """What a Swin attends with: kernels that gather shifted windows from the map (triton, cuda: a GPU, float32 or 16 bits, frozen),
+    """A Swin's attention: kernels that gather shifted windows from the map (triton, cuda: a GPU, float32 or 16 bits, frozen),
     PyTorch's scaled_dot_product_attention on copied windows (sdpa), or the plain float32 formula (reference). A kernel that
     does not run here is an error. auto: what has been verified on this GPU and dtype, else sdpa; it says which, and why."""
     residual_norm: Literal["auto", "triton", "torch", "reference"] = "auto"
-    """What a SwinV2 adds its normalised branches with, and normalises the sum where it has an extra norm: one pass over the map
+    """A SwinV2's sum with a normalised branch, and its norm where there is an extra one: one pass over the map
     (triton: a GPU, float32 or 16 bits, frozen), PyTorch's norm and sum (torch), or the plain formula in float32 (reference). auto
     and errors as of attention."""
     gelu: Literal["auto", "epilogue", "exact"] = "auto"
-    """How the MLPs of a Swin compute their GELU: within the product before it (epilogue: a GPU, 16 bits, frozen; by tanh, which moves
+    """The GELU of a Swin's MLPs: within the product before it (epilogue: a GPU, 16 bits, frozen; by tanh, which moves
     features by 1e-4 to 3e-4), or as it is defined, in a pass of its own (exact). auto and errors as of attention."""
     compile: bool = False
     """Runs the frozen forward through torch.compile: a program for each size of images, made when it first comes, which takes

@@ -18,7 +18,7 @@ from permafrost.model.errors import BackboneError
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = 448.0
-"""Of the format."""
+"""The format's largest magnitude."""
 SMALLEST_ROW = 1e-12
 """Rows of smaller numbers become zeros: their scale would have no digits."""
 MULTIPLE = 16

@@ -31,7 +31,7 @@ def find_device(device: torch.device | str) -> torch.device:
         raise BackboneError(f"There is no device {device!r}: {str(error).splitlines()[0]}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BackboneError(
-            f"The backbone is to run on {device}, but PyTorch sees {torch.cuda.device_count()} CUDA devices."
+            f"The backbone is asked to run on {device}, but PyTorch sees {torch.cuda.device_count()} CUDA devices."
         )
     return device
 

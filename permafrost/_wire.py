@@ -165,7 +165,7 @@ def _unpack(code: int, data: bytes) -> Any:
     if code == OBJECT:
         cls = _class(content[0])
         if not dataclasses.is_dataclass(cls):
-            raise TypeError(f"{content[0]} is no dataclass")
+            raise TypeError(f"{content[0]} is not a dataclass")
         made = object.__new__(cls)
         for field in _fields(cls):
             # Past a frozen class's own refusal, and without __post_init__: the sender's has checked the values.
@@ -174,7 +174,7 @@ def _unpack(code: int, data: bytes) -> Any:
     if code == ERROR:
         cls = _class(content[0])
         if not issubclass(cls, Exception) or cls.__module__.partition(".")[0] not in ("permafrost", "builtins"):
-            raise TypeError(f"{content[0]} is no error of permafrost's")
+            raise TypeError(f"{content[0]} is not an error of permafrost's")
         error = cls.__new__(cls, *content[1])
         error.args = tuple(content[1])
         return error
@@ -198,5 +198,5 @@ def _class(name: str) -> type:
     for part in qualname.split("."):
         found = getattr(found, part)
     if not isinstance(found, type):
-        raise TypeError(f"{name} is no class")
+        raise TypeError(f"{name} is not a class")
     return found

@@ -42,7 +42,7 @@ class RPNConfig(Configuration):
     num_proposals_test: int = 1000
     nms_iou: float = 0.7
     smooth_l1_beta: float = 0.0
-    """Where the box loss turns from squared to absolute; 0 is plain L1."""
+    """The error at which the box loss turns from squared to absolute; 0 is plain L1."""
 
     def __post_init__(self) -> None:
         require_positive("rpn.", self, "anchor_scale")
@@ -102,15 +102,15 @@ class BoxHeadConfig(Configuration):
     """Proposals per image in the loss."""
     positive_fraction: float = 0.25
     regression_stds: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2)
-    """What (dx, dy, log dw, log dh) are divided by to become the regressor's targets."""
+    """Divisors that turn (dx, dy, log dw, log dh) into the regressor's targets."""
     regression_loss: Literal["smooth_l1", "giou"] = "smooth_l1"
-    """Of encoded boxes, or 1 - generalised IoU (Rezatofighi et al. 2019) of decoded ones."""
+    """The loss of encoded boxes, or 1 - generalised IoU (Rezatofighi et al. 2019) of decoded ones."""
     regression_weight: float = 1.0
-    """What the box loss is multiplied by (10 for GIoU in the Swin papers' Cascade)."""
+    """Factor of the box loss (10 for GIoU in the Swin papers' Cascade)."""
     smooth_l1_beta: float = 0.0
     score_threshold: float = 0.05
     suppression: Literal["hard", "linear", "gaussian"] = "hard"
-    """What becomes of a box that overlaps a better one of its class: dropped, or its score lowered (soft-NMS, Bodla et al.
+    """The fate of a box that overlaps a better one of its class: dropped, or its score lowered (soft-NMS, Bodla et al.
     2017): times 1 - IoU from `nms_iou` up, or times exp(-IoU^2 / soft_sigma)."""
     nms_iou: float = 0.5
     soft_sigma: float = 0.5
@@ -202,13 +202,13 @@ class CascadeConfig(MaskRCNNConfig):
     stage_ious: tuple[float, ...] = (FIRST_IOU, 0.6, 0.7)
     """Overlap with a ground-truth box from which a stage's proposals are positive; replaces box.positive_iou."""
     stage_weights: tuple[float, ...] = (1.0, 0.5, 0.25)
-    """What each stage's losses are multiplied by."""
+    """Factors of each stage's losses."""
     stage_stds: tuple[tuple[float, float, float, float], ...] = (
         FIRST_STDS,
         (0.05, 0.05, 0.1, 0.1),
         (0.033, 0.033, 0.067, 0.067),
     )
-    """What each stage's regression is divided by; replaces box.regression_stds."""
+    """Divisors of each stage's regression; replaces box.regression_stds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -246,12 +246,12 @@ class SemanticBranchConfig(Configuration):
     num_classes: int = 0
     """Values 0..num_classes-1 of the maps, 255 is ignored; 183 for COCO-stuff. 0: no such branch."""
     level: int = 1
-    """Of the pyramid, where all levels are brought together: 1 is stride 8 on P2..P6."""
+    """Level of the pyramid where all levels are brought together: 1 is stride 8 on P2..P6."""
     num_convs: int = 4
     weight: float = 0.2
-    """What its loss is multiplied by."""
+    """Factor of its loss."""
     resize: Literal["before", "after"] = "before"
-    """When the other levels are brought to that level's size: before their 1x1 convolution and ReLU, as in the public code, or after
+    """Order of bringing the other levels to that level's size: before their 1x1 convolution and ReLU, as in the public code, or after
     them, as in runs of before 2026-11-29. The two do not commute."""
 
     def __post_init__(self) -> None:

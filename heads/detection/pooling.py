@@ -31,7 +31,7 @@ class RegionPooling(nn.Module):
     Args:
         resolution: S.
         strides: pixels per cell of each level, powers of two.
-        config: see PoolingConfig.
+        config: the sampling of RoIAlign and the rule for levels.
     """
 
     def __init__(self, *, resolution: int, strides: Sequence[int], config: PoolingConfig) -> None:
@@ -90,7 +90,7 @@ def project_masks(masks: Tensor, boxes: Tensor, gt_index: Tensor, *, resolution:
         boxes: (R, 4) xyxy in pixels of the masks.
         gt_index: (R,) int64, the object each box stands for.
         resolution: S.
-        aligned: see PoolingConfig.
+        aligned: pixel centres at half coordinates, as PoolingConfig says.
 
     Returns:
         (R, S, S) in the boxes' dtype, from 0 to 1.

@@ -167,8 +167,8 @@ class BoxBranch(nn.Module):
         channels: C.
         strides: pixels per cell of the pooled levels.
         num_classes: K.
-        config: see BoxHeadConfig.
-        pooling: see PoolingConfig.
+        config: layers, sampling and losses.
+        pooling: how regions are cut from the levels.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class BoxBranch(nn.Module):
             logits: (B * S, K + 1).
             deltas: (B * S, D, 4).
             samples: what they were computed from.
-            counts: see LossCounts.
+            counts: what the sums are divided by, by name.
         """
         labels = samples.labels.flatten()
         classifier = F.cross_entropy(logits, labels, reduction="none")
@@ -339,8 +339,8 @@ class MaskBranch(nn.Module):
         channels: C.
         strides: pixels per cell of the pooled levels.
         num_classes: K.
-        config: see MaskHeadConfig.
-        pooling: see PoolingConfig.
+        config: layers and resolution.
+        pooling: how regions are cut from the levels.
         takes_previous: whether `features` is given those of another branch to start from.
     """
 

@@ -83,7 +83,7 @@ class RPN(nn.Module):
     Args:
         channels: width of the pyramid.
         strides: pixels per cell of each of its levels.
-        config: see RPNConfig.
+        config: anchors, sampling and limits of the proposals.
         ignore_overlap: share of its area inside a crowd region from which an anchor is no negative.
     """
 

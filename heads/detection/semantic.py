@@ -30,8 +30,8 @@ class SemanticBranch(nn.Module):
         channels: C.
         strides: pixels per cell of all levels of the pyramid.
         resolution: side of the pooled embedding.
-        config: see SemanticBranchConfig.
-        pooling: see PoolingConfig.
+        config: level, width, classes and weight.
+        pooling: how regions are cut from the embedding.
 
     Raises:
         HeadError: the pyramid has no such level.

@@ -27,7 +27,7 @@ def soft_nms(
         scores: (N,).
         labels: (N,) int64.
         sigma: of the Gaussian exp(-IoU^2 / sigma) (equation 3); None lowers linearly, by 1 - IoU from `iou` up (equation 2).
-        iou: see sigma; unused by the Gaussian.
+        iou: overlap from which scores fall; unused by the Gaussian.
         min_score: boxes that fall below are dropped.
         num_detections: most boxes that are taken.
 

@@ -71,7 +71,7 @@ class BiFPNLayer(nn.Module):
     Args:
         num_levels: at least 2.
         channels: width of every level.
-        separable: see FusionNode.
+        separable: whether the convolutions are separable, as in FusionNode.
         norm: see make_norm.
     """
 
@@ -117,7 +117,7 @@ class BiFPN(nn.Module):
         level_norm: whether a LevelNorm stands before each lateral convolution.
         num_layers: how often the levels are mixed.
         finest_stride: finer maps of the backbone are left out.
-        separable: see FusionNode.
+        separable: whether the convolutions are separable, as in FusionNode.
         norm: see make_norm.
 
     Raises:

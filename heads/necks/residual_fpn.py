@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from permafrost.model.spec import FeatureSpec
 
 BOTTLENECK = 4
-"""How many times narrower the inside of a bottleneck block is."""
+"""Factor by which the inside of a bottleneck block is narrower."""
 
 
 class ResidualBlock(nn.Module):

@@ -21,13 +21,13 @@ class PixelDecoderConfig(Configuration):
     num_blocks: int = 1
     """Deformable attention blocks: 1 or 6 in the paper."""
     channels: int = 256
-    """Of all maps, of the queries, and of the embedding every pixel gets."""
+    """Width of all maps, of the queries, and of the embedding every pixel gets."""
     num_heads: int = 8
     num_points: int = 4
     """Points that a head reads from every map."""
     ffn_channels: int = 1024
     kernel: Literal["reference", "triton"] = "reference"
-    """What computes deformable attention: plain PyTorch, which runs anywhere, or the Triton kernel, on a GPU."""
+    """The version that computes deformable attention: plain PyTorch, which runs anywhere, or the Triton kernel, on a GPU."""
 
     def __post_init__(self) -> None:
         require_counts("pixel_decoder.", self, "num_blocks", "num_points", "ffn_channels")
@@ -59,10 +59,10 @@ class SegmentationLossConfig(Configuration):
 
     class_weight: float = 2.0
     mask_weight: float = 5.0
-    """Of the cross-entropy of a mask's points."""
+    """Weight of the cross-entropy of a mask's points."""
     dice_weight: float = 5.0
     no_object_weight: float = 0.1
-    """Of a query without a segment, in the cross-entropy of classes."""
+    """Weight of a query without a segment, in the cross-entropy of classes."""
     num_points: int = 12544
     """Points per mask that losses and matching look at (112 x 112)."""
     oversample: float = 3.0

@@ -60,7 +60,7 @@ class Criterion:
 
     Args:
         num_classes: K.
-        config: see SegmentationLossConfig.
+        config: weights of the losses and numbers of points.
     """
 
     def __init__(self, *, num_classes: int, config: SegmentationLossConfig) -> None:
@@ -117,16 +117,16 @@ class Criterion:
             segments: of the batch.
             queries: (L, B, N) of `match`.
             keys: of the images.
-            counts: see LossCounts; asked for `segments` and `class_weights`.
+            counts: what sums are divided by; asked for `segments` and `class_weights`.
         """
         config, device = self.config, queries.device
-        matched = queries != UNMATCHED
-        logits = torch.stack([prediction.classes for prediction in predictions])
+        matched = queries != UNMATCHED  # (L, B, N)
+        logits = torch.stack([prediction.classes for prediction in predictions])  # (L, B, Q, K + 1)
         num_queries = logits.shape[2]
         # A slot behind the last query takes what is not matched.
         wanted = torch.full((*logits.shape[:2], num_queries + 1), self.num_classes, device=device)
-        labels = segments.labels.expand(len(predictions), -1, -1)
-        wanted = wanted.scatter(2, queries.where(matched, num_queries), labels)[..., :num_queries]
+        labels = segments.labels.expand(len(predictions), -1, -1)  # (L, B, N)
+        wanted = wanted.scatter(2, queries.where(matched, num_queries), labels)[..., :num_queries]  # (L, B, Q)
         weights = torch.where(wanted == self.num_classes, logits.new_tensor(config.no_object_weight), 1.0)
         entropy = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none").view_as(weights)
         # As many queries are matched in every prediction, so the weights add up to the same.
@@ -138,8 +138,8 @@ class Criterion:
 
         at_points, targets = self._at_points(predictions, segments, queries.clamp(min=0), keys)
         cross = F.binary_cross_entropy_with_logits(at_points, targets, reduction="none").mean(dim=3)
-        shares = at_points.sigmoid()
-        both = shares.sum(dim=3) + targets.sum(dim=3)
+        shares = at_points.sigmoid()  # (L, B, N, P)
+        both = shares.sum(dim=3) + targets.sum(dim=3)  # (L, B, N)
         dice = 1 - (2 * (shares * targets).sum(dim=3) + 1) / (both + 1)
         num_segments = counts("segments", torch.tensor(float(sum(segments.counts)), device=device))
         # Without a segment the mask of the first query is looked at all the same, with weight 0.
@@ -158,6 +158,7 @@ class Criterion:
         candidates = draw("segmentation/candidates", num_points=num_candidates)
         uniform = draw("segmentation/uniform", num_points=config.num_points - num_uncertain)
         image = torch.arange(num_images, device=queries.device)[:, None]
+        # (L * B, N, H, W): of each segment the mask of its query.
         logits = torch.cat([prediction.masks[image, own] for prediction, own in zip(predictions, queries)])
         points = uncertain_points(
             logits.detach(), candidates.flatten(0, 1), uniform.flatten(0, 1), num_uncertain=num_uncertain

@@ -30,7 +30,7 @@ class Mask2Former(Head):
     Args:
         spec: the backbone's maps.
         classes: names of the K classes.
-        config: see Mask2FormerConfig.
+        config: widths, blocks, losses and kernel.
 
     Raises:
         HeadError: one map only, or a number of classes that no label map can hold.

@@ -164,7 +164,7 @@ class PixelDecoder(nn.Module):
 
     Args:
         spec: the backbone's maps, at least two; the finest only enters at the end.
-        config: see PixelDecoderConfig.
+        config: widths, blocks and kernel.
     """
 
     def __init__(self, *, spec: FeatureSpec, config: PixelDecoderConfig) -> None:

@@ -108,7 +108,7 @@ class TransformerDecoder(nn.Module):
         channels: C.
         num_levels: maps that take turns in being attended to.
         num_classes: K.
-        config: see TransformerDecoderConfig.
+        config: queries, blocks and widths.
     """
 
     def __init__(self, *, channels: int, num_levels: int, num_classes: int, config: TransformerDecoderConfig) -> None:
@@ -139,15 +139,15 @@ class TransformerDecoder(nn.Module):
         sizes = [(level.shape[-2], level.shape[-1]) for level in maps]
         places = [sine_positions(*size, channels, like=mask_features) for size in sizes]
         cells = [level.flatten(2).mT + own for level, own in zip(maps, _rows(self.level_embed), strict=True)]
-        x = _rows(self.query_feat).expand(batch, -1, -1)
-        code = _rows(self.query_embed)
+        x = _rows(self.query_feat).expand(batch, -1, -1)  # (B, Q, C)
+        code = _rows(self.query_embed)  # (Q, C)
         predictions = [self._predict(x, mask_features)]
         blocks = zip(
             self.transformer_cross_attention_layers, self.transformer_self_attention_layers, self.transformer_ffn_layers
         )
         for number, (look, talk, think) in enumerate(blocks):
             level = number % len(maps)
-            hidden = self._hidden(predictions[-1].masks, sizes[level])
+            hidden = self._hidden(predictions[-1].masks, sizes[level])  # (B * A, Q, h * w)
             x = think(talk(look(x, code, cells[level], places[level], hidden), code))
             predictions.append(self._predict(x, mask_features))
         return predictions

@@ -84,7 +84,7 @@ def make_positions(
     """Build the position codes that a configuration names; None for none.
 
     Args:
-        kind: see PositionKind.
+        kind: learned, fixed waves, or none, per PositionKind.
         channels: D.
         axes: those of AXES that are told apart.
         num_frames: rows of a learned table of frames.

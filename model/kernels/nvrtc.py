@@ -52,7 +52,7 @@ def compile_cubin(
         raise KernelError(f"{name} is compiled by NVRTC, which cannot be loaded: {error}.") from error
     if architecture not in known[:count]:
         raise KernelError(
-            f"{name} is to be compiled for sm_{architecture}, which this NVRTC does not know: it has {known[:count]}."
+            f"{name} is compiled for sm_{architecture}, which this NVRTC does not know: it has {known[:count]}."
         )
     options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", "--ptxas-options=-v"]
     options += [f"--define-macro={one}" for one in defines]
@@ -72,7 +72,7 @@ def compile_cubin(
         messages = bytes(log).rstrip(b"\0").decode(errors="replace")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise KernelError(
-                f"NVRTC could not compile {name} for sm_{architecture} ({status.name}): {messages or 'it says nothing'}"
+                f"NVRTC could not compile {name} for sm_{architecture} ({status.name}): {messages or 'no message'}"
             )
         cubin = bytearray(check(nvrtc.nvrtcGetCUBINSize(program)))
         check(nvrtc.nvrtcGetCUBIN(program, cubin))

@@ -16,7 +16,7 @@ from permafrost.model.errors import KernelError
 from permafrost.model.kernels.verified import VERIFIED
 
 COMPILED = ("triton", "cuda", "epilogue")
-"""What runs on a GPU and has no gradient; the others are made of PyTorch's common operators."""
+"""Versions that run on a GPU and have no gradient; the others are made of PyTorch's common operators."""
 
 
 @dataclass(frozen=True)

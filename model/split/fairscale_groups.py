@@ -83,7 +83,7 @@ class TensorGroup:
         return [row.tolist() for row in everyone]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Return every member's value on every member, in rank order; what travels, see `permafrost._wire`."""
+        """Return every member's value on every member, in rank order: anything that `permafrost._wire` sends."""
         return all_gather(value, group=self.control)
 
     def _require_current(self) -> None:

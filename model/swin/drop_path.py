@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-"""What random choices draw from: one generator for a whole batch (None: the global one), or one per sample."""
+"""Generators that random choices draw from: one generator for a whole batch (None: the global one), or one per sample."""
 
 
 def draw_kept(keep: Tensor, num_images: int, generator: Generators) -> Tensor:
@@ -23,7 +23,7 @@ def draw_kept(keep: Tensor, num_images: int, generator: Generators) -> Tensor:
         keep: (..., 1), probability of keeping each branch.
         num_images: B. With a generator per sample a multiple of their number: the frames of a clip, which follow one
             another, share its draw.
-        generator: see Generators.
+        generator: one of Generators.
 
     Returns:
         (..., B) bool.

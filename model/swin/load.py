@@ -33,7 +33,7 @@ class Share(Protocol):
     """The part that one of several processes keeps of a network they hold together, as permafrost.model.split.load makes it."""
 
     reads_all: bool
-    """Whether it reads every tensor of a file whole."""
+    """True if it reads every tensor of a file whole."""
 
     def take(self, name: str, tensor: Tensor) -> Tensor:
         """Return this process's part of a tensor; maybe a view."""

@@ -85,7 +85,7 @@ class ShiftedWindowAttention(nn.Module):
     qkv: nn.Linear
     proj: nn.Linear
     cosine: bool
-    """Whether queries and keys are scaled to length 1."""
+    """True if queries and keys are scaled to length 1."""
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()

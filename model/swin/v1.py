@@ -100,8 +100,8 @@ class Block(nn.Module):
     Args:
         dim: channels C.
         num_heads: attention heads.
-        window_size: see WindowAttention.
-        pretrained_window: see WindowAttention.
+        window_size: as in WindowAttention.
+        pretrained_window: as in WindowAttention.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int, pretrained_window: int) -> None:

@@ -98,7 +98,7 @@ class Block(nn.Module):
     Args:
         dim: channels C.
         num_heads: attention heads.
-        pretrained_window: see WindowAttention.
+        pretrained_window: as in WindowAttention.
         extra_norm: also normalise the main branch at the end of the block.
     """
 
@@ -165,7 +165,7 @@ def build_stage(
         depth: number of blocks.
         num_heads: attention heads.
         window_size: side of a window on maps larger than it.
-        pretrained_window: see WindowAttention.
+        pretrained_window: as in WindowAttention.
         extra_norm_interval: an extra norm after every so many blocks of this stage; 0: none.
         last: whether no stage follows.
     """
@@ -281,9 +281,9 @@ class SwinV2Classifier(SwinV2):
     """SwinV2 with the final norm, mean pooling and a linear classifier: what pretraining trains.
 
     Args:
-        size: see SwinV2.
+        size: as in SwinV2.
         num_classes: number of classes K.
-        **kwargs: see SwinV2.
+        **kwargs: as in SwinV2.
     """
 
     def __init__(self, size: str | SwinV2Size, *, num_classes: int, **kwargs) -> None:

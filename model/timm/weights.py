@@ -152,7 +152,7 @@ def check_fit(file: TimmWeights, name: str, *, model: nn.Module, whole: nn.Modul
     broken = [key for key, tensor in used.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise WeightsError(
-            f"{file.source}: weights that are not finite (NaN or infinite) in {listed(broken)}; it is of no use."
+            f"{file.source}: weights that are not finite (NaN or infinite) in {listed(broken)}; use another file."
         )
 
 

@@ -122,7 +122,7 @@ def to_official_names(tensors: Tensors, *, path: Path, prefix: str | None) -> Re
     """
     if any(".attn.w_msa." in name for name in tensors):
         raise WeightsError(
-            f"{path} has the names of mmdetection, which also orders the weights of its downsampling otherwise; give "
+            f"{path} has the names of mmdetection, which also orders the downsampling weights differently; give "
             "the original checkpoint."
         )
     done = []

@@ -46,5 +46,7 @@ def decode_header(header: Mapping[str, str], path: Path) -> dict[str, Any]:
             if key == "std" and min(decoded[key]) <= 0:
                 raise ValueError
         except (ValueError, TypeError) as error:
-            raise WeightsError(f"{path}: its header says {key}={text}, which makes no sense; write it anew.") from error
+            raise WeightsError(
+                f"{path}: its header says {key}={text}, which cannot be read; write the file again."
+            ) from error
     return decoded

@@ -177,9 +177,7 @@ def locate(weights: str | os.PathLike[str]) -> Path:
     if str(weights) in KNOWN_WEIGHTS:
         path = PRETRAINED_FOLDER / KNOWN_WEIGHTS[str(weights)].file
         if not path.is_file():
-            raise WeightsError(
-                f"{weights}: its file {path} is missing from this installation; install the package anew."
-            )
+            raise WeightsError(f"{weights}: its file {path} is missing from this installation; reinstall the package.")
         return path
     path = Path(weights).expanduser()
     if path.is_file():
@@ -238,7 +236,7 @@ def read_file(path: Path, weights_key: str | None) -> tuple[Tensors, dict[str, s
         return *read_single(path), None, None
     raise WeightsError(
         f"{path} is neither a safetensors file nor a PyTorch checkpoint (it starts with {start[:8]!r}); "
-        "it is damaged or something else."
+        "it is damaged or of another kind."
     )
 
 
@@ -248,7 +246,7 @@ def _checked(name: str, entry: Entry, path: Path) -> Entry:
     def read() -> Tensor:
         tensor = entry.read()
         if not is_finite(tensor):
-            raise WeightsError(f"{path}: weights that are not finite (NaN or infinite) in {name}; it is of no use.")
+            raise WeightsError(f"{path}: weights that are not finite (NaN or infinite) in {name}; use another file.")
         return tensor
 
     return Entry(entry.shape, entry.dtype, read)

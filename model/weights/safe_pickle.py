@@ -262,8 +262,8 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
 
 def _refused(path: Path, error: Exception) -> WeightsError:
     return WeightsError(
-        f"{path} holds more than tensors: reading it would execute {error}, which is refused. Weights have no use "
-        "for that: do not open the file with another program before you know where it comes from."
+        f"{path} holds more than tensors: reading it would execute {error}, which is refused. Weights never need "
+        "that: find out where the file comes from before you open it with another program."
     )
 
 

@@ -84,7 +84,7 @@ def read_single(path: Path) -> tuple[Tensors, dict[str, str]]:
             view = file.get_slice(name)
             dtype = _DTYPES.get(view.get_dtype())
             if dtype is None:
-                raise WeightsError(f"{path}: {name} is of a dtype that is not read, {view.get_dtype()}.")
+                raise WeightsError(f"{path}: {name} has the dtype {view.get_dtype()}, which is not supported.")
             entries[name] = Entry(tuple(view.get_shape()), dtype, _reader(file, name))
         return Tensors(entries), file.metadata() or {}
     except SafetensorError as error:
@@ -103,7 +103,9 @@ def read_sharded(index: Path) -> tuple[Tensors, dict[str, str], Manifest | None]
     content = _read_json(index)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise WeightsError(f"{index} has no weight_map of tensors and files; it is no index of a sharded checkpoint.")
+        raise WeightsError(
+            f"{index} has no weight_map of tensors and files; it is not the index of a sharded checkpoint."
+        )
     files = sorted(set(weight_map.values()))
     outside = [name for name in files if Path(name).name != name]
     if outside:

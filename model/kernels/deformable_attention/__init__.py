@@ -120,7 +120,7 @@ def _kernels():
     try:
         from permafrost.model.kernels.deformable_attention import triton
     except ImportError as error:
-        raise KernelError(f"The triton kernel of deformable attention cannot be had: {error}.") from error
+        raise KernelError(f"The triton kernel of deformable attention is not available: {error}.") from error
     return triton
 
 

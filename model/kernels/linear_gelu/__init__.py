@@ -29,7 +29,7 @@ def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
         KernelError: if a gradient is wanted.
     """
     if torch.is_grad_enabled() and any(one.requires_grad for one in (x, layer.weight, layer.bias)):
-        raise KernelError("A product with a GELU in its epilogue has no gradient, and one is wanted.")
+        raise KernelError("A product with a GELU in its epilogue has no gradient, and one is needed.")
     rows = x.reshape(-1, x.shape[-1])
     out = torch._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True)
     return out.view(*x.shape[:-1], layer.out_features)

@@ -54,7 +54,7 @@ def residual_norm(
     if kernel == "reference":
         return residual_norm_reference(x, y, *constants, others)
     if torch.is_grad_enabled() and any(one.requires_grad for one in (x, y, norm.weight, norm.bias)):
-        raise KernelError("The triton kernel of residual norm has no gradient, and one is wanted.")
+        raise KernelError("The triton kernel of residual norm has no gradient, and one is needed.")
     if x.dtype not in DTYPES or x.shape[-1] > MAX_CHANNELS:
         raise KernelError(
             f"The triton kernel of residual norm takes {', '.join(map(str, DTYPES))} and up to {MAX_CHANNELS} channels, found "
@@ -77,7 +77,7 @@ def _residual_norm(
     try:
         from permafrost.model.kernels.residual_norm.triton import residual_norm_triton
     except ImportError as error:
-        raise KernelError(f"The triton kernel of residual norm cannot be had: {error}.") from error
+        raise KernelError(f"The triton kernel of residual norm is not available: {error}.") from error
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         extra = None if extra_weight is None or extra_bias is None else (extra_weight, extra_bias, extra_eps)

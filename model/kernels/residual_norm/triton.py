@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 ELEMENTS = 2048
-"""Of a map in a program, where a token has fewer."""
+"""Elements of a map in a program, where a token has fewer."""
 
 
 @triton.jit
