@@ -50,7 +50,7 @@ class Head(nn.Module):
             counts: what sums of losses are divided by, by name.
 
         Returns:
-            training: named float32 scalars whose sum is the loss; evaluation: one result of the task per image.
+            Training: named float32 scalars whose sum is the loss; evaluation: one result of the task per image.
         """
         raise NotImplementedError
 

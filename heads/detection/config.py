@@ -251,7 +251,7 @@ class SemanticBranchConfig(Configuration):
     weight: float = 0.2
     """Factor of its loss."""
     resize: Literal["before", "after"] = "before"
-    """Order of bringing the other levels to that level's size: before their 1x1 convolution and ReLU, as in the public code, or after
+    """Place of the resizing to that level's size: before the other levels' 1x1 convolution and ReLU, as in the public code, or after
     them, as in runs of before 2026-11-29. The two do not commute."""
 
     def __post_init__(self) -> None:

@@ -64,7 +64,7 @@ def bin_weights(start: Tensor, end: Tensor, *, num_bins: int, num_cells: int, sa
         end: (R,) likewise.
         num_bins: S.
         num_cells: H or W.
-        sampling_ratio: see roi_align.
+        sampling_ratio: as in roi_align.
 
     Returns:
         (R, S, num_cells); a row sums to 1 unless samples lie more than a cell outside the map, which count as 0.

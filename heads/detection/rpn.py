@@ -133,7 +133,7 @@ class RPN(nn.Module):
         what is left, over all levels, are the proposals. In training the limits are the configuration's `_train` ones.
 
         Returns:
-            one (R_i, 4) xyxy tensor per image.
+            One (R_i, 4) xyxy tensor per image.
         """
         config = self.config
         num_pre_nms = config.num_pre_nms_train if self.training else config.num_pre_nms_test

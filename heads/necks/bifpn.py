@@ -34,7 +34,7 @@ class FusionNode(nn.Module):
         num_inputs: maps that meet here.
         channels: width in and out.
         separable: a 3x3 convolution channel by channel and a 1x1 one, in place of a full 3x3 one.
-        norm: see make_norm.
+        norm: a norm's name, as make_norm takes it.
     """
 
     def __init__(self, *, num_inputs: int, channels: int, separable: bool, norm: str) -> None:
@@ -72,7 +72,7 @@ class BiFPNLayer(nn.Module):
         num_levels: at least 2.
         channels: width of every level.
         separable: whether the convolutions are separable, as in FusionNode.
-        norm: see make_norm.
+        norm: a norm's name, as make_norm takes it.
     """
 
     def __init__(self, *, num_levels: int, channels: int, separable: bool, norm: str) -> None:
@@ -106,10 +106,6 @@ class BiFPN(nn.Module):
 
     P2 to P6 is `finest_stride` 4 with one extra level, P3 to P7 is 8 with two.
 
-    Attributes:
-        strides: pixels per cell of every output level: the backbone's from `finest_stride` on, then the extra ones.
-        num_backbone_levels: how many of the outputs have a backbone map; regions are pooled from these.
-
     Args:
         spec: the backbone's maps, finest first; each stride doubles the one before.
         channels: width of every level.
@@ -118,7 +114,11 @@ class BiFPN(nn.Module):
         num_layers: how often the levels are mixed.
         finest_stride: finer maps of the backbone are left out.
         separable: whether the convolutions are separable, as in FusionNode.
-        norm: see make_norm.
+        norm: a norm's name, as make_norm takes it.
+
+    Attributes:
+        strides: pixels per cell of every output level: the backbone's from `finest_stride` on, then the extra ones.
+        num_backbone_levels: how many of the outputs have a backbone map; regions are pooled from these.
 
     Raises:
         HeadError: the strides do not double, or fewer than two levels are left.
@@ -177,7 +177,7 @@ class BiFPN(nn.Module):
             features: one (B, C_i, H_i, W_i) map per backbone level, in any floating dtype.
 
         Returns:
-            one (B, channels, H_i, W_i) map per level, in the compute dtype: autocast's, else the parameters'.
+            One (B, channels, H_i, W_i) map per level, in the compute dtype: autocast's, else the parameters'.
         """
         if len(features) != self.num_maps:
             raise HeadError(

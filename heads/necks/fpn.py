@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 class FPN(nn.Module):
     """Lateral 1x1 convolutions, a top-down path of nearest-neighbour sums, and a 3x3 convolution per level.
 
-    Attributes:
-        strides: pixels per cell of every output level: the backbone's, then the extra ones.
-        num_backbone_levels: how many of the outputs have a backbone map; regions are pooled from these.
-
     Args:
         spec: the backbone's maps, finest first; each stride doubles the one before.
         channels: width of every output level.
         num_extra_levels: levels subsampled from the coarsest one, each by 2.
         level_norm: whether a LevelNorm stands before each lateral convolution.
+
+    Attributes:
+        strides: pixels per cell of every output level: the backbone's, then the extra ones.
+        num_backbone_levels: how many of the outputs have a backbone map; regions are pooled from these.
 
     Raises:
         HeadError: there is only one map, or the strides do not double.
@@ -67,7 +67,7 @@ class FPN(nn.Module):
             features: one (B, C_i, H_i, W_i) map per backbone level, in any floating dtype.
 
         Returns:
-            one (B, channels, H_i, W_i) map per level, in the compute dtype: autocast's, else the parameters'.
+            One (B, channels, H_i, W_i) map per level, in the compute dtype: autocast's, else the parameters'.
         """
         return self.outputs(self.top_down(self.laterals(features)))
 

@@ -32,7 +32,7 @@ class ResidualBlock(nn.Module):
     Args:
         channels: width in and out.
         kind: "basic" or "bottleneck".
-        norm: see make_norm.
+        norm: a norm's name, as make_norm takes it.
     """
 
     def __init__(self, *, channels: int, kind: str, norm: str) -> None:
@@ -70,7 +70,7 @@ class ResidualFPN(FPN):
         num_blocks: residual blocks of each level.
         block: "basic" or "bottleneck".
         place: "merged", after the top-down sum; or "lateral", before it.
-        norm: see make_norm.
+        norm: a norm's name, as make_norm takes it.
     """
 
     def __init__(

@@ -36,16 +36,16 @@ class SimpleFeaturePyramid(nn.Module):
     and region pooling take it to, and every cell of the map is used before anything is resampled. A level of a map of n rows,
     hence of an image padded to n s pixels, has ceil(n s / t) rows.
 
-    Attributes:
-        strides: pixels per cell of every output level.
-        num_backbone_levels: how many of the outputs regions are pooled from: all but the extra ones.
-
     Args:
         spec: the backbone's only map.
         channels: width of every output level.
         num_extra_levels: levels subsampled from the coarsest one, each by 2.
         level_norm: whether a LevelNorm stands before everything. The paper has none, since it trains the backbone; a frozen
             one's map is raw, and this is where its scale is learned.
+
+    Attributes:
+        strides: pixels per cell of every output level.
+        num_backbone_levels: how many of the outputs regions are pooled from: all but the extra ones.
 
     Raises:
         HeadError: the backbone gives more than one map.
@@ -84,7 +84,7 @@ class SimpleFeaturePyramid(nn.Module):
             features: the backbone's only map, (B, C, n, m), in any floating dtype.
 
         Returns:
-            one (B, channels, ceil(n s / t), ceil(m s / t)) map per level of stride t, in the parameters' dtype.
+            One (B, channels, ceil(n s / t), ceil(m s / t)) map per level of stride t, in the parameters' dtype.
         """
         if len(features) != 1:
             raise HeadError(

@@ -100,8 +100,7 @@ class Block(nn.Module):
     Args:
         dim: channels C.
         num_heads: attention heads.
-        window_size: as in WindowAttention.
-        pretrained_window: as in WindowAttention.
+        window_size, pretrained_window: as in WindowAttention.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int, pretrained_window: int) -> None:

@@ -147,7 +147,7 @@ class TimmNetwork(nn.Module):
 
         Args:
             images: (B, 3, H, W), normalised, in the parameters' dtype.
-            generator: what drop path draws from, in training; see draw_kept.
+            generator: what drop path draws from, in training, as draw_kept takes it.
 
         Returns:
             Maps (B, C_i, ceil(H / s_i), ceil(W / s_i)) as `spec` says, channels_last.

@@ -79,10 +79,8 @@ def residual_norm_triton(
     Args:
         x: (..., C), contiguous.
         y: as `x`.
-        weight: (C,).
-        bias: (C,).
-        eps: as in the reference.
-        extra: as in the reference.
+        weight, bias: (C,).
+        eps, extra: as in the reference.
         out: as `x`.
     """
     channels = x.shape[-1]

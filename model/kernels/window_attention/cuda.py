@@ -164,9 +164,7 @@ def window_attention_cuda(
         scale: (A,), float32.
         table: (A, (2 * window - 1) ** 2), float32.
         out: as `qkv`.
-        window: as in the reference.
-        shift: as in the reference.
-        cosine: as in the reference.
+        window, shift, cosine: as in the reference.
 
     Raises:
         KernelError: if the tensors are not on a GPU, or it cannot be built for theirs.

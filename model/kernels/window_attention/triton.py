@@ -193,9 +193,7 @@ def window_attention_triton(
         scale: (A,), float32.
         table: (A, (2 * window - 1) ** 2), float32.
         out: as `qkv`.
-        window: as in the reference.
-        shift: as in the reference.
-        cosine: as in the reference.
+        window, shift, cosine: as in the reference.
     """
     batch, height, width, channels = out.shape
     num_heads = len(table)
