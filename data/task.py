@@ -108,7 +108,7 @@ class TaskDataConfig(Configuration):
         known = set() if own is None else {field.name for field in dataclasses.fields(own)}
         if unknown := sorted(evaluation.keys() - known):
             raise DataError(
-                f"evaluation with other {', '.join(unknown)}: the run's data is {self._kind()}, which has no such field"
+                f"evaluation cannot change {', '.join(unknown)}: the run's data is {self._kind()}, which has no such field"
             )
         changed: dict[str, Any] = {"evaluation": dataclasses.replace(own, **evaluation)} if evaluation else {}
         return dataclasses.replace(self, **changed) if changed else self
@@ -249,8 +249,10 @@ class TaskEvaluator(Protocol):
         """Replace what was collected by the union of all ranks' states, this rank's included."""
 
     def compute(self) -> dict[str, float]:
-        """Return metrics by name. A name is `measure`, or `kind/measure` where a head has several kinds of results; a single class's
-        is followed by `-<class>`, and a count's measure begins with `num_`."""
+        """Return metrics by name: `measure`, or `kind/measure` if a head has several kinds of results.
+
+        A single class's name ends with `-<class>`, and a count's measure begins with `num_`.
+        """
 
     def result_files(self, head: str) -> dict[str, bytes]:
         """Return the content by file name of what is written beside the metrics: results_<head>.json and perhaps more."""
@@ -282,8 +284,7 @@ class InputReader(Protocol):
         """
 
     def keep(self, results: Sequence[Any], threshold: float) -> Any:
-        """Return one typed result of an input's samples, in its own pixels and with the classes' `names`, without what scores below
-        the threshold."""
+        """Return an input's one typed result, in its own pixels, with the classes' `names`, and without what scores below the threshold."""
 
     def describe(self, result: Any) -> str:
         """Return what was found, in a few words."""

@@ -26,8 +26,7 @@ class OutOfDeviceMemory(ValueError):
 
 
 class TrainingStopped(RuntimeError):
-    """Training stopped because the loss was not finite (of a head: several times in a row, and raised when everything
-    else of the run is done).
+    """Training stopped because the loss was not finite; of a head, several times in a row, raised when all else is done.
 
     Not a mistake in the input, hence not among USER_ERRORS: the command line prints it without a traceback and exits
     with 1.

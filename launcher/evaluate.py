@@ -56,7 +56,7 @@ def evaluate_run(
     try:
         trained = load_trained(run, group, heads=None if head is None else [head], which=which)
         if submission is not None and len(trained.heads) > 1:
-            raise CheckpointError(f"{trained.folder} has the heads {', '.join(trained.heads)}: say which with --head")
+            raise CheckpointError(f"{trained.folder} has the heads {', '.join(trained.heads)}: choose one with --head")
         dataset = group.main_first(lambda: _dataset(trained.experiment.data, evaluation or {}, submission))
         where = "validation annotations" if submission is None else "test images"
         if list(dataset.classes) != trained.classes:

@@ -251,6 +251,6 @@ class Experiment(Configuration):
             )
         if self.engine.offload == "features":
             raise RecipeError(
-                "engine.offload is 'features' but backbone.frozen is False: the maps are not the backbone's last word, its "
-                "backward needs all it saved. Choose 'all' or 'off', or backbone.checkpoint_activations"
+                "engine.offload is 'features' but backbone.frozen is False: the backbone's backward needs more than its maps. "
+                "Choose 'all' or 'off', or backbone.checkpoint_activations"
             )

@@ -86,7 +86,7 @@ def predict_run(
     try:
         trained = load_trained(trained_folder, group, heads=None if head is None else [head], which=which)
         if len(trained.heads) > 1:
-            raise CheckpointError(f"{trained.folder} has the heads {', '.join(trained.heads)}: say which with --head")
+            raise CheckpointError(f"{trained.folder} has the heads {', '.join(trained.heads)}: choose one with --head")
         ((name, path),) = trained.checkpoints.items()
         say(f"head {name}: {path}, on {group.device}")
         _predict_files(trained, files, folder, score_threshold, done, say)

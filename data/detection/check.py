@@ -16,8 +16,7 @@ from permafrost.data.task import Progress
 
 
 def check_coco(config: CocoDataConfig, *, decode: bool = True, on_progress: Progress | None = None) -> list[Finding]:
-    """Check both splits: files, JSON entries, and every image; arguments as of `data.build.check_data`, with files behind the
-    configuration.
+    """Check files, JSON entries and every image of both splits; arguments as of `data.build.check_data`, with files in place.
 
     Returns:
         findings in the order of the files. Training and evaluation refuse to start with the fatal ones; an unreadable

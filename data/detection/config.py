@@ -33,8 +33,7 @@ class JitterConfig(Configuration):
 
 @dataclass
 class MultiScaleConfig(Configuration):
-    """The classical augmentation with the aspect ratio kept and nothing cut off: training only. Images of a batch are padded
-    to the largest of them."""
+    """The classical augmentation that keeps the aspect ratio and cuts nothing off: training only; a batch is padded to its largest."""
 
     short_sides: tuple[int, ...] = tuple(range(480, 801, 32))
     """Pixels; the shorter side takes one of them, each as likely."""

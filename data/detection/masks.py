@@ -10,8 +10,7 @@ from pycocotools import mask as mask_api
 
 
 def decompress_counts(text: str) -> list[int]:
-    """Return the run lengths of COCO's compressed string: base-32 digits, low first, signed, each but the first three as a
-    difference.
+    """Return the run lengths of COCO's compressed string: signed base-32 digits, low first; from the fourth on, differences.
 
     Raises:
         ValueError: a character outside the code, or a last number without an end.

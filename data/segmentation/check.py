@@ -19,8 +19,7 @@ UNREADABLE_PHOTO = "unreadable photos"
 def check_ade20k(
     config: ADE20KDataConfig, *, decode: bool = True, on_progress: Progress | None = None
 ) -> list[Finding]:
-    """Check both splits: folders, pairs, and every photo with its labels; arguments as of `data.build.check_data`, with files behind
-    the configuration.
+    """Check folders, pairs, and every photo with its labels; arguments as of `data.build.check_data`, with files in place.
 
     Returns:
         findings, each with its kind. Training and evaluation refuse to start with pairs that are incomplete; a pair that cannot be

@@ -13,8 +13,7 @@ from permafrost.data.task import SampleExtent, TaskDataConfig
 
 @dataclass
 class SegmentationJitterConfig(Configuration):
-    """Training's augmentation, as the public Mask2Former recipe on ADE20K has it: a random shorter side, a square crop, SSD's
-    colour jitter, a flip."""
+    """Training's augmentation, as the public Mask2Former recipe on ADE20K has it: random scale, square crop, SSD's colour jitter, flip."""
 
     scale_range: tuple[float, float] = (0.5, 2.0)
     """The shorter side is resized to this range times data.image_size."""

@@ -93,8 +93,7 @@ class SegmentationInputs:
         return [{"image_id": result.image_id, "file_name": str(file), "classes": found}]
 
     def write(self, source: Tensor, result: ClassMap, target: Path) -> None:
-        """Write the photo under the colours of the classes, with a legend; and beside it, as <name>_labels.png, the labels themselves
-        (8-bit gray, 1 to K, the benchmark's format)."""
+        """Write the photo under the classes' colours, with a legend, and <name>_labels.png (8-bit gray, 1 to K, as the benchmark's)."""
         Image.fromarray(draw_classes(source, result.classes, self.classes)).save(target)
         labels = result.classes.numpy() + np.uint8(1)
         Image.fromarray(labels).save(target.with_stem(f"{target.stem}_labels"))

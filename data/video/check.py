@@ -22,8 +22,7 @@ SHORT = "videos shorter than the sampling window, which are looped"
 def check_kinetics(
     config: KineticsDataConfig, *, decode: bool = True, on_progress: Progress | None = None
 ) -> list[Finding]:
-    """Check both splits: lists, labels, missing files, and frames all over every video; arguments as of `data.build.check_data`, with
-    files behind the configuration.
+    """Check lists, labels, missing files and frames of every video; arguments as of `data.build.check_data`, with files in place.
 
     Returns:
         findings, each with its kind. A list that cannot be used, and more missing or unreadable videos than the configuration tolerates,

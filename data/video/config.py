@@ -55,7 +55,7 @@ class ClipConfig(Configuration):
         are_pairs = all(len(pair) == 2 for pair in self.flip_swaps) and len(set(names)) == len(names)
         require(are_pairs, "clip.flip_swaps", self.flip_swaps, "give pairs of classes, each class once")
         if both := sorted(set(names) & set(self.never_flip)):
-            raise DataError(f"data.clip: {', '.join(both)} stand in flip_swaps and in never_flip: choose one")
+            raise DataError(f"data.clip has {', '.join(both)} both in flip_swaps and in never_flip: choose one")
 
     @property
     def num_views(self) -> int:

@@ -119,7 +119,7 @@ def _read_list(config: KineticsDataConfig, split: str) -> tuple[list[tuple[tuple
         names = Path(config.root).expanduser() / config.class_names
         classes = [line.strip() for line in _text(names).splitlines() if line.strip()]
         if len(set(classes)) < len(classes):
-            raise DataError(f"{names}: a class stands there twice; one per line is expected")
+            raise DataError(f"{names}: it names a class twice; expected each class once, one per line")
         if config.num_classes not in (None, len(classes)):
             raise DataError(f"data.num_classes is {config.num_classes}, but {names} names {len(classes)} classes")
     else:

@@ -68,8 +68,7 @@ class ShapesWorld(Configuration):
 
 @dataclass
 class SceneryWorld(ShapesWorld):
-    """The built-in world `scenery`: the objects of `shapes` on backgrounds of several stuff-like regions. Other values are another
-    world, in another cache folder."""
+    """The built-in world `scenery`: the objects of `shapes` on areas of stuff. Other values are another world, in another cache folder."""
 
     classes: ClassVar[tuple[str, ...]] = (*ShapesWorld.classes, *TEXTURES)
     """In the order of the labels, which count from 1."""

@@ -64,7 +64,7 @@ def amount(unit: str, least: float | None = None) -> Callable[[str], float]:
         value = _float(text)
         if value == float("inf") or not (value > 0 if least is None else value >= least):
             limit = "a number above 0" if least is None else f"{least:g} or more"
-            raise argparse.ArgumentTypeError(f"{text!r} is no amount of {unit}: give {limit}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not an amount of {unit}: give {limit}")
         return value
 
     return parse

@@ -197,7 +197,7 @@ def check_accelerate_environment(environ: Mapping[str, str], precision: str) -> 
     if wanted != precision:
         raise LaunchError(
             f"ACCELERATE_MIXED_PRECISION is {mixed!r} but the head's compute is in {precision} (engine.precision): "
-            "change engine.precision, or say mixed_precision: 'no' in the configuration given to accelerate launch"
+            "change engine.precision, or set mixed_precision: 'no' in the configuration given to accelerate launch"
         )
 
 

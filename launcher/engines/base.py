@@ -120,8 +120,10 @@ class Engine(Protocol):
         """Return the full state, on every rank. Between steps only."""
 
     def masters(self) -> list[Tensor]:
-        """Return what this rank's optimizer steps: the parameters themselves or this rank's float32 parts of them, always in the same
-        order. Whoever changes them puts them back, or calls `load_parameters`."""
+        """Return what this rank's optimizer steps: the parameters, or its float32 parts of them, always in the same order.
+
+        Whoever changes them puts them back, or calls `load_parameters`.
+        """
 
     def export_parameters(self) -> dict[str, Tensor]:
         """Return the full parameters by name, CPU copies on every rank. Between steps only."""

@@ -90,7 +90,7 @@ def _add_wishes(settings: dict[str, Any], wishes: Mapping[str, Any], source: str
             _add_wishes(found, wish, source, f"{prefix}{key}.")
         elif found not in (wish, "auto"):
             raise LaunchError(
-                f"Accelerate's configuration asks for {prefix}{key} {wish} but {source} says {found}: say it in one of "
+                f"Accelerate's configuration asks for {prefix}{key} {wish} but {source} says {found}: set it in only one of "
                 "the two"
             )
         else:

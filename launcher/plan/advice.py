@@ -24,9 +24,7 @@ def recommend(planner: Planner, rows: Sequence[Row]) -> Row | None:
 
 
 def remedies(planner: Planner, row: Row, rows: Sequence[Row]) -> list[tuple[str, Row]]:
-    """Return what makes a row fit that does not: (change, row) of each single change that does; if none does, of the smallest
-    of all changes together. Empty: nothing helps.
-    """
+    """Return (change, row) of each single change that makes a row fit, else of the smallest of all together; empty: nothing helps."""
     layout = row.layout
     found = [(flags(changed, layout), planner.row(changed)) for changed in _single_changes(planner, layout)]
     found += [(flags(other.layout, layout), other) for other in rows if _differs_once(other.layout, layout)]

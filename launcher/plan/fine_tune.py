@@ -60,7 +60,7 @@ def build_trained(config: BackboneConfig) -> TrainableBackbone:
     """
     if config.name.startswith(TIMM_PREFIX):
         raise RecipeError(
-            f"backbone.frozen is False and backbone.name {config.name!r}: plan knows Swins that learn only"
+            f"backbone.frozen is False and backbone.name {config.name!r}: plan can predict the training of a Swin only"
         )
     return TrainableBackbone(empty_network(config), config, **NO_SOURCE)
 

@@ -137,7 +137,7 @@ class Planner:
 
     def __post_init__(self) -> None:
         if not self.experiment.backbone.frozen and self.experiment.engine.offload != "off":
-            raise RecipeError("engine.offload with backbone.frozen at False: plan knows it only with 'off'")
+            raise RecipeError("backbone.frozen is False: plan can predict that only with engine.offload 'off'")
         self.micro_batch(self.own)
         ProcessGroup(0, self.machines.world_size, 0, torch.device("cpu")).require_mesh(self.own.tensor)
         self._describe_data()

@@ -128,9 +128,7 @@ class FusedAttention(TorchFunctionMode):
         return self.attend(query, key, value)
 
     def with_gradients(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the output (..., L, D), with what a backward needs and gives: the scores again, and, of a bias, a gradient for
-        each query and key before it is summed over what the bias was broadcast over.
-        """
+        """Return the output (..., L, D), whose backward counts the scores again and, of a bias, the gradient before it is summed."""
         return _Attention.apply(query, key, value, bias, self._trace)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -257,8 +257,7 @@ def find_culprits(
 
 
 def kill_culprits(culprits: Sequence[Culprit]) -> list[Culprit]:
-    """Kill those on this machine that started as siblings of this process, as a launcher's SIGTERM ends no rank that is
-    stopped or stuck.
+    """Kill those that started on this machine as siblings of this process: a launcher's SIGTERM ends no rank that is stuck.
 
     Returns:
         the ones that were killed.

@@ -285,8 +285,7 @@ def join_process_group(device: str = "auto", backend: str | None = None, *, time
 
 
 def read_ranks(environ: MutableMapping[str, str]) -> tuple[int, int, int, str]:
-    """Return (rank, world_size, local_rank, source) from the environment, which is completed with the standard variables under
-    Slurm.
+    """Return (rank, world_size, local_rank, source) from the environment; under Slurm, complete it with the standard variables.
 
     Raises:
         LaunchError: naming the variables that are missing or contradict each other.

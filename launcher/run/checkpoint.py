@@ -284,7 +284,7 @@ def _choose_head(folder: Path, head: str | None) -> str:
     names = sorted({name.split("/")[0] for name in files} | set(state.stopped))
     if head is None:
         if len(names) != 1:
-            raise CheckpointError(f"{folder} holds the heads {', '.join(names)}: say which one (--head)")
+            raise CheckpointError(f"{folder} holds the heads {', '.join(names)}: choose one (--head)")
         return names[0]
     if head not in names:
         raise CheckpointError(f"{folder} has no head {head!r}: it holds {', '.join(names)}")

@@ -197,8 +197,7 @@ def class_table(metrics: Metrics, names: Mapping[str, str]) -> str:
 
 
 def metrics_table(metrics: Metrics, names: Mapping[str, str]) -> str:
-    """Return a plain table of what evaluators found: a row for each kind of a head's results (its boxes, its masks), a column for
-    each measure; arguments as of `class_table`."""
+    """Return a plain table of metrics: a row for each kind of a head's results, a column for each measure; see `class_table`."""
     rows: list[tuple[str, str, dict[str, float]]] = []
     for head, values in metrics.items():
         kinds: dict[str, dict[str, float]] = {}

@@ -96,7 +96,7 @@ def test_a_configuration_from_outside_brings_its_own_builders() -> None:
     assert (config.describe(), config.required_paths()) == ("own", [])
     assert config.seen_with() is config
     with pytest.raises(
-        DataError, match=r"evaluation with other flip, sizes: .* a OwnDataConfig, for own, which has no such"
+        DataError, match=r"evaluation cannot change flip, sizes: .* a OwnDataConfig, for own, which has no such"
     ):
         config.seen_with(sizes=(32,), flip=True)
 

@@ -237,7 +237,7 @@ def test_what_cannot_be_predicted_with_is_refused(run: Path, images: Path, tmp_p
 
 def test_one_of_several_heads_must_be_named(images: Path, tmp_path: Path) -> None:
     run = train("two_heads", tmp_path / "two")
-    with pytest.raises(CheckpointError, match="has the heads detection, second: say which with --head"):
+    with pytest.raises(CheckpointError, match="has the heads detection, second: choose one with --head"):
         predict_run(run, [str(images)], tmp_path / "out", device="cpu")
     command = ["predict", str(run), str(images), "--output", str(tmp_path / "out"), "--head", "second"]
     assert main(command) == 0

@@ -100,7 +100,7 @@ def test_several_scales_are_scored_too(run, tmp_path, capsys) -> None:
     assert many["evaluation"] == {"scales": [0.5, 1.0, 1.5], "flip": True}
     assert 0 <= many["metrics"]["segmentation"]["semantic/mIoU"] <= 1
     assert main(["evaluate", str(copy), "--sizes", "64"]) == 2
-    assert "evaluation with other sizes: the run's data is a SceneryDataConfig" in capsys.readouterr().err
+    assert "evaluation cannot change sizes: the run's data is a SceneryDataConfig" in capsys.readouterr().err
 
 
 def test_predict_lays_colors_over_photos_of_any_size(run, tmp_path, capsys) -> None:

@@ -68,7 +68,7 @@ def test_a_plan_of_a_trained_backbone_has_one_tensor_degree_and_no_offload() -> 
     assert all(row.memory["frozen weights"] == 0 for row in rows)
     assert rows[0].memory["head weights"] > 4 * 2_700_000
     assert not remedies(planner, rows[0], rows)
-    with pytest.raises(RecipeError, match=r"engine\.offload.*plan knows it only with 'off'"):
+    with pytest.raises(RecipeError, match=r"plan can predict that only with engine\.offload 'off'"):
         Planner(parse_experiment(RECIPE, ["--backbone.frozen", "False", "--engine.offload", "all"]), Machines(gpus=1))
 
 

@@ -269,7 +269,7 @@ def test_the_recipes_own_layout_is_in_the_table() -> None:
     ("args", "expected"),
     [
         ([RECIPE, "--gpus", "0"], "'0' is not a number of GPUs"),
-        ([RECIPE, "--gpu-memory", "-4"], "'-4' is no amount of GB of memory"),
+        ([RECIPE, "--gpu-memory", "-4"], "'-4' is not an amount of GB of memory"),
         ([RECIPE, "--gpus", "3"], "loop.global_batch 2 does not divide over 3 process(es)"),
         ([RECIPE, "--mesh.tensor", "2"], "do not divide into groups of 2"),
         (["coco:swinv2_bas_fpn"], "swinv2_base_fpn"),
