@@ -145,14 +145,14 @@ class RPN(nn.Module):
             best.append(scores.topk(count, dim=1).indices + start)
             level_of.append(torch.full((count,), i, device=scores.device))
             start += scores.shape[1]
-        index = torch.cat(best, dim=1)
-        level = torch.cat(level_of)
+        index = torch.cat(best, dim=1)  # (B, P), the best of every level
+        level = torch.cat(level_of)  # (P,)
 
-        scores = output.logits.gather(1, index)
-        deltas = output.deltas.gather(1, index[..., None].expand(-1, -1, 4))
+        scores = output.logits.gather(1, index)  # (B, P)
+        deltas = output.deltas.gather(1, index[..., None].expand(-1, -1, 4))  # (B, P, 4)
         boxes = self.coder.decode_single(deltas.flatten(0, 1), output.anchors[index].flatten(0, 1))
         boxes = clip_boxes(boxes.view_as(deltas), image_sizes(batch.targets, like=boxes)[:, None])
-        usable = larger_than(boxes, MIN_PROPOSAL_SIDE)
+        usable = larger_than(boxes, MIN_PROPOSAL_SIDE)  # (B, P) bool
 
         # Image by image: one call for all would make the rounding of an image's boxes depend on its neighbours.
         proposals = []

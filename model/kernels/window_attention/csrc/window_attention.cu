@@ -210,7 +210,7 @@ struct Queries {
         const typename C::Element* values = shared.v + head * C::CHUNK_TOKENS * C::STRIDE;
 #pragma unroll 1
         for (int group = 0; group < groups; ++group) {
-            const int first = group * C::GROUP * 16;
+            const int first = group * C::GROUP * 16;  // In the chunk.
             float logits[2 * C::GROUP][4];  // 16 queries x 8 keys each.
             UNROLL for (int tile = 0; tile < 2 * C::GROUP; ++tile) {
                 UNROLL for (int i = 0; i < 4; ++i) logits[tile][i] = 0.0f;
@@ -234,6 +234,7 @@ struct Queries {
                     constexpr int ENTRY = (1 << ORIGIN_BIT) - 1;
                     logit = logit * factor + table[(entry[half] & ENTRY) - (key & ENTRY)];
                     if (IS_BOUNDED) logit -= bound;
+                    // The shift brought them together from different sides of a border.
                     if (is_masked && (key ^ entry[half]) >> ORIGIN_BIT) logit += SHIFT_PENALTY * LOG2_E;
                 }
             }
@@ -242,7 +243,7 @@ struct Queries {
                     float now = largest[half];
                     UNROLL for (int tile = 0; tile < 2 * C::GROUP; ++tile)
                         now = fmaxf(now, fmaxf(logits[tile][2 * half], logits[tile][2 * half + 1]));
-                    now = max_of_quad(now);
+                    now = max_of_quad(now);  // The four lanes that share a row of queries.
                     const float shrink = exp2_fast(largest[half] - now);
                     largest[half] = now;
                     total[half] *= shrink;
@@ -324,11 +325,11 @@ DEVICE void window_attention(const Arguments& arguments) {
 #pragma unroll 1
         for (int chunk = 0; chunk < C::CHUNKS; ++chunk) {
             if (C::CHUNKS > 1 || round == 0) {
-                if (chunk) synchronise_block();
+                if (chunk) synchronise_block();  // No warp still reads the chunk before.
                 load_chunk<C>(shared, arguments, qkv, first_head, window_row, window_column, chunk);
                 synchronise_block();
             }
-            if (!is_active) continue;
+            if (!is_active) continue;  // Only now: every warp loads, and waits for the others.
             const int left = C::GROUPS - chunk * C::CHUNK_GROUPS;
             const int groups = left < C::CHUNK_GROUPS ? left : C::CHUNK_GROUPS;
             if (is_bounded)
