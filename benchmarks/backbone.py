@@ -160,7 +160,7 @@ def twin(network: SwinV2, **kernels: str) -> SwinV2:
 def contestants(
     name: str, side: int, window: int, device: torch.device, compiled: bool, image: Tensor
 ) -> tuple[dict[str, Forward], tuple[Tensor, ...]]:
-    """What runs against each other, and the maps they are compared with.
+    """Return what runs against each other, and the maps they are compared with.
 
     Args:
         name: Of the size.

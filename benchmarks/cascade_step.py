@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: Cascade Mask R-CNN with five layers of BiFPN at 1024 x 1024, on frozen features.
+"""Measures where the time of a training step goes: Cascade Mask R-CNN with five layers of BiFPN at 1024 x 1024, on frozen features.
 
     OMP_NUM_THREADS=1 python benchmarks/cascade_step.py [--side 1024] [--images 1] [--objects 20] [--steps 3] [--device cpu]
 
@@ -158,7 +158,7 @@ def make_batch(images: int, side: int, objects: int) -> Batch:
 def measure(
     side: int, images: int, objects: int, steps: int, device: torch.device
 ) -> list[dict[str, tuple[float, float]]]:
-    """Of each counted step: clock and processor milliseconds of every part."""
+    """Return, for each counted step, clock and processor milliseconds of every part."""
     torch.manual_seed(0)
     config = CascadeConfig(neck=BiFPNConfig(num_layers=5))
     head = build_head(config, spec=SPEC, classes=[f"class {i}" for i in range(NUM_CLASSES)]).to(device).train()

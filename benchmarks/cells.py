@@ -1,4 +1,4 @@
-"""What the evidence scripts share: cells that are runs of their own on one thread, and what their seeds say together."""
+"""The part that the evidence scripts share: cells that are runs of their own on one thread, and what their seeds say together."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run_all(cells: Sequence[CellT], run: Callable[[CellT], Any], jobs: int) -> I
 
 
 def remaining(missing: Sequence[Any], times: dict[Any, float], jobs: int) -> str:
-    """How long cells take.
+    """Return how long cells take.
 
     Args:
         missing: of each cell what `times` knows its kind by.

@@ -55,7 +55,7 @@ def make_inputs(side: int, batch: int) -> tuple[list[tuple[int, int]], list[Tens
 
 
 def contestants(sizes: list[tuple[int, int]], device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    """What runs against each other."""
+    """Return what runs against each other."""
     entries = {
         "reference": lambda v, x, w: deformable_attention(v, sizes, x, w, kernel="reference"),
         "transformers": lambda v, x, w: multi_scale_deformable_attention(v, sizes, x, w),
@@ -74,7 +74,7 @@ def both_ways(call: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor
 
 
 def saved_bytes(call: Callable[..., Tensor], tensors: list[Tensor]) -> int:
-    """What a forward keeps beyond its inputs."""
+    """Return the bytes that a forward keeps beyond its inputs."""
     leaves = [one.detach().requires_grad_() for one in tensors]
     known = {one.untyped_storage().data_ptr() for one in leaves}
     kept: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""What an engine costs: a step of the quickstart's head under DeepSpeedEngine and AccelerateEngine against a bare PyTorch loop.
+"""Measures what an engine costs: a step of the quickstart's head under DeepSpeedEngine and AccelerateEngine against a bare PyTorch loop.
 
     python benchmarks/engine_overhead.py [--steps 40] [--recipe quickstart]
 
@@ -32,7 +32,7 @@ SAME_LOSS = 1e-3
 
 
 def contestants(recipe: str) -> tuple[dict[str, Callable[[], float]], int]:
-    """What takes a step and returns its loss, by name; and the number of images of a step."""
+    """Return what takes a step and returns its loss, by name; and the number of images of a step."""
     from permafrost.data.detection.types import DetectionTarget
     from permafrost.heads.base import world_mean_counts
     from permafrost.launcher.engines.base import parameter_groups

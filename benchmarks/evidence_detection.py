@@ -256,7 +256,7 @@ def calibrate(path: Path, work: Path, jobs: int, num_steps: int, *, trial: bool 
 
 
 def eta(path: Path, missing: Sequence[Cell], jobs: int, num_steps: int) -> str:
-    """How long the missing cells take, from the processor time of those of the same head, else of all."""
+    """Return how long the missing cells take, from the processor time of those of the same head, else of all."""
     known = of_length(path, num_steps)
     rows = [row for row in known if row["table"] != "calibration"] or known
     times = {(row["head"], row["setting"]): float(row["cpu_s"]) for row in rows}

@@ -199,7 +199,7 @@ def summarise(path: Path) -> str:
 
 
 def eta(path: Path, missing: Sequence[Cell], jobs: int) -> str:
-    """How long the missing cells take, from the processor time of those there."""
+    """Return how long the missing cells take, from the processor time of those there."""
     times = {
         (cell_of(row).pixel_blocks, cell_of(row).transformer_blocks, row["setting"]): float(row["cpu_s"])
         for row in read(path)

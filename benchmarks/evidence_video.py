@@ -62,7 +62,7 @@ FULL_FACTOR = 0.1
 
 
 def world_name(world: MotionWorld) -> str:
-    """What rows call a world: by what decides its difficulty."""
+    """Return the name that rows give a world: by what decides its difficulty."""
     low, high = world.object_size
     return f"objects {low:g} to {high:g}, contrast {world.contrast:g}, clutter {world.clutter}"
 
@@ -113,7 +113,7 @@ def build(
 
 
 def forced_choice(results: Sequence[dict], pairs: Sequence[tuple[str, str]]) -> tuple[float, int]:
-    """How often a video's own class has a higher score than its partner; and over how many videos."""
+    """Return how often a video's own class has a higher score than its partner; and over how many videos."""
     partner = {name: other for one, two in pairs for name, other in ((one, two), (two, one))}
     points = []
     for entry in results:

@@ -1,4 +1,4 @@
-"""How easy the built-in world `motion` must be for appearance to give a class away; fixes the world of the quickstart and of the evidence.
+"""Finds how easy the world `motion` must be for appearance to give a class away; fixes the world of the quickstart and of the evidence.
 
     OMP_NUM_THREADS=1 python benchmarks/motion_calibration.py [--only N]
 

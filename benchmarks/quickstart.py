@@ -1,4 +1,4 @@
-"""What pretraining is worth: a quickstart with its pretrained frozen backbone beside the same run on random frozen weights.
+"""Measures what pretraining is worth: a quickstart with its pretrained frozen backbone beside the same run on random frozen weights.
 
     python benchmarks/quickstart.py --seeds 0 1 2 [--kinds pretrained random] [--recipe quickstart_segmentation]
 

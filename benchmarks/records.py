@@ -1,4 +1,4 @@
-"""What every benchmark's rows need: the machine's name, where the code stands, and a CSV that grows a row at a time."""
+"""The part that every benchmark's rows need: the machine's name, where the code stands, and a CSV that grows a row at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of kernels share: times, the machine's own rates, floors, and the test that comes first.
+"""The part that the benchmarks of kernels share: times, the machine's own rates, floors, and the test that comes first.
 
 Contestants take turns, in random order in each round, so that whatever else the machine does hits all of them. On a GPU a call is
 timed by events after at least ten warm-ups: "cold" after a write that fills the L2 cache, "warm" right after the same call. Times are
@@ -70,7 +70,7 @@ def _version(module: str) -> str:
 
 
 def passes(*arguments: str) -> bool:
-    """Whether tests pass here: pytest's arguments. What it says is shown where they do not."""
+    """Return whether tests pass here, by pytest's arguments; what it says is shown where they do not."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     last = (result.stdout.strip().splitlines() or [result.stderr])[-1]
@@ -132,7 +132,7 @@ def percentiles(milliseconds: Sequence[float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine does at its best, measured here and now.
+    """Rates of this machine at its best, measured here and now.
 
     Attributes:
         copy: Bytes a second, read and written ones counted alike.

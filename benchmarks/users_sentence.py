@@ -1,4 +1,4 @@
-"""What the project promises, as one run: the 3 B SwinV2 in bfloat16 split over two processes, offload, a ZeRO 2 head.
+"""Does what the project promises, as one run: the 3 B SwinV2 in bfloat16 split over two processes, offload, a ZeRO 2 head.
 
     python benchmarks/users_sentence.py FOLDER [--name swinv2_giant]
 
@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results" / "users_sentence.csv"
 
 
 def unique_bytes(tensors: Any) -> int:
-    """Of the storages of some tensors."""
+    """Count the bytes of the storages of some tensors, each once."""
     return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
 

@@ -87,7 +87,7 @@ class Problem:
 
     @property
     def cost(self) -> dict[str, float]:
-        """What cannot be avoided: bytes read and written, FLOP of both products, exponentials."""
+        """Return what cannot be avoided: bytes read and written, FLOP of both products, exponentials."""
         tokens = self.batch * self.side**2
         padded = self.batch * (-(-self.side // self.window) * self.window) ** 2
         length = self.window**2
@@ -98,7 +98,7 @@ class Problem:
         }
 
     def contestants(self, flex: bool) -> dict[tuple[str, str], Callable[[], Tensor]]:
-        """What runs against each other, by name and by what it starts from."""
+        """Return what runs against each other, by name and by what it starts from."""
         tensors = (self.qkv, self.qkv_bias, self.scale, self.table)
         own = {"window": self.window, "shift": self.shift}
         bias, penalty = materialise_bias(self.table, height=self.side, width=self.side, dtype=self.dtype, **own)

@@ -50,7 +50,7 @@ def permafrost_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_garbage() -> Iterator[None]:
-    """What a file of tests leaves to the garbage collector is collected at its end. A leak (an open file, a process nobody waited
+    """Collect at its end what a file of tests leaves to the garbage collector. A leak (an open file, a process nobody waited
     for) is an error then, which else falls upon whatever test runs when the collector does, in another file and once in a while."""
     yield
     gc.collect()

@@ -1,4 +1,4 @@
-"""What .ci/run does about a test that fails: once more by itself, and a word about it."""
+""".ci/run runs a test that fails once more by itself, and says so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the benchmarks are found."""
+"""Puts the benchmarks where tests find them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast the frozen forward must be on a GPU. Times depend on the card and on what else it does: run it alone.
+"""The frozen forward must reach this speed on a GPU. Times depend on the card and on what else it does: run it alone.
 
 pytest -m gpu tests/benchmarks
 """

@@ -41,7 +41,7 @@ def test_flex_attention_agrees() -> None:
 
 
 def test_floor_of_the_giants_third_stage() -> None:
-    """As the bytes, products and exponentials of a 64 x 64 map of 2048 channels add up."""
+    """The floor is what the bytes, products and exponentials of a 64 x 64 map of 2048 channels add up to."""
     cost = benchmark.Problem(window=16, dtype=torch.bfloat16, device=torch.device("meta"), **benchmark.GPU_SIZE).cost
     assert cost["num_bytes"] == pytest.approx(4 * 64 * 64 * 2048 * 2, rel=0.02)
     assert cost["flops"] == 4 * 64 * 64 * 256 * 2048

@@ -89,7 +89,7 @@ def train_step(engine, group, step: int, accumulation: int, learning_rate: float
 
 
 def arguments() -> dict:
-    """What the test passed: a JSON object on the command line."""
+    """Return what the test passed: a JSON object on the command line."""
     return json.loads(next(word for word in sys.argv[1:] if word.startswith("{")))
 
 

@@ -174,7 +174,7 @@ def offloading(group, folder: str) -> dict:
 
 
 def mesh(group) -> dict:
-    """What ranks tell each other."""
+    """Find what ranks tell each other."""
     try:
         group.all_reduce_mean({f"name{group.rank}": 1.0})
         disagreement = None

@@ -51,7 +51,7 @@ def local_batch(rank: int, world_size: int, step: int) -> Batch:
 
 
 class PlainLoop:
-    """What every PyTorch user would write, with an engine's methods: backward, clip, torch's AdamW. No engine is in it."""
+    """The loop that every PyTorch user would write, with an engine's methods: backward, clip, torch's AdamW. No engine is in it."""
 
     def __init__(self, head: torch.nn.Module, optimizer: OptimizerConfig) -> None:
         self.head, self.clip_norm = head, optimizer.clip_norm

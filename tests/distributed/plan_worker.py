@@ -1,4 +1,4 @@
-"""What a real training step holds and sends: the measurements that `permafrost plan` is compared with.
+"""Measures what a real training step holds and sends: the measurements that `permafrost plan` is compared with.
 
 Bytes held are those of the engines' own tensors, bytes sent those given to torch.distributed, the peak torch's own
 report of every allocation and release of the CPU's allocator.
@@ -77,7 +77,7 @@ def watch_buckets(model: torch.nn.Module) -> dict[str, int]:
 
 
 def unique_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Of the storages of some tensors."""
+    """Count the bytes of the storages of some tensors, each once."""
     storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors if one is not None}
     return sum(storages.values())
 

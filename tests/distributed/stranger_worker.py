@@ -12,7 +12,7 @@ from permafrost.launcher.ranks.process_group import join_process_group
 
 
 class Payload:
-    """What a stranger would have rank 0 run."""
+    """Code that a stranger would have rank 0 run."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Path.touch, (Path(os.environ["PAYLOAD"]),))

@@ -113,7 +113,7 @@ def passes(group, tensor_group) -> dict[str, float]:
 
 
 def half_precision(group, tensor_group) -> dict[str, float]:
-    """How far the maps in bfloat16 are from those in float64, split and whole."""
+    """Measure how far the maps in bfloat16 are from those in float64, split and whole."""
     images = draw_images(group, "equal")
     exact = load_backbone("swinv2_nano", weights="random:3", dtype=torch.float64)
     errors = {}
@@ -217,7 +217,7 @@ class Peak(threading.Thread):
 
 
 def loading(group, tensor_group, files: list[str]) -> dict:
-    """What a file leaves in memory, in each format, and that the parts make up the file."""
+    """Measure what a file leaves in memory, in each format, and check that the parts make up the file."""
     found = {}
     tensors = load_file(next(file for file in files if file.endswith(".safetensors")))
     names = [name for name in tensors if not name.startswith(("norm.", "head."))]
@@ -257,7 +257,7 @@ def refusal(load) -> str:
 
 
 def faults(group, tensor_group, files: dict[str, str]) -> dict:
-    """What each rank is told when one of its group has other files or images; everybody goes on afterwards."""
+    """Find what each rank is told when one of its group has other files or images; everybody goes on afterwards."""
 
     def load(own: str, others: str = "good", **fields) -> SplitBackbone:
         weights = files[own if group.rank == 1 else others]

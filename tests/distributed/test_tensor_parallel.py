@@ -54,7 +54,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def found(run_ranks: Callable, files: dict[str, str]) -> dict[str, Any]:
-    """What four ranks found, in groups of two and of four."""
+    """Return what four ranks found, in groups of two and of four."""
     given = {"files": [files["tiny"], files["pth"]], "faults": files}
     return run_ranks("tensor_worker.py", 4, given, timeout=240)
 

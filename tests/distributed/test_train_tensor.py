@@ -105,7 +105,7 @@ def detections(run: Path) -> list[dict]:
 
 
 def same(found: list[dict], expected: list[dict]) -> bool:
-    """Whether the same was found, but for rounding."""
+    """Return whether the same was found, but for rounding."""
     assert len(expected) > 10
     assert [entry["image_id"] for entry in found] == [entry["image_id"] for entry in expected]
     assert [entry["score"] for entry in found] == pytest.approx([entry["score"] for entry in expected], abs=1e-5)

@@ -109,7 +109,7 @@ def test_every_step_is_taken(runs: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_engine_is_watched(runs: Path, kind: str) -> None:
-    """What metrics.jsonl and TensorBoard say of a step's time, of memory and of skipped steps; and each rank's last beat."""
+    """metrics.jsonl and TensorBoard tell of a step's time, of memory and of skipped steps; and each rank's last beat."""
     lines = steps(runs / kind)
     for line in lines:
         parts = [line[f"time/{part}"] for part in ("data_wait", "backbone", "heads")]

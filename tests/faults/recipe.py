@@ -122,7 +122,7 @@ def endless() -> Experiment:
 
 
 def deed(fault: dict[str, Any]) -> Callable[[], None]:
-    """What happens when the moment has come."""
+    """Return what happens when the moment has come."""
 
     def act() -> None:
         if fault["do"] == "kill":

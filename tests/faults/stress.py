@@ -120,7 +120,7 @@ def start(
 
 
 def _be_rank(command: list[str], environ: dict[str, str], log: Path) -> None:
-    """What a forked child does; it does not return."""
+    """Do what a forked child does, without returning."""
     os.setsid()
     os.environ.update(environ)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -145,7 +145,7 @@ def losses(run: Path) -> list[dict[str, Any]]:
 
 
 def state(run: Path) -> dict[str, Any]:
-    """What the last checkpoint holds: the hash of every tensor, and its counters."""
+    """Return what the last checkpoint holds: the hash of every tensor, and its counters."""
     from safetensors.numpy import load_file
 
     folder = run / f"checkpoints/step_{STEPS:08d}"
@@ -166,12 +166,12 @@ def start_steps(run: Path) -> list[int]:
 
 
 def newest_step(run: Path) -> int:
-    """Of the newest checkpoint that lies there complete; 0 if none does."""
+    """Return the step of the newest checkpoint that lies there complete; 0 if none does."""
     return max((int(folder.name[5:]) for folder in (run / "checkpoints").glob("step_*")), default=0)
 
 
 def difference(run: Path, whole: Path) -> str:
-    """What is not bitwise the same in two runs that have ended; "" if all is."""
+    """Return what is not bitwise the same in two runs that have ended; "" if all is."""
     for what in (losses, state):
         found, expected = what(run), what(whole)
         if found != expected:
@@ -338,7 +338,7 @@ def samples(folder: Path, ranks: int) -> list[list[list[int]]]:
 
 
 def main() -> int:
-    """See the module."""
+    """Run rounds of faults, as the module says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--random", type=int, default=0, metavar="N")

@@ -72,7 +72,7 @@ class DepthResult(Tensors):
 
 @dataclass
 class DepthEvaluationConfig:
-    """How images are looked at in evaluation."""
+    """Views of images in evaluation."""
 
     flip: bool = False
 

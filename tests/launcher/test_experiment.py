@@ -32,7 +32,7 @@ from permafrost.launcher.recipes.serialise import experiment_from_json, to_json
 def torch_rates(
     build: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler], num_steps: int
 ) -> list[float]:
-    """What torch's own scheduler does to a rate of 1."""
+    """Return what torch's own scheduler makes of a rate of 1."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler, rates = build(optimizer), []
     for _ in range(num_steps):

@@ -1,4 +1,4 @@
-"""What this machine is: the hash of the sources, whichever way they are installed; processes."""
+"""This machine is known by the hash of the sources, whichever way they are installed; processes."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def test_one_step_and_one_evaluation_through_the_command_line(name: str, coco: P
 
 @pytest.mark.parametrize("empty_images", [False, True])
 def test_bad_annotations_are_dropped_and_no_loss_is_nan(coco: Path, tmp_path: Path, empty_images: bool, capsys) -> None:
-    """Of 8 images: one without annotations, one all crowd, one with a polygon of 2 points, one with run lengths of the wrong
+    """Eight images train: one without annotations, one all crowd, one with a polygon of 2 points, one with run lengths of the wrong
     size, four sound; crops so deep that some images lose every object, and category ids with gaps."""
     content = json.loads((coco / "annotations/instances_train2017.json").read_text())
     content["images"] = content["images"][:8]

@@ -53,7 +53,7 @@ def obstacle() -> str | None:
 
 @dataclass
 class Outcome:
-    """How a program ended: code, everything it wrote, and the seconds it took."""
+    """Ending of a program: code, everything it wrote, and the seconds it took."""
 
     code: int
     output: str

@@ -1,4 +1,4 @@
-"""What `permafrost launch` finds on the nodes before anything starts: each problem names its node and a remedy."""
+"""`permafrost launch` finds faults of nodes before anything starts: each problem names its node and a remedy."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_interface(cluster, tmp_path):
     [({"PYTHONPATH": "/tmp/$(touch canary)"}, "PYTHONPATH"), ({"LD_LIBRARY_PATH": "/a b"}, "LD_LIBRARY_PATH")],
 )
 def test_variables_that_a_shell_would_change(cluster, tmp_path, variables, name):
-    """What DeepSpeed would hand to the nodes' shells half-quoted is refused."""
+    """A variable is refused that DeepSpeed would hand to the nodes' shells half-quoted."""
     command = cluster.launch_command("--output", str(tmp_path / "run"))
     outcome = cluster.run(command, timeout=60, cwd=tmp_path, **variables)
     assert outcome.code == 2

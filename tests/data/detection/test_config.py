@@ -1,4 +1,4 @@
-"""What a detection data set's configuration refuses, and where its files are."""
+"""A detection data set's configuration refuses what cannot work, and says where its files are."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def make_scene(height: int, width: int, seed: int = 0, num_objects: int = 5) -> 
 
 
 def derived(scene: Scene, square: int, jitter: JitterConfig, key: SampleKey) -> dict:
-    """What large-scale jitter means, in plain numpy and for each output pixel its source pixel."""
+    """Derive what large-scale jitter means, in plain numpy and for each output pixel its source pixel."""
     draws = torch.rand(7, generator=key.generator("augment")).double().numpy()
     low, high = jitter.scale_range
     height, width = scene.image.shape[-2:]

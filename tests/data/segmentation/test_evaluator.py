@@ -46,7 +46,7 @@ def maps(number: int, num_classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
 
 
 def evaluator(number: int, **fields) -> SegmentationEvaluator:
-    """Of so many images, whose truth is that of `maps`."""
+    """Build an evaluator of so many images, whose truth is that of `maps`."""
     names = [f"photo{index}.jpg" for index in range(number)]
     return SegmentationEvaluator(CLASSES, names, truth=lambda image_id, size: maps(image_id)[0], **fields)
 

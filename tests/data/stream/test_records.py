@@ -1,4 +1,4 @@
-"""What data sets of many files share: records in memory, the count of unreadable files."""
+"""Data sets of many files share these: records in memory, the count of unreadable files."""
 
 from __future__ import annotations
 

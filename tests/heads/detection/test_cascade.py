@@ -204,7 +204,7 @@ def test_no_proposal_survives(config, spec, classes, make_batch, make_features, 
 
 @pytest.mark.parametrize("objects", [(4, 2, 3, 6), (5, 3, 0, 0)])
 def test_two_halves_equal_the_whole(config, spec, classes, make_batch, make_features, select, build, objects):
-    """What two ranks of two images compute, averaged, is what one rank of four computes: losses and every gradient."""
+    """Two ranks of two images compute, averaged, what one rank of four computes: losses and every gradient."""
     head = build(config, spec, classes).double()
     batch, features = make_batch(objects, num_ignored=1), make_features(4, dtype=torch.float64)
     halves = [([x[part] for x in features], select(batch, part)) for part in ([0, 1], [2, 3])]

@@ -196,7 +196,7 @@ def gradients(head):
 
 @pytest.mark.parametrize("objects", [(4, 2, 3, 6), (5, 3, 0, 0), (0, 0, 0, 0)])
 def test_two_halves_equal_the_whole(small_config, spec, classes, make_batch, make_features, select, objects, build):
-    """What two ranks of two images compute, averaged, is what one rank of four computes: losses and every gradient."""
+    """Two ranks of two images compute, averaged, what one rank of four computes: losses and every gradient."""
     head = build(small_config(), spec, classes).double()
     batch = make_batch(objects, num_ignored=1)
     features = make_features(4, dtype=torch.float64)

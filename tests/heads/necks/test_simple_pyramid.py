@@ -125,7 +125,7 @@ def test_levels_have_the_size_of_the_padded_image(stride, cells):
 
 @pytest.mark.parametrize("stride", [8, 14, 16, 32])
 def test_a_cell_reaches_the_pixels_that_are_its_own(stride):
-    """What one cell of the map changes lies around its own pixels on every level: nothing is shifted or stretched."""
+    """One cell of the map changes only what lies around its own pixels on every level: nothing is shifted or stretched."""
     neck = build(stride, width=8, channels=4, level_norm=False).double()
     x = torch.randn(1, 8, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     changed = x.clone()

@@ -1,4 +1,4 @@
-"""Which variables reach other nodes, and by which way."""
+"""The variables that reach other nodes, and the way they go."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def test_agent_answers_over_a_pipe(tmp_path):
     ],
 )
 def test_every_gpu_that_is_left_is_used(variables, count, monkeypatch, capsys):
-    """Of a machine with four, whatever this one has."""
+    """All of a machine with four are used, whatever this one has."""
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

@@ -1,4 +1,4 @@
-"""Which engine, from what settings, and states in one process. The engines' equality is tested in tests/distributed."""
+"""The choice of an engine from settings, and states in one process. The engines' equality is tested in tests/distributed."""
 
 from __future__ import annotations
 

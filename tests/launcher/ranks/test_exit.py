@@ -1,4 +1,4 @@
-"""How a program ends: its code, its output, its exit functions, and no teardown of an interpreter that holds torch."""
+"""A program ends with its code, its output, its exit functions, and no teardown of an interpreter that holds torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run records and shows, on a terminal, without one, with a full disk, and on ranks that must be silent."""
+"""A run records and shows this, on a terminal, without one, with a full disk, and on ranks that must be silent."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Case:
         return qkv.to(device, dtype), bias.to(device, dtype), scale.to(device), table.to(device)
 
     def expected(self) -> Tensor:
-        """What the reference says in float64."""
+        """Return what the reference says in float64."""
         return window_attention_reference(*(one.double() for one in self.tensors()), **self.keywords)
 
     def tolerance(self, device: str = "cpu") -> float:

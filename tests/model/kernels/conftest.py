@@ -1,4 +1,4 @@
-"""Where the modules that these tests share are found."""
+"""Puts the modules that these tests share where they find them."""
 
 from __future__ import annotations
 

@@ -17,19 +17,19 @@ FOLDER = Path(__file__).parent / "emulator"
 
 
 class Launch(ctypes.Structure):
-    """As `struct Launch`."""
+    """Fields of `struct Launch`."""
 
     _fields_ = [("threads", ctypes.c_int), ("parts", ctypes.c_int), ("shared_bytes", ctypes.c_int)]
 
 
 class Map(ctypes.Structure):
-    """As `struct Map`."""
+    """Fields of `struct Map`."""
 
     _fields_ = [(name, ctypes.c_int) for name in ("height", "width", "down", "across", "shift")]
 
 
 class Place(ctypes.Structure):
-    """As `struct Place`."""
+    """Fields of `struct Place`."""
 
     _fields_ = [
         ("place", ctypes.c_longlong),
@@ -91,7 +91,7 @@ class Emulator:
         run(ctypes.byref(arguments), first, number)
 
     def places(self, window: int, of: Map) -> list[Place]:
-        """What every token of every window of a map is."""
+        """Return what every token of every window of a map is."""
         places = (Place * (of.down * of.across * window**2))()
         assert self.library.find_places(window, ctypes.byref(of), places)
         return list(places)

@@ -36,7 +36,7 @@ class NormCase:
         return x, y, norms[0], norms[1] if self.has_extra else None
 
     def expected(self) -> Tensor:
-        """What the reference says in float64."""
+        """Return what the reference says in float64."""
         return residual_norm(*self.tensors(dtype=torch.float64), kernel="reference")
 
     def in_pytorch(self, device: str = "cpu") -> Tensor:

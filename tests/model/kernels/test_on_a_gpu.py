@@ -44,7 +44,7 @@ OURS = {"residual_norm": "triton", "gelu": "epilogue"}
 
 
 def poisoned(case: Case, kernel: str) -> Tensor:
-    """What a kernel writes over NaN."""
+    """Return what a kernel writes over NaN."""
     qkv, bias, scale, table = case.tensors("cuda")
     out = torch.full((*qkv.shape[:3], qkv.shape[3] // 3), float("nan"), dtype=qkv.dtype, device="cuda")
     op._launcher(kernel)(qkv, bias, scale.float(), table.float(), out, **case.keywords)

@@ -1,4 +1,4 @@
-"""How much of a network each member of a tensor group holds, and who can be split: without processes or memory."""
+"""Each member of a tensor group holds its share, and some networks can be split: without processes or memory."""
 
 from __future__ import annotations
 

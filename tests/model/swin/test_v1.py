@@ -157,7 +157,7 @@ def test_windows_are_clipped_stage_by_stage(monkeypatch) -> None:
 
 
 def test_a_clipped_window_takes_the_middle_of_the_table(randomise) -> None:
-    """As if the table had been made for the smaller window, with the same bias for the same offset."""
+    """It works as if the table had been made for the smaller window, with the same bias for the same offset."""
     model = randomise(SwinV1(SMALL, window_size=(7, 7, 7, 7))).double().eval()
     small = SwinV1(SMALL, window_size=(7, 5, 3, 2)).double().eval()
     state = model.state_dict()

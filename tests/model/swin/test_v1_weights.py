@@ -49,7 +49,7 @@ def tensors(randomise) -> Callable[..., dict[str, Tensor]]:
 
 
 def official_buffers(windows: tuple[int, ...]) -> dict[str, Tensor]:
-    """What official files carry beside the weights: an index per block, a mask where windows are shifted."""
+    """Return what official files carry beside the weights: an index per block, a mask where windows are shifted."""
     buffers = {}
     for stage, (depth, window) in enumerate(zip(DEPTHS, windows, strict=True)):
         axis = torch.arange(window)
