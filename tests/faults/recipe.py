@@ -144,15 +144,18 @@ def deed(fault: dict[str, Any]) -> Callable[[], None]:
     return act
 
 
-def before(owner: Any, name: str, act: Callable[[], None], number: int) -> None:
-    """Have `act` called before the number-th call (from 1) of a function."""
+def hook(owner: Any, name: str, act: Callable[[], None], number: int, *, after: bool = False) -> None:
+    """Act before the number-th call of a function, or after it."""
     original, calls = getattr(owner, name), []
 
     def wrapped(*arguments: Any, **fields: Any) -> Any:
         calls.append(None)
-        if len(calls) == number:
+        if len(calls) == number and not after:
             act()
-        return original(*arguments, **fields)
+        result = original(*arguments, **fields)
+        if len(calls) == number and after:
+            act()
+        return result
 
     setattr(owner, name, wrapped)
 
@@ -176,10 +179,11 @@ def prepare(fault: dict[str, Any]) -> None:
         # folder in its place but `latest` at the one before.
         "save_begins": (checkpoint, "_write_folder"),
         "save_tensors": (checkpoint, "_digest"),
-        "save_complete": (checkpoint.os, "rename"),
-        "save_renamed": (checkpoint, "sync"),
+        "save_complete": (checkpoint, "_write_folder"),
+        # Called for state.json and then, with the folder in its place, for `latest`.
+        "save_renamed": (checkpoint, "write_atomically"),
     }
-    before(*places[fault["at"]], deed(fault), fault.get("number", 1))
+    hook(*places[fault["at"]], deed(fault), fault.get("number", 1), after=fault["at"] == "save_complete")
 
 
 def record_samples(folder: Path) -> None:
