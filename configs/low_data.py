@@ -28,7 +28,7 @@ TABLE_6 = (
 
 
 def _share(percent: int) -> Experiment:
-    """COCO's recipe on an exact share of the images, as often through each of them. The paper's schedule here is not published."""
+    """Return COCO's recipe on an exact share of the images, as often through each; the paper does not publish its schedule."""
     experiment = swinv2_base_fpn()
     loop, schedule = experiment.loop, experiment.heads["detection"].schedule
     experiment.data.train_share = percent / 100

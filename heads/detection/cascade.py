@@ -48,7 +48,7 @@ class CascadeMaskRCNN(TwoStageHead):
         information_flow: whether each mask branch starts from the features of the one before, which then is run, and learns,
             on these regions, too.
         semantic: the branch whose embedding is added to what is pooled for every region, or None.
-        parts: see TwoStageHead.
+        parts: the arguments of TwoStageHead.
     """
 
     def __init__(

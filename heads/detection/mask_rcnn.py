@@ -91,7 +91,7 @@ class MaskRCNN(TwoStageHead):
     Args:
         box: the box branch, on the neck's levels but the extra ones.
         mask: the mask branch, on the same.
-        parts: see TwoStageHead.
+        parts: the arguments of TwoStageHead.
     """
 
     def __init__(self, *, box: BoxBranch, mask: MaskBranch, **parts: Any) -> None:

@@ -77,11 +77,9 @@ def residual_norm_triton(
     """Fill `out` with what the reference says.
 
     Args:
-        x: (..., C), contiguous.
-        y: as `x`.
+        x, y, out: (..., C), contiguous.
         weight, bias: (C,).
         eps, extra: as in the reference.
-        out: as `x`.
     """
     channels = x.shape[-1]
     num_tokens = x.numel() // channels
