@@ -119,9 +119,9 @@ def format_report(report: dict[str, list[Check]]) -> str:
 def check_packages(probed: dict[str, Any]) -> list[Check]:
     """Check Python and each package: its version, whether that is new enough, and whether it imports."""
     found_python = sys.version_info[:2] >= PYTHON
-    version = platform.python_version()
+    own = platform.python_version()
     remedy = "" if found_python else f"needed for everything: Python {'.'.join(map(str, PYTHON))} or newer"
-    checks = [Check("python", "ok" if found_python else "missing", version, remedy)]
+    checks = [Check("python", "ok" if found_python else "missing", own, remedy)]
     bounds = lower_bounds()
     for package, module, purpose, required in PACKAGES:
         version, bound = version_of(package), bounds.get(package, "")

@@ -80,6 +80,7 @@ def evaluate_run(
         metrics = evaluate_heads(
             trained.heads, trained.backbone, dataset, group, loop, results_folder=results_folder, say=say
         )
+        assert metrics is not None  # nothing interrupts it
         if submission is not None:
             say(f"{dataset.extent}: files for the benchmark server in {submission}")
             return metrics

@@ -76,5 +76,6 @@ def _lasting(stream: TextIO | None, descriptor: int, is_quiet: bool) -> TextIO:
     raw = Lasting(descriptor, is_quiet)
     # Unbuffered under PYTHONUNBUFFERED, as it was.
     buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)
-    options = {"encoding": stream.encoding, "errors": stream.errors, "line_buffering": stream.line_buffering}
-    return io.TextIOWrapper(buffer, **options, write_through=stream.write_through)
+    return io.TextIOWrapper(
+        buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering, write_through=stream.write_through
+    )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError
+from permafrost.model.network import Network
 from permafrost.model.spec import FeatureSpec
 from permafrost.model.swin.parts import PatchEmbed
 
@@ -19,30 +20,6 @@ if TYPE_CHECKING:
 # Floats clearly outside [0, 1] are pixels in 0..255 or already normalised; resampling may overshoot a little.
 PIXEL_RANGE = (-0.5, 1.5)
 _CHECKSUM_CHUNK = 1 << 22
-
-
-class Network(Protocol):
-    """The interface a module must offer, besides being an nn.Module, to be frozen."""
-
-    spec: FeatureSpec
-    min_image_size: int
-    """Smallest side of an image in pixels."""
-
-    def fold(self) -> None:
-        """Compute, or arrange to keep, all that depends on the parameters alone; they never change from here on."""
-
-    def set_training(self, config: BackboneConfig) -> dict[str, Any]:
-        """Do what the config asks of a network that learns, before it is trained, and return it for `describe`.
-
-        Raises:
-            BackboneError: if it cannot do it.
-        """
-
-    def describe(self) -> dict[str, Any]:
-        """Return what it is, as plain values: windows, tapped layers, ..."""
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return feature maps as `spec` says, channels_last, of normalised images (B, 3, H, W) in the parameters' dtype."""
 
 
 class Backbone(nn.Module):

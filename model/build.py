@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from permafrost._nearest import did_you_mean
-from permafrost.model.backbone import Backbone, Network
 from permafrost.model.config import BackboneConfig
 from permafrost.model.cuda_graph import require_graphs
 from permafrost.model.errors import BackboneError
 from permafrost.model.frozen import FrozenBackbone
+from permafrost.model.network import Network
 from permafrost.model.precision import check_dtype, choose_dtype, find_device
 from permafrost.model.spec import TIMM_PREFIX
 from permafrost.model.swin.load import empty_swin, load_swin
@@ -76,7 +76,7 @@ def build_backbone(
     if config.cuda_graph:
         # Before it is loaded.
         require_graphs(device)
-    kind: type[Backbone] = FrozenBackbone if config.frozen else TrainableBackbone
+    kind: type[FrozenBackbone] | type[TrainableBackbone] = FrozenBackbone if config.frozen else TrainableBackbone
     if tensor_group is not None:
         if not config.frozen:
             raise BackboneError("A network that is trained is not split over a tensor group: ZeRO 3 shards it.")
@@ -95,8 +95,9 @@ def build_backbone(
     said = {"name": config.name, "weights": source.pop("weights")}
     said |= {"dtype": str(dtype).removeprefix("torch."), "dtype_reason": reason}
     backbone = kind(network, config, **source | {"choices": said | source["choices"]})
-    if not config.frozen:
+    if isinstance(backbone, TrainableBackbone):
         require_gradients(backbone.train(), config.name)
+        return backbone
     if config.compile:
         backbone.compile_forward()
     if config.cuda_graph:

@@ -120,9 +120,9 @@ class BackboneConfig(Configuration):
                 setattr(self, field, value if isinstance(value, int) else values)
         if self.dtype not in DTYPES:
             raise BackboneError(f"backbone.dtype is {self.dtype!r}: give one of {', '.join(DTYPES)}")
-        for field, values in (("attention", ATTENTION), ("residual_norm", RESIDUAL_NORM), ("gelu", GELU)):
-            if getattr(self, field) not in values:
-                raise BackboneError(f"backbone.{field} is {getattr(self, field)!r}: give one of {', '.join(values)}")
+        for field, choices in (("attention", ATTENTION), ("residual_norm", RESIDUAL_NORM), ("gelu", GELU)):
+            if getattr(self, field) not in choices:
+                raise BackboneError(f"backbone.{field} is {getattr(self, field)!r}: give one of {', '.join(choices)}")
         if self.extra_norm_interval is not None and self.extra_norm_interval < 0:
             raise BackboneError(
                 f"backbone.extra_norm_interval is {self.extra_norm_interval}: give at least 1, 0 for none, "

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from permafrost.model.backbone import Backbone, Network
+from permafrost.model.backbone import Backbone
 from permafrost.model.compiled import CompiledNetwork
 from permafrost.model.cuda_graph import CapturedNetwork, require_graphs
 from permafrost.model.errors import BackboneError
+from permafrost.model.network import Network
 from permafrost.model.precision import full_precision
 
 if TYPE_CHECKING:

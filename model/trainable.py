@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from permafrost.model.backbone import Backbone, Network
+from permafrost.model.backbone import Backbone
 from permafrost.model.errors import BackboneError
+from permafrost.model.network import Network
 from permafrost.model.swin.drop_path import Generators
 
 if TYPE_CHECKING:

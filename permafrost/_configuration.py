@@ -17,7 +17,7 @@ class Configuration:
         Raises:
             AttributeError: there is no such field; `experiment.loop.num_step = 100` would else change nothing, in silence.
         """
-        fields = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        fields = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]  # of a subclass
         if name not in fields:
             raise AttributeError(f"{type(self).__name__} has no field {name}: {did_you_mean(name, fields)}")
         object.__setattr__(self, name, value)

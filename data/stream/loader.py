@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -75,6 +75,10 @@ class _Guarded(Dataset):
             )
 
 
+@overload
+def collate(samples: Sequence[Sample]) -> Batch: ...
+@overload
+def collate(samples: Sequence[Sample | _Failure]) -> Batch | _Failure: ...
 def collate(samples: Sequence[Sample | _Failure]) -> Batch | _Failure:
     """Stack samples into a batch, padded to the largest of them; the first failure, if any, takes its place."""
     loaded: list[Sample] = []

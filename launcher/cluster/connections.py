@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import selectors
@@ -44,7 +45,7 @@ def ssh_command(name: str, config: Path | None) -> list[str]:
 
 def agent_program() -> tuple[list[str], bytes]:
     """Return a Python's arguments with which it becomes an agent, and the sources that it reads first."""
-    sources = [Path(module.__file__).read_bytes() for module in _SENT]
+    sources = [Path(inspect.getfile(module)).read_bytes() for module in _SENT]
     return ["-c", _BOOTSTRAP, *(str(len(source)) for source in sources)], b"".join(sources)
 
 
@@ -220,6 +221,7 @@ class Connections(list[NodeConnection]):
             for connection in self:
                 if not connection.ended:
                     connection.flush()
+                    assert connection.process.stdout is not None
                     selector.register(connection.process.stdout, selectors.EVENT_READ, connection)
             if not selector.get_map():
                 time.sleep(timeout)

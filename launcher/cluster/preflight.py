@@ -136,7 +136,8 @@ def inspect(needs: Needs, connections: Connections) -> Site:
     ]
     if unreachable:
         raise _refusal(unreachable)
-    facts = [answers[index] for index in range(len(names))]
+    ordered = (answers[index] for index in range(len(names)))
+    facts = [answer for answer in ordered if not isinstance(answer, str)]
     wanted = {
         "versions": versions(),
         "code": code_hash(),
@@ -262,7 +263,7 @@ def _meet(needs: Needs, connections: Connections, names: Sequence[str], address:
                 f"{names[index]}: port {offer['port']} of {address} ({names[0]}) is not reached: {error}: open the "
                 "firewall between the nodes, or choose another network with --interface"
             )
-        elif not answer["sees_mark"]:
+        elif not isinstance(answer, str) and not answer["sees_mark"]:
             blind.append(names[index])
     if problems:
         raise _refusal(problems)

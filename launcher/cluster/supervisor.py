@@ -234,8 +234,8 @@ class Supervisor:
                 state = f"before rank(s) {missing} began" if missing else f"while rank(s) {open_ended} were at work"
                 return [f"what had started the ranks ended with code {code} {state}"]
         elif len(ranks) < self.world_size and now - self._begun > START_LIMIT:
-            missing = [f"{rank} ({self._node(rank)})" for rank in range(self.world_size) if rank not in ranks]
-            return [f"after {START_LIMIT:g} s ranks have not begun: {', '.join(missing)}"]
+            waited_for = [f"{rank} ({self._node(rank)})" for rank in range(self.world_size) if rank not in ranks]
+            return [f"after {START_LIMIT:g} s ranks have not begun: {', '.join(waited_for)}"]
         return []
 
     def _stop(self) -> Ending:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from permafrost.launcher.commands.arguments import add_checkpoint, add_device, number, parse
 
@@ -49,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--head", metavar="NAME", help="evaluate only this head")
     add_device(parser)
     options = parse(parser, argv)
-    evaluation = {"sizes": tuple(options.sizes)} if options.sizes else {}
+    evaluation: dict[str, Any] = {"sizes": tuple(options.sizes)} if options.sizes else {}
     evaluation |= {"scales": tuple(options.scales)} if options.scales else {}
     evaluation |= {"flip": True} if options.flip else {}
 

@@ -66,8 +66,8 @@ def read_settings(engine: EngineConfig, environ: Mapping[str, str]) -> tuple[dic
         LaunchError: the file is missing or malformed, or recipe and Accelerate name different stages.
     """
     launcher = _settings_of_accelerate(environ)
-    launcher_file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    launcher_file = None if launcher_file.lower() in ("", "none") else launcher_file
+    named = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    launcher_file = None if named.lower() in ("", "none") else named
     if engine.deepspeed_config is not None:
         settings, source = load_json(engine.deepspeed_config), f"engine.deepspeed_config {engine.deepspeed_config}"
     elif launcher_file is not None:

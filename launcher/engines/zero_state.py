@@ -176,8 +176,10 @@ def _set_partition(parameter: nn.Parameter, values: Mapping[str, Tensor]) -> Non
     from deepspeed import comm, zero
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-    size = parameter.ds_tensor.numel()
-    rank, num_ranks = comm.get_rank(parameter.ds_process_group), comm.get_world_size(parameter.ds_process_group)
+    # DeepSpeed has given it attributes that its type does not know.
+    known: Any = parameter
+    size, group = known.ds_tensor.numel(), known.ds_process_group
+    rank, num_ranks = comm.get_rank(group), comm.get_world_size(group)
 
     def local(value: Tensor) -> Tensor:
         padded = value.new_zeros(size * num_ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from permafrost.model.build import empty_network
 from permafrost.model.config import BackboneConfig
 from permafrost.model.errors import WeightsError
 from permafrost.model.frozen import FrozenBackbone
+from permafrost.model.network import Network
 from permafrost.model.spec import SWIN_V1_SIZES, SWINV2_SIZES, TIMM_PREFIX, FeatureSpec
 from permafrost.model.split.degree import possible_degrees
 from permafrost.model.split.fairscale_groups import TensorGroup
@@ -42,7 +44,7 @@ class PlannedGroup(TensorGroup):
     sent: defaultdict[str, int]
 
     def __init__(self, degree: int) -> None:
-        super().__init__(group=None, control=None, rank=0, degree=degree)  # type: ignore[arg-type]
+        super().__init__(group=None, control=None, rank=0, degree=degree)  # type: ignore[arg-type]  # nobody to talk to
         # The parent is frozen.
         object.__setattr__(self, "sent", defaultdict(int))
 
@@ -58,7 +60,7 @@ class PlannedGroup(TensorGroup):
         self.sent["all-gather"] += (self.degree - 1) * x.nbytes
         return torch.cat([x, *(torch.empty_like(x) for _ in range(self.degree - 1))], dim=-1)
 
-    def exchange(self, numbers: list[int]) -> list[list[int]]:
+    def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
         """Return every member's numbers, which are equal."""
         return [list(map(int, numbers))] * self.degree
 
@@ -156,7 +158,7 @@ def plan_backbone(
     network = empty_network(config)
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     group = PlannedGroup(tensor)
-    module: torch.nn.Module = network
+    module: Network = network
     for name, parameter in network.named_parameters():
         parameter.data = parameter.data.to(resident_dtype(name, dtype))
     for name, table in list(network.named_buffers()):
@@ -168,7 +170,7 @@ def plan_backbone(
         assert isinstance(network, swin.SwinV2)
         module = SplitSwinV2(network, group)
     kind = FrozenBackbone if tensor == 1 else SplitBackbone
-    backbone = kind(module, config, **NO_SOURCE)  # type: ignore[arg-type]
+    backbone = kind(module, config, **NO_SOURCE)
     pixels = torch.empty(images, dtype=torch.uint8, device=META)
 
     trace = Trace("meta")

@@ -168,7 +168,7 @@ def _as_on_cuda(trace: Trace, is_cuda: bool) -> Iterator[None]:
     def precise(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return norm(x.float(), *args, **kwargs)
 
-    F.scaled_dot_product_attention, F.layer_norm = fused, precise
+    F.scaled_dot_product_attention, F.layer_norm = fused, precise  # type: ignore[assignment]  # as the networks call them
     try:
         yield
     finally:

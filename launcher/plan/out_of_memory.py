@@ -42,7 +42,8 @@ def memory_explained(experiment: Experiment, group: ProcessGroup) -> Iterator[No
 
 def advice(experiment: Experiment, group: ProcessGroup) -> str:
     """Return the estimate, and options that need less. Not collective: the other ranks are busy or gone."""
-    estimate, options = "No estimate could be made", []
+    estimate = "No estimate could be made"
+    options: list[str] = []
     try:
         estimate, options = _from_plan(experiment, group)
     except Exception as error:  # a head or network that plan cannot run must not hide what has happened

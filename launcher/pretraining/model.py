@@ -110,7 +110,8 @@ def normalise(images: Tensor) -> Tensor:
 
 def build_optimizer(modules: tuple[nn.Module, ...], experiment: PretrainExperiment) -> torch.optim.AdamW:
     """Build AdamW with two groups: matrices are decayed; norms, biases, logit scales and the position bias MLP are not."""
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             plain = parameter.ndim < 2 or "logit_scale" in name or "cpb_mlp" in name

@@ -14,6 +14,7 @@ import math
 import re
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -73,10 +74,10 @@ def run(
         torch.set_num_threads(experiment.num_threads)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
-    load = {"image_size": experiment.image_size, "seed": experiment.world_seed}
+    load = partial(glyphs.load_split, image_size=experiment.image_size, seed=experiment.world_seed)
     print(f"run folder {folder}; glyphs world in {cache_folder()} (rendered once)", flush=True)
-    val = glyphs.load_split("val", experiment.num_val_images, **load)
-    train = glyphs.load_split("train", experiment.num_train_images, **load)
+    val = load("val", experiment.num_val_images)
+    train = load("train", experiment.num_train_images)
 
     torch.manual_seed(experiment.seed)
     model = build_classifier(experiment, len(train.class_names)).to(place)

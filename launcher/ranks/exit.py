@@ -27,10 +27,9 @@ def run_and_leave(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main()
     except SystemExit as error:
-        code = error.code
-        if isinstance(code, str):
-            print(code, file=sys.stderr)
-            code = FAILED
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        code = FAILED if isinstance(error.code, str) else error.code
     except BaseException as error:
         code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
         sys.excepthook(type(error), error, error.__traceback__)

@@ -194,8 +194,8 @@ def read_beats(folder: Path) -> list[Beat]:
         if beat.phase in PHASES:
             beats.append(replace(beat, time=max(beat.time, touched)))
     # An earlier start of the run may have had more ranks: the size of the world is what the newest beat says.
-    newest = max(beats, key=lambda beat: beat.time, default=None)
-    return [beat for beat in beats if beat.rank < newest.world_size]
+    world_size = max(beats, key=lambda beat: beat.time).world_size if beats else 0
+    return [beat for beat in beats if beat.rank < world_size]
 
 
 @dataclass(frozen=True)

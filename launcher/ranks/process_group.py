@@ -267,11 +267,11 @@ def join_process_group(device: str = "auto", backend: str | None = None, *, time
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     control_group = patient_group = None
     if world_size > 1:
-        patient_group = dist.new_group(backend="gloo", timeout=limit)
+        patient_group = _gloo_group(limit)
         _set_timeout(patient_group, FOR_EVER)
         if dist.get_backend() == "nccl":
             # Objects and a few floats go from memory to memory: the device is not synchronised for them.
-            control_group = dist.new_group(backend="gloo", timeout=limit)
+            control_group = _gloo_group(limit)
     return ProcessGroup(
         rank,
         world_size,
@@ -445,6 +445,13 @@ def first_slurm_host(nodelist: str) -> str:
             f"SLURM_STEP_NODELIST is {nodelist!r}: expected a list of hosts such as gpu[03-05]; set MASTER_ADDR by hand"
         )
     return "".join(part or "" for part in match.groups())
+
+
+def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:
+    """Make a group of all ranks; collective."""
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert not isinstance(group, int), "only who is no member gets a number"
+    return group
 
 
 def _set_timeout(group: dist.ProcessGroup, limit: timedelta) -> None:

@@ -176,7 +176,7 @@ def _config_modules() -> list[str]:
 
 def _recipes_in(module: ModuleType) -> dict[str, Recipe]:
     """Return the public functions of the module's own that say they return a dataclass and need no argument."""
-    found = {}
+    found: dict[str, Recipe] = {}
     for name, function in vars(module).items():
         if name.startswith("_") or not inspect.isfunction(function) or function.__module__ != module.__name__:
             continue

@@ -98,7 +98,7 @@ def _decode(data: Any, hint: Any, where: str) -> Any:
         return {key: _decode(item, arguments[1], f"{where}.{key}") for key, item in data.items()}
     if origin in (list, tuple):
         return _decode_sequence(data, origin, arguments, where)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _decode_dataclass(data, hint, where)
     if hint is bool:
         return _accept(data, isinstance(data, bool), "true or false", where)

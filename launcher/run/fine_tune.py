@@ -75,7 +75,7 @@ def join(
     backbone: TrainableBackbone, heads: Mapping[str, Head], *, learning_rate_factor: float
 ) -> tuple[ImagesOn, dict[str, Head]]:
     """Build what takes the places of a frozen backbone and of its heads."""
-    joined = {
+    joined: dict[str, Head] = {
         name: FineTuned(backbone, head, learning_rate_factor=learning_rate_factor) for name, head in heads.items()
     }
     assert len(joined) == 1, "one backbone cannot follow several heads' losses"

@@ -104,6 +104,7 @@ def start_heads(experiment: Experiment, parts: TrainingParts, group: ProcessGrou
 
 
 def _start(experiment: Experiment, name: str, config: HeadExperiment, parts: TrainingParts) -> Start:
+    assert config.init is not None
     source = read_source(config.init, name)
     head = parts.heads[name]
     own = head.head if isinstance(head, FineTuned) else head

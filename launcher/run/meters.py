@@ -158,6 +158,8 @@ class CommunicationMeter:
             yield
         finally:
             profiler.stop()
+        assert profiler.profiler is not None
+        assert profiler.profiler.kineto_results is not None
         events = profiler.profiler.kineto_results.events()
         self._seconds = _covered(
             [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if self._is_collective(e)]

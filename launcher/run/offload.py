@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 if TYPE_CHECKING:
     from permafrost.launcher.experiment import OffloadMode
+    from permafrost.launcher.run.fine_tune import ImagesOn
     from permafrost.model.frozen import FrozenBackbone
 
 # Below this a copy costs more than the memory is worth; masks and scales of norms stay.
@@ -168,7 +169,7 @@ class HostCopy:
         """Return the storage, on its device again; the current stream waits for it, the CPU does not."""
         self.prefetch()
         if self._returning is None:
-            return torch.UntypedStorage._new_with_weak_ptr(self._returned.cdata)
+            return torch.UntypedStorage._new_with_weak_ptr(self._returned.cdata)  # type: ignore[union-attr]  # not coming back: it is there
         (target, event), self._returning = self._returning, None
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
@@ -190,7 +191,7 @@ class SavedView:
     @classmethod
     def of(cls, tensor: Tensor, copy: HostCopy) -> SavedView:
         """Return the view that `tensor` is of its own storage, whose bytes `copy` holds."""
-        return cls(copy, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
+        return cls(copy, tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
 
     def fetch(self) -> Tensor:
         """Return the tensor, on its device again."""
@@ -254,7 +255,7 @@ class ActivationOffload:
         self.buffers = HostBuffers(pinned=on_gpu)
         self.statistics = OffloadStatistics()
 
-    def forward(self, backbone: FrozenBackbone, images: Tensor) -> KeptFeatures:
+    def forward(self, backbone: FrozenBackbone | ImagesOn, images: Tensor) -> KeptFeatures:
         """Compute the backbone's maps of one micro-batch; unless the mode is "off", they leave as its stages produce them.
 
         Args:
@@ -302,7 +303,7 @@ class ActivationOffload:
             known[_state(tensor)] = (StorageWeakRef(tensor.untyped_storage()), copy, len(tape))
             tape.append(weakref.ref(copy))
 
-        for one, view in zip(maps, kept.views):
+        for one, view in zip(maps, kept.views or ()):
             enter(one, view.copy)
 
         def pack(tensor: Tensor) -> Any:
@@ -310,7 +311,7 @@ class ActivationOffload:
             if storage.data_ptr() in resident or storage.device.type != self.device.type:
                 return tensor
             if (gathered := _gathered_parameter(sharded, storage)) is not None:
-                return _ParameterView(gathered, tensor.storage_offset(), tensor.shape, tensor.stride())
+                return _ParameterView(gathered, int(tensor.storage_offset()), tensor.shape, tensor.stride())
             state = _state(tensor)
             leaves = state in known or (self.mode == "all" and storage.nbytes() >= _MIN_BYTES)
             if state[0] not in counted:

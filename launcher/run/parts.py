@@ -17,13 +17,13 @@ from permafrost.launcher.ranks.agreement import require_agreement
 from permafrost.launcher.ranks.process_group import ProcessGroup
 from permafrost.launcher.run.fine_tune import ImagesOn, join
 from permafrost.model.build import build_backbone as build_network
+from permafrost.model.trainable import TrainableBackbone
 
 if TYPE_CHECKING:
     from permafrost.data.task import TaskDataset
     from permafrost.heads.base import Head
     from permafrost.model.frozen import FrozenBackbone
     from permafrost.model.spec import FeatureSpec
-    from permafrost.model.trainable import TrainableBackbone
 
 T = TypeVar("T")
 
@@ -85,9 +85,9 @@ def join_heads(
 ) -> tuple[FrozenBackbone | ImagesOn, dict[str, Head]]:
     """Return what gives the features, the backbone if it is frozen (else run/fine_tune.py's), and every head with its initial weights."""
     heads = build_heads(experiment, backbone.spec, classes)
-    if experiment.backbone.frozen:
-        return backbone, heads
-    return join(backbone, heads, learning_rate_factor=experiment.backbone.learning_rate_factor)
+    if isinstance(backbone, TrainableBackbone):
+        return join(backbone, heads, learning_rate_factor=experiment.backbone.learning_rate_factor)
+    return backbone, heads
 
 
 def build_heads(experiment: Experiment, spec: FeatureSpec, classes: Sequence[str]) -> dict[str, Head]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from permafrost.data.task import TaskDataset
     from permafrost.launcher.engines.base import Engine
+    from permafrost.launcher.run.fine_tune import ImagesOn
     from permafrost.model.frozen import FrozenBackbone
 
 NUM_IMAGES = 4
@@ -31,7 +32,7 @@ class Pictures:
         self._device = device
         self._batch: Batch | None = None
 
-    def draw(self, engines: Mapping[str, Engine], backbone: FrozenBackbone) -> dict[str, np.ndarray]:
+    def draw(self, engines: Mapping[str, Engine], backbone: FrozenBackbone | ImagesOn) -> dict[str, np.ndarray]:
         """Draw a sheet (H, W, 3) uint8 for each head, by name.
 
         Collective: every rank draws the same, as some engines need all ranks.

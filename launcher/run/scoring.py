@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from permafrost.data.types import Batch
     from permafrost.launcher.experiment import LoopConfig
     from permafrost.launcher.ranks.process_group import ProcessGroup
+    from permafrost.launcher.run.fine_tune import ImagesOn
     from permafrost.model.frozen import FrozenBackbone
 
 Metrics = dict[str, dict[str, float]]
@@ -46,7 +47,7 @@ class RunsHead(Protocol):
 
 def evaluate_heads(
     engines: Mapping[str, RunsHead],
-    backbone: FrozenBackbone,
+    backbone: FrozenBackbone | ImagesOn,
     dataset: TaskDataset,
     group: ProcessGroup,
     loop: LoopConfig,
@@ -117,7 +118,7 @@ def evaluate_heads(
     metrics: Metrics = {}
     for name, evaluator in evaluators.items():
         states = group.gather_objects(evaluator.state())
-        metrics[name] = group.on_main(lambda: _score(dataset, states, name, results_folder, say, show))  # noqa: B023 - called at once
+        metrics[name] = group.on_main(lambda: _score(dataset, states or [], name, results_folder, say, show))  # noqa: B023 - called at once
     return metrics
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ def choose_kernel(
     dtype: torch.dtype,
     device: torch.device,
     learns: bool,
-    attempt: Callable[[str], None],
+    attempt: Callable[[Any], None],
 ) -> Choice:
     """Choose what computes an op of a network.
 
@@ -84,7 +85,7 @@ def choose_kernel(
     return Choice(plain, f"no kernel has been verified on sm_{10 * major + minor} in {name}; {field} asks for one")
 
 
-def _attempt(kernel: str, *, field: str, plain: str, device: torch.device, attempt: Callable[[str], None]) -> None:
+def _attempt(kernel: str, *, field: str, plain: str, device: torch.device, attempt: Callable[[Any], None]) -> None:
     """Run a kernel once.
 
     Raises:

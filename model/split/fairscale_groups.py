@@ -95,7 +95,7 @@ class TensorGroup:
 
 
 # The group in use, and the world it belongs to: after a world is taken down, a group of it still looks whole.
-_joined: tuple[dist.ProcessGroup, TensorGroup] | None = None
+_joined: tuple[dist.ProcessGroup | None, TensorGroup] | None = None
 
 
 def join_tensor_group(degree: int) -> TensorGroup:
@@ -125,8 +125,9 @@ def join_tensor_group(degree: int) -> TensorGroup:
             candidate = dist.new_group(list(range(first, first + degree)), backend="gloo")
             if first <= dist.get_rank() < first + degree:
                 control = candidate
-    _joined = (dist.group.WORLD, TensorGroup(group, control, dist.get_rank(group), degree))
-    return _joined[1]
+    joined = TensorGroup(group, control, dist.get_rank(group), degree)
+    _joined = (dist.group.WORLD, joined)
+    return joined
 
 
 def leave_tensor_group() -> None:

@@ -18,8 +18,8 @@ from permafrost.model.swin.load import load_swin
 from permafrost.model.weights.tensor_map import add_to_fingerprint
 
 if TYPE_CHECKING:
-    from permafrost.model.backbone import Network
     from permafrost.model.config import BackboneConfig
+    from permafrost.model.network import Network
     from permafrost.model.swin.v2 import SwinV2
 
 
@@ -88,7 +88,7 @@ class ShardReader:
         for member, total in self._sums.items():
             part = shard(name, tensor, member, self._group.degree).detach().contiguous()
             total = zlib.crc32(f"{name} {part.dtype} {tuple(part.shape)}".encode(), total)
-            self._sums[member] = zlib.crc32(part.reshape(-1).view(torch.uint8).numpy(), total)
+            self._sums[member] = zlib.crc32(part.reshape(-1).view(torch.uint8).numpy().data, total)
             own = part if member == self._group.rank else own
         if self.reads_all:
             add_to_fingerprint(self._digest, name, tensor)

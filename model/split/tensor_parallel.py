@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError
 from permafrost.model.frozen import FrozenBackbone
+from permafrost.model.network import Network
 from permafrost.model.precision import full_precision
-from permafrost.model.spec import FeatureSpec
 from permafrost.model.split.degree import SPLIT_STAGES, check_tensor_degree
 from permafrost.model.split.fairscale_groups import TensorGroup
-from permafrost.model.swin.v2 import SwinV2
+from permafrost.model.swin.v2 import Block, PatchMerging, SwinV2
 
 _STAGES = "".join(map(str, SPLIT_STAGES))
 _QKV = re.compile(rf"layers\.[{_STAGES}]\.blocks\.\d+\.attn\.qkv\.weight")
@@ -74,6 +74,11 @@ def _part(tensor: Tensor, dim: int, rank: int, degree: int) -> Tensor:
     return tensor.narrow(dim, rank * length, length)
 
 
+def _linear(module: nn.Module) -> nn.Linear:
+    assert isinstance(module, nn.Linear)
+    return module
+
+
 class ReducedLinear(nn.Module):
     """A linear layer split by input channels: partial products are summed over the group, then the bias is added."""
 
@@ -101,7 +106,7 @@ class GatheredLinear(nn.Module):
         return self.group.gather_channels(F.linear(x, self.weight))
 
 
-class SplitSwinV2(nn.Module):
+class SplitSwinV2(Network):
     """One member's part of a SwinV2.
 
     The network given is taken apart: its split parameters become this member's slices, on whatever device they are,
@@ -132,24 +137,16 @@ class SplitSwinV2(nn.Module):
                     owner.out_features, owner.in_features = owner.weight.shape
         for stage in (network.layers[index] for index in SPLIT_STAGES):
             for block in stage.blocks:
+                assert isinstance(block, Block)
                 block.attn.num_heads //= group.degree
                 # What was folded belongs to all heads.
                 block.attn.folded = None
-                block.attn.proj = ReducedLinear(block.attn.proj, group)
-                block.mlp.fc2 = ReducedLinear(block.mlp.fc2, group)
-            if stage.downsample is not None:
-                stage.downsample.reduction = GatheredLinear(stage.downsample.reduction, group)
+                block.attn.proj = ReducedLinear(_linear(block.attn.proj), group)
+                block.mlp.fc2 = ReducedLinear(_linear(block.mlp.fc2), group)
+            if isinstance(stage.downsample, PatchMerging):
+                stage.downsample.reduction = GatheredLinear(_linear(stage.downsample.reduction), group)
         self.network = network
-
-    @property
-    def spec(self) -> FeatureSpec:
-        """Channels and strides of the four maps."""
-        return self.network.spec
-
-    @property
-    def min_image_size(self) -> int:
-        """Smallest side of an image in pixels."""
-        return self.network.min_image_size
+        self.spec, self.min_image_size = network.spec, network.min_image_size
 
     def fold(self) -> None:
         """Fold as SwinV2 does; of the split blocks, this member's heads."""
@@ -208,6 +205,7 @@ class SplitSwinV2(nn.Module):
         for stage in self.network.layers[:first]:
             x = stage(x, [None] * len(stage.blocks))
             features.append(x.permute(0, 3, 1, 2))
+            assert stage.downsample is not None
             x = stage.downsample(x)
         return features, x
 
@@ -271,7 +269,10 @@ class SplitBackbone(FrozenBackbone):
                 f"The backbone refuses the images of rank {', '.join(str(ranks[member]) for member in refusing)} of this "
                 "tensor group; see the error there."
             )
-        return self._folded(images, lambda flat: self._maps_together(flat, [tuple(sizes) for _, *sizes in reports]))
+        return self._folded(
+            images,
+            lambda flat: self._maps_together(flat, [(count, height, width) for _, count, height, width in reports]),
+        )
 
     def _maps_together(self, images: Tensor, shapes: Sequence[tuple[int, int, int]]) -> tuple[Tensor, ...]:
         """Return maps of images (N, 3, H, W), in as many passes as the member with most images needs.

@@ -16,12 +16,12 @@ from permafrost.model.swin.v2 import SwinV2
 from permafrost.model.swin.weights import check_fit, draw_weights
 from permafrost.model.weights.formats import grouped
 from permafrost.model.weights.read import WeightFile, read_weights
-from permafrost.model.weights.tensor_map import materialise
+from permafrost.model.weights.tensor_map import Tensors, materialise
 from permafrost.model.weights.windows import Windows, choose_windows
 
 if TYPE_CHECKING:
-    from permafrost.model.backbone import Network
     from permafrost.model.config import BackboneConfig
+    from permafrost.model.network import Network
 
 # Per-channel mean and standard deviation (RGB, pixels in [0, 1]) of ImageNet, which every released Swin was trained
 # with; files of our own may state others.
@@ -63,7 +63,7 @@ def load_swin(
         network = empty_swin(config)
         check_fit(network, config.name, file)
     else:
-        file = WeightFile(f"random (seed {seed})", {}, Windows(None, None), rule="drawn at random")
+        file = WeightFile(f"random (seed {seed})", Tensors.of({}), Windows(None, None), rule="drawn at random")
         network = empty_swin(config)
         drawn = draw_weights(network, seed=seed)
     tensors = file.backbone_tensors()
@@ -83,7 +83,10 @@ def load_swin(
         overflowing = [key for key, tensor in resident.items() if not torch.isfinite(tensor).all()]
         if overflowing:
             raise WeightsError(f"{file.source}: {overflowing[0]} overflows in float16; use bfloat16 or float32.")
-    module: Network = network if share is None else share.split(network)
+    module: Network = network
+    if share is not None:
+        assert isinstance(network, SwinV2)
+        module = share.split(network)
     network.load_state_dict(resident, assign=True)
     quantised = quantise_linears(network) if config.fp8 else {}
     network.choose_kernels(config, dtype=dtype)

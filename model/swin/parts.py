@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from permafrost._modules import module_list
 from permafrost.model.errors import BackboneError, KernelError
 from permafrost.model.fp8 import linear_with
 from permafrost.model.kernels.linear_gelu import check_dtype as check_epilogue, linear_gelu
 from permafrost.model.kernels.selection import Choice, choose_kernel
-from permafrost.model.kernels.window_attention import window_attention
+from permafrost.model.kernels.window_attention import Kernel, window_attention
 from permafrost.model.kernels.window_attention.reference import SHIFT_PENALTY
+from permafrost.model.network import Network
 from permafrost.model.precision import full_precision
-from permafrost.model.spec import PATCH_SIZE, FeatureSpec, SwinSize, per_stage
+from permafrost.model.spec import PATCH_SIZE, SwinSize, per_stage
 from permafrost.model.swin.drop_path import Generators, draw_kept, run_again_in_backward
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ class ShiftedWindowAttention(nn.Module):
     """
 
     qkv: nn.Linear
-    proj: nn.Linear
+    proj: nn.Module
     cosine: bool
     """True if queries and keys are scaled to length 1."""
 
@@ -91,7 +93,7 @@ class ShiftedWindowAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         # None: PyTorch's own operators, by `attend`. Else what window_attention is to use.
-        self.kernel: str | None = None
+        self.kernel: Kernel | None = None
         # None: the constants are recomputed in each forward, with gradients. A dict: folded, see Swin.fold.
         self.folded: dict[int, tuple[Tensor, Tensor | float, Tensor]] | None = None
 
@@ -122,11 +124,11 @@ class ShiftedWindowAttention(nn.Module):
         if self.folded is not None and window in self.folded:
             return self.folded[window]
         with full_precision(self.qkv.weight.device):
-            constants = self.compute_constants(window)
-            if self.kernel is not None and not isinstance(constants[1], Tensor):
+            bias, scale, table = self.compute_constants(window)
+            if self.kernel is not None and not isinstance(scale, Tensor):
                 # What kernels take is made once, too.
-                bias, scale, table = constants
-                constants = bias, torch.full((self.num_heads,), scale, dtype=table.dtype, device=table.device), table
+                scale = torch.full((self.num_heads,), scale, dtype=table.dtype, device=table.device)
+            constants = (bias, scale, table)
         if self.folded is not None:
             self.folded[window] = constants
         return constants
@@ -148,8 +150,9 @@ class ShiftedWindowAttention(nn.Module):
         if self.kernel is not None:
             constants = self.constants(window)
             qkv = linear_with(self.qkv, x, constants[0])
-            keywords = {"window": window, "shift": shift, "cosine": self.cosine, "kernel": self.kernel}
-            return self.proj(window_attention(qkv, *constants, **keywords))
+            return self.proj(
+                window_attention(qkv, *constants, window=window, shift=shift, cosine=self.cosine, kernel=self.kernel)
+            )
         height, width = x.shape[1:3]
         pad_bottom, pad_right = -height % window, -width % window
         if pad_bottom or pad_right:
@@ -178,7 +181,7 @@ class ShiftedWindowAttention(nn.Module):
             x = torch.roll(torch.cat(rows, dim=1), (shift, shift), dims=(1, 2))
         return self.proj(x[:, :height, :width])
 
-    def attempt(self, kernel: str, window: int, dtype: torch.dtype) -> None:
+    def attempt(self, kernel: Kernel, window: int, dtype: torch.dtype) -> None:
         """Attend to a window of zeros with a kernel of window_attention.
 
         Raises:
@@ -199,7 +202,7 @@ class ShiftedWindowAttention(nn.Module):
         qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, math.prod(grid), self.num_heads, window**2, -1)
         bias = bias.to(qkv.dtype)[None]
         chunks = zip(*(tensor.split(MAX_WINDOWS_PER_CALL) for tensor in qkv), strict=True)
-        parts = [self.attend(*chunk, scale, bias) for chunk in chunks]
+        parts = [self.attend(q, k, v, scale, bias) for q, k, v in chunks]
         x = parts[0] if len(parts) == 1 else torch.cat(parts)
         x = x.view(*grid, self.num_heads, window, window, -1).permute(0, 1, 4, 2, 5, 3, 6)
         return x.reshape(batch, height, width, -1)
@@ -211,7 +214,7 @@ class Mlp(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
-        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
+        self.fc2: nn.Module = nn.Linear(MLP_RATIO * dim, dim)
         self.has_epilogue = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -294,7 +297,7 @@ class Stage(nn.Module):
     def __init__(self, blocks: Iterable[nn.Module], downsample: nn.Module | None, *, window_size: int) -> None:
         super().__init__()
         self.window_size = window_size
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = module_list(blocks)
         self.downsample = downsample
         # Whether a backward computes each block again from its input.
         self.checkpoint_activations = False
@@ -315,7 +318,7 @@ class Stage(nn.Module):
         return x
 
 
-class Swin(nn.Module):
+class Swin(Network):
     """The way of an image through the four stages: normalised images in, four raw feature maps out.
 
     It trains like any module. For frozen use `fold` keeps what never changes; FrozenBackbone does that. Parameter names
@@ -348,6 +351,7 @@ class Swin(nn.Module):
         if not 0.0 <= drop_path_rate < 1.0:
             raise BackboneError(f"drop_path_rate must be at least 0 and below 1, found {drop_path_rate}.")
         self.size = size
+        self.spec = size.spec
         self.window_size = window_size
         self.pretrained_window_size = pretrained_window_size
         self.drop_path_rate = drop_path_rate
@@ -355,12 +359,7 @@ class Swin(nn.Module):
         self.attention = Choice("sdpa", "the default")
         self.gelu = Choice("exact", "the default")
         self.patch_embed = PatchEmbed(size.embed_dim)
-        self.layers = nn.ModuleList(layers)
-
-    @property
-    def spec(self) -> FeatureSpec:
-        """Channels and strides of the four maps."""
-        return self.size.spec
+        self.layers = module_list(layers)
 
     def describe(self) -> dict[str, Any]:
         """Return the windows, and what attends, for the start-up lines and the run folder."""
@@ -386,20 +385,20 @@ class Swin(nn.Module):
         # One of each kind: blocks of a stage are alike.
         kinds = {(one.num_heads, one.qkv.out_features, window): one for one, window in attentions}
 
-        def attempt(kernel: str) -> None:
+        def attempt(kernel: Kernel) -> None:
             for (*_, window), one in kinds.items():
                 one.attempt(kernel, window, dtype)
 
-        common = {"dtype": dtype, "device": attentions[0][0].qkv.weight.device, "learns": not config.frozen}
-        self.attention = choose_kernel(
+        device = attentions[0][0].qkv.weight.device
+        choose = partial(choose_kernel, dtype=dtype, device=device, learns=not config.frozen)
+        self.attention = choose(
             config.attention,
             field="backbone.attention",
             op="window_attention",
             plain="sdpa",
             attempt=attempt,
-            **common,
         )
-        kernel = None if self.attention.kernel == "sdpa" else self.attention.kernel
+        kernel = None if self.attention.kernel == "sdpa" else cast("Kernel", self.attention.kernel)
         for one, _ in attentions:
             one.kernel = kernel
         mlps = [module for module in self.modules() if isinstance(module, Mlp)]
@@ -408,11 +407,9 @@ class Swin(nn.Module):
             for one in {mlp.fc1.in_features: mlp for mlp in mlps}.values():
                 one.attempt(dtype)
 
-        self.gelu = choose_kernel(
-            config.gelu, field="backbone.gelu", op="linear_gelu", plain="exact", attempt=attempt_gelu, **common
-        )
-        for one in mlps:
-            one.has_epilogue = self.gelu.kernel == "epilogue"
+        self.gelu = choose(config.gelu, field="backbone.gelu", op="linear_gelu", plain="exact", attempt=attempt_gelu)
+        for mlp in mlps:
+            mlp.has_epilogue = self.gelu.kernel == "epilogue"
 
     def fold(self) -> None:
         """Keep everything that depends on the parameters alone after the first forward that needs it.
@@ -427,7 +424,7 @@ class Swin(nn.Module):
                 module.folded = {}
 
     def set_training(self, config: BackboneConfig) -> dict[str, Any]:
-        """Set drop path and recomputation, as permafrost.model.backbone.Network says."""
+        """Set drop path and recomputation, as permafrost.model.network.Network says."""
         self.drop_path_rate = config.drop_path_rate
         for stage in self.layers:
             stage.checkpoint_activations = config.checkpoint_activations

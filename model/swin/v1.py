@@ -78,7 +78,7 @@ class WindowAttention(ShiftedWindowAttention):
             The bias of q, k, v (3 * C,); the logit scale 1 / sqrt(D); the position bias of every offset
             (A, (2 * window - 1) ** 2), in float32 or better.
         """
-        table = self.relative_position_bias_table
+        table: Tensor = self.relative_position_bias_table
         side = 2 * self.pretrained_window - 1
         table = table.to(torch.promote_types(table.dtype, torch.float32)).t().reshape(self.num_heads, side, side)
         table = resample_table(table, self.window_size)
@@ -89,7 +89,7 @@ class WindowAttention(ShiftedWindowAttention):
         scale = 1.0 / math.sqrt(self.qkv.in_features // self.num_heads)
         return self.qkv.bias, scale, table.reshape(self.num_heads, -1).contiguous()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor) -> Tensor:  # type: ignore[override]  # its own constant
         """Attend by dot product within each window: q, k, v (N, A, L, D), bias (1, A, L, L) -> (N, A, L, D)."""
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 

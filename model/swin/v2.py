@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from permafrost.model.errors import BackboneError
-from permafrost.model.kernels.residual_norm import residual_norm
+from permafrost.model.kernels.residual_norm import Kernel, residual_norm
 from permafrost.model.kernels.selection import Choice, choose_kernel
 from permafrost.model.kernels.window_attention.reference import scale_to_length
 from permafrost.model.spec import SWINV2_SIZES, SwinV2Size
@@ -86,7 +86,7 @@ class WindowAttention(ShiftedWindowAttention):
         table = 16.0 * torch.sigmoid(self.cpb_mlp(coordinates)).t().contiguous()
         return qkv_bias, scale, table
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]  # its own constant
         """Attend by cosine within each window: q, k, v (N, A, L, D), bias (1, A, L, L) -> (N, A, L, D)."""
         q, k = scale_to_length(q, scale), scale_to_length(k, 1.0)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
@@ -110,7 +110,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.enorm = nn.LayerNorm(dim) if extra_norm else None
         # None: PyTorch's own operators. Else what residual_norm is to use.
-        self.kernel: str | None = None
+        self.kernel: Kernel | None = None
 
     def forward(self, x: Tensor, window: int, shift: int, branch_scale: Tensor | None = None) -> Tensor:
         """Map (B, H, W, C) to the same shape; `branch_scale` (2, B, 1, 1, 1) is drop path's factor of each branch."""
@@ -125,7 +125,7 @@ class Block(nn.Module):
         return x if self.enorm is None else self.enorm(x)
 
     @torch.no_grad()
-    def attempt(self, kernel: str, dtype: torch.dtype) -> None:
+    def attempt(self, kernel: Kernel, dtype: torch.dtype) -> None:
         """Add a branch of a token with a kernel of residual_norm.
 
         Raises:
@@ -140,7 +140,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction: nn.Module = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -198,6 +198,8 @@ class SwinV2(Swin):
         BackboneError: if a value is out of range or the name is not in the table.
     """
 
+    size: SwinV2Size
+
     def __init__(
         self,
         size: str | SwinV2Size,
@@ -245,9 +247,9 @@ class SwinV2(Swin):
     def choose_kernels(self, config: BackboneConfig, *, dtype: torch.dtype) -> None:
         """Choose as Swin does, and what adds the normalised branches."""
         super().choose_kernels(config, dtype=dtype)
-        blocks = [block for stage in self.layers for block in stage.blocks]
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
 
-        def attempt(kernel: str) -> None:
+        def attempt(kernel: Kernel) -> None:
             for one in {(block.norm1.normalized_shape, block.enorm is not None): block for block in blocks}.values():
                 one.attempt(kernel, dtype)
 
@@ -262,7 +264,7 @@ class SwinV2(Swin):
             learns=not config.frozen,
         )
         for block in blocks:
-            block.kernel = None if self.residual_norm.kernel == "torch" else self.residual_norm.kernel
+            block.kernel = None if self.residual_norm.kernel == "torch" else cast("Kernel", self.residual_norm.kernel)
 
     def init_weights(self) -> None:
         """Set initial values for training from scratch: every block starts as the identity (its norms are zero)."""
@@ -299,7 +301,7 @@ class SwinV2Classifier(SwinV2):
         """Compute the four raw maps, as SwinV2 does."""
         return super().forward(images, generator=generator)
 
-    def forward(self, images: Tensor, *, generator: Generators = None) -> Tensor:
+    def forward(self, images: Tensor, *, generator: Generators = None) -> Tensor:  # type: ignore[override]  # logits, no maps
         """Map normalised images (B, 3, H, W) to logits (B, K)."""
         last = self.forward_features(images, generator=generator)[-1].permute(0, 2, 3, 1)
         return self.head(self.norm(last).mean(dim=(1, 2)))

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from permafrost._nearest import nearest
 from permafrost.model.errors import BackboneError, WeightsError
+from permafrost.model.network import Network
 from permafrost.model.spec import TIMM_PREFIX, FeatureSpec
 from permafrost.model.swin.drop_path import DropPath, Generators, draw_kept
 from permafrost.model.swin.parts import NO_DECAY
-from permafrost.model.timm.weights import fill, find_weights, tables_can_be_rebuilt
+from permafrost.model.timm.weights import TimmModel, fill, find_weights, tables_can_be_rebuilt
 from permafrost.model.weights.tensor_map import fingerprint
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 # Finer maps than this (the stem of a ResNet) are tapped only when a recipe asks for them.
 FINEST_DEFAULT_STRIDE = 4
 # How timm's models are asked to take images of any size: with the first of these that a model knows.
-_ANY_SIZE: tuple[dict[str, bool], ...] = (
+_ANY_SIZE: tuple[dict[str, Any], ...] = (
     {"dynamic_img_size": True, "strict_img_size": False},
     {"dynamic_img_size": True},
     {"strict_img_size": False},
@@ -35,7 +36,7 @@ _ANY_SIZE: tuple[dict[str, bool], ...] = (
 )
 
 
-class TimmNetwork(nn.Module):
+class TimmNetwork(Network):
     """A timm model up to its last tapped layer, for images of any size.
 
     Maps are raw: what the layer hands on, without the model's final norm, as for every backbone here and as in ViTDet (Li
@@ -91,7 +92,7 @@ class TimmNetwork(nn.Module):
         """Do nothing: timm computes what depends on the parameters alone in every forward."""
 
     def set_training(self, config: BackboneConfig) -> dict[str, Any]:
-        """Set drop path and recomputation, as permafrost.model.backbone.Network says.
+        """Set drop path and recomputation, as permafrost.model.network.Network says.
 
         timm's blocks have an identity where a branch may be dropped, or a module of timm's own that draws from the global
         generator (its Swins drop branches by default); both are replaced.
@@ -237,7 +238,7 @@ def check_known(name: str) -> str:
     return own_name
 
 
-def build_model(name: str) -> nn.Module:
+def build_model(name: str) -> TimmModel:
     """Build timm's model for images of any size, whole, without memory for its weights.
 
     Args:
@@ -302,7 +303,7 @@ def load_timm(
     }
 
 
-def _created(name: str) -> nn.Module:
+def _created(name: str) -> TimmModel:
     """Return the model, asked to take images of any size where it can be asked."""
     for options in _ANY_SIZE:
         try:
@@ -367,13 +368,15 @@ def _hiera_maps(model: Hiera, images: Tensor, taps: Sequence[int]) -> list[Tenso
 
 def _hiera_positions(model: Hiera, grid: Sequence[int]) -> Tensor:
     """Return (1, H' W', C) embeddings of the places of a grid."""
+    positions = model.pos_embed
+    assert positions is not None
     if model.pos_embed_win is None:
         if list(grid) == list(model.tokens_spatial_shape):
-            return model.pos_embed
+            return positions
         return resample_abs_pos_embed(
-            model.pos_embed, new_size=list(grid), old_size=list(model.tokens_spatial_shape), num_prefix_tokens=0
+            positions, new_size=list(grid), old_size=list(model.tokens_spatial_shape), num_prefix_tokens=0
         )
     windows = model.pos_embed_win.tile([side // unit for side, unit in zip(grid, model.mask_unit_size)])
     # PyTorch has no antialiased bicubic resampling in half precision on every device.
-    whole = F.interpolate(model.pos_embed.float(), size=windows.shape[-2:], mode="bicubic", antialias=True)
+    whole = F.interpolate(positions.float(), size=windows.shape[-2:], mode="bicubic", antialias=True)
     return (whole.to(windows.dtype) + windows).flatten(2).transpose(1, 2)

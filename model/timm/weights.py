@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from permafrost.model.config import BackboneConfig
 
 PRETRAINED = "pretrained"
+TimmModel = Any
+"""A module of timm's, whose models have methods in common but no type that declares them."""
 _INITIAL_LOGIT_SCALE = math.log(10.0)
 
 
@@ -44,7 +46,7 @@ class TimmWeights:
         return {name: tensor for name, tensor in chosen.items() if tensor.is_floating_point()}
 
 
-def find_weights(name: str, config: BackboneConfig, *, model: nn.Module, build: Callable[[], nn.Module]) -> TimmWeights:
+def find_weights(name: str, config: BackboneConfig, *, model: nn.Module, build: Callable[[], TimmModel]) -> TimmWeights:
     """Return the weights that a config names, converted to timm's names and the model's shapes.
 
     Args:
@@ -117,7 +119,7 @@ def _drawn(name: str, tensor: Tensor, module: nn.Module, seed: int) -> Tensor:
     return noise / math.sqrt(tensor[0].numel())
 
 
-def check_fit(file: TimmWeights, name: str, *, model: nn.Module, whole: nn.Module) -> None:
+def check_fit(file: TimmWeights, name: str, *, model: nn.Module, whole: TimmModel) -> None:
     """Check that weights hold every tensor that is used, and none that the whole model does not know.
 
     Args:
@@ -198,7 +200,7 @@ def tables_can_be_rebuilt(model: nn.Module) -> bool:
     )
 
 
-def _converted(source: str, tensors: dict[str, Tensor], whole: nn.Module) -> TimmWeights:
+def _converted(source: str, tensors: dict[str, Tensor], whole: TimmModel) -> TimmWeights:
     """Return weights in any format that timm's own conversion of this model knows, in timm's names and this model's shapes."""
     convert = getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", None)
     if convert is None:
@@ -236,7 +238,7 @@ def _download(name: str) -> tuple[str, dict[str, Tensor]]:
         tags = [other for other in timm.list_pretrained(f"{name.partition('.')[0]}*") if "." in other]
         hint = f" It has some for {listed(tags)}." if tags else ""
         raise WeightsError(f"timm has no pretrained weights for {name!r}: give a file, or 'random'.{hint}")
-    where = settings.hf_hub_id or settings.url
+    where = str(settings.hf_hub_id or settings.url)
     if settings.custom_load == "hf" or (settings.custom_load and not settings.hf_hub_id):
         raise WeightsError(
             f"timm's weights for {name!r} ({where}) are in a format of their own, which is not read: take another tag, or "

@@ -85,7 +85,8 @@ class _NumberType:
     __slots__ = ("code", "order")
 
     def __init__(self, code: Any) -> None:
-        self.code, self.order = str(code).lstrip("<>=|"), "<"
+        self.code = str(code).lstrip("<>=|")
+        self.order: Any = "<"
 
     def __setstate__(self, state: Any) -> None:
         self.order = state[1]
@@ -98,7 +99,7 @@ class _Array:
 
     def __setstate__(self, state: Any) -> None:
         _, shape, number_type, is_fortran, content = state
-        self._content = (content, number_type, shape, "F" if is_fortran else "C")
+        self._content: tuple[Any, Any, Any, Any] = (content, number_type, shape, "F" if is_fortran else "C")
 
     @classmethod
     def of(cls, content: Any, number_type: Any, shape: Any, order: str) -> _Array:

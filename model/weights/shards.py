@@ -190,7 +190,9 @@ def save_sharded(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing(folder, folder=True) as partial:
-            weight_map, shards, digest = {}, {}, hashlib.sha256()
+            weight_map: dict[str, str] = {}
+            shards: dict[str, dict[str, Any]] = {}
+            digest = hashlib.sha256()
             for number, names in enumerate(plan, start=1):
                 file = f"model-{number:05}-of-{len(plan):05}.safetensors"
                 content = {name: _cast(name, source[name], dtype(name)) for name in names}

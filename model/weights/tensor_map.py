@@ -106,7 +106,7 @@ def add_to_fingerprint(digest: hashlib._Hash, name: str, tensor: Tensor) -> None
     """Add one tensor; they are added in the order of their sorted names."""
     tensor = tensor.detach().cpu().contiguous()
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def is_finite(tensor: Tensor) -> bool:
