@@ -1,6 +1,6 @@
 """Lay the checkout out as the package that pip installs: a folder of links, on which tools that read files run.
 
-    python dev/package_tree.py build/tree && cd build/tree && lint-imports --config ../../pyproject.toml
+    python dev/package_tree.py build/tree && cd build/tree && lint-imports ../../pyproject.toml
 
 import-linter, type checkers and documentation builders look for `permafrost/data` where the checkout has `data`.
 """
