@@ -102,7 +102,7 @@ def assert_same_state(found, wanted) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_first_step(results, reference, kind, size):
+def test_first_step(results, reference, kind, size) -> None:
     run = results[size]["runs"][kind]
     assert largest_difference(run["steps"][:1], reference["steps"][:1]) < 1e-6
     state = run["first"]
@@ -117,7 +117,7 @@ def test_first_step(results, reference, kind, size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_twenty_steps(results, reference, kind, size):
+def test_twenty_steps(results, reference, kind, size) -> None:
     run = results[size]["runs"][kind]
     assert len(run["steps"]) == 20
     assert largest_difference(run["steps"], reference["steps"]) < 5e-6
@@ -125,7 +125,7 @@ def test_twenty_steps(results, reference, kind, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_twenty_steps_in_float64(results, reference, size):
+def test_twenty_steps_in_float64(results, reference, size) -> None:
     run = results[size]["float64"]
     assert largest_difference(run["steps"], reference["steps"]) < 1e-9
     for name, wanted in reference["end"].items():
@@ -135,7 +135,7 @@ def test_twenty_steps_in_float64(results, reference, size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_start_is_exported(results, kind, size):
+def test_start_is_exported(results, kind, size) -> None:
     state = results[size]["runs"][kind]["start"]
     assert state.step == 0
     head = common.SmoothHead()
@@ -150,7 +150,7 @@ def test_start_is_exported(results, kind, size):
 @pytest.mark.parametrize("target", KINDS)
 @pytest.mark.parametrize("source", KINDS)
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 2), (2, 1), (2, 2)], ids=lambda sizes: f"{sizes[0]}to{sizes[1]}")
-def test_continuation(results, source, target, sizes):
+def test_continuation(results, source, target, sizes) -> None:
     """A state goes from any engine and number of ranks into any other, unchanged, and training goes on as before."""
     origin = results[sizes[0]]["runs"][source]
     continued = results[sizes[1]]["continued"][(sizes[0], source), target]
@@ -158,7 +158,7 @@ def test_continuation(results, source, target, sizes):
     assert largest_difference(continued["steps"], origin["steps"][10:]) < 1e-6
 
 
-def test_continuation_would_notice(reference):
+def test_continuation_would_notice(reference) -> None:
     """The tolerance above is far below what a lost moment or step count does."""
     derived = Reference()
     for _ in range(10):
@@ -170,19 +170,19 @@ def test_continuation_would_notice(reference):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_accumulation(results, reference, kind, size):
+def test_accumulation(results, reference, kind, size) -> None:
     assert largest_difference(results[size]["accumulated"][kind], reference["steps"][:4]) < 1e-5
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_forwards_without_gradients_between(results, reference, kind, size):
+def test_forwards_without_gradients_between(results, reference, kind, size) -> None:
     assert largest_difference(results[size]["counting"][kind], reference["steps"][:4]) < 1e-5
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_clipping(results, kind, size):
+def test_clipping(results, kind, size) -> None:
     derived = Reference(clip_norm=0.05)
     steps = [derived.step() for _ in range(4)]
     # The norm that is reported is the one before clipping.
@@ -192,7 +192,7 @@ def test_clipping(results, kind, size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_skipped_steps_leave_no_trace(results, reference, kind, size):
+def test_skipped_steps_leave_no_trace(results, reference, kind, size) -> None:
     skipped = results[size]["skipping"][kind]
     assert_same_state(skipped["after"], skipped["before"])
     assert all(report.skipped and not math.isfinite(report.grad_norm) for report in skipped["reports"])
@@ -201,7 +201,7 @@ def test_skipped_steps_leave_no_trace(results, reference, kind, size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_engines_side_by_side(results, kind, size):
+def test_engines_side_by_side(results, kind, size) -> None:
     found = results[size]["side_by_side"][kind]
     assert found["together"] == found["alone"]
     assert found["alone"][1] != found["alone"][2]
@@ -209,7 +209,7 @@ def test_engines_side_by_side(results, kind, size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_between_steps(results, reference, kind, size):
+def test_evaluation_between_steps(results, reference, kind, size) -> None:
     found = results[size]["evaluating"][kind]
     assert largest_difference(found["steps"], reference["steps"][:4]) < 1e-5
     derived = Reference()
@@ -224,7 +224,7 @@ def test_evaluation_between_steps(results, reference, kind, size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_is_autocast(results, reference, kind, size):
+def test_bfloat16_is_autocast(results, reference, kind, size) -> None:
     found = results[size]["bfloat16"][kind]
     assert found["dtypes"] == {torch.float32}
     difference = largest_difference(
@@ -238,7 +238,7 @@ def test_bfloat16_is_autocast(results, reference, kind, size):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_offloaded_optimizer(results, reference, stage, size):
+def test_offloaded_optimizer(results, reference, stage, size) -> None:
     found = results[size]["offloading"][stage]
     assert "optimizer on the CPU" in found["name"]
     assert largest_difference(found["steps"], reference["steps"][:4]) < 1e-5
@@ -248,11 +248,11 @@ def test_offloaded_optimizer(results, reference, stage, size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_second_run_in_one_process(results, reference, kind):
+def test_second_run_in_one_process(results, reference, kind) -> None:
     assert largest_difference(results[1]["reopened"][kind], reference["steps"][:4]) < 1e-5
 
 
-def test_world(results):
+def test_world(results) -> None:
     one, two = results[1]["mesh"], results[2]["mesh"]
     assert two["mean"] == {"a": 5e8 + 1e-9, "b": 0.5}
     assert one["mean"] == {"a": 1e-9, "b": 0.0}
@@ -265,14 +265,14 @@ def test_world(results):
     assert one["disagreement"] is None
 
 
-def test_engine_names(results):
+def test_engine_names(results) -> None:
     names = {size: {kind: run["name"] for kind, run in result["runs"].items()} for size, result in results.items()}
     assert "single process" in names[1]["accelerate"]
     assert "DDP over 2 processes" in names[2]["accelerate"]
     assert "ZeRO 3 over 2 process(es)" in names[2]["zero3"]
 
 
-def test_deepspeed_is_quiet(results):
+def test_deepspeed_is_quiet(results) -> None:
     """Nothing but its own warnings about the non-finite gradients that the worker makes."""
     for result in results.values():
         lines = [line for line in result["output"].splitlines() if line.strip()]

@@ -48,13 +48,13 @@ def assert_two_ranks(found: dict, alone: dict) -> None:
         assert step == pytest.approx(wanted, rel=1e-5)
 
 
-def test_no_launcher(alone):
+def test_no_launcher(alone) -> None:
     assert alone["ranks"] == [{"RANK": None, "WORLD_SIZE": None, "LOCAL_RANK": None}]
     assert alone["kind"] == "accelerate"
     assert "single process" in alone["engine"]
 
 
-def test_no_launcher_deepspeed(launch, alone):
+def test_no_launcher_deepspeed(launch, alone) -> None:
     """A world of one for DeepSpeed, which else looks for MPI."""
     found = launch([sys.executable], {"kind": "deepspeed"})
     assert found["kind"] == "deepspeed"
@@ -63,7 +63,7 @@ def test_no_launcher_deepspeed(launch, alone):
         assert step == pytest.approx(wanted, rel=1e-5)
 
 
-def test_deepspeed(launch, alone):
+def test_deepspeed(launch, alone) -> None:
     command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "{port}"]
     found = launch(command, {"deepspeed_config": "zero3"})
     assert found["kind"] == "deepspeed"
@@ -71,7 +71,7 @@ def test_deepspeed(launch, alone):
     assert_two_ranks(found, alone)
 
 
-def test_accelerate(launch, alone, root):
+def test_accelerate(launch, alone, root) -> None:
     command = [str(BIN / "accelerate"), "launch", "--config_file", str(root / "configs/accelerate/single_node.yaml")]
     found = launch([*command, "--main_process_port", "{port}"])
     assert found["kind"] == "accelerate"
@@ -133,7 +133,7 @@ CONFIGURED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGURED)
-def test_accelerate_config(launch, alone, clean_environment, tmp_path, kind):
+def test_accelerate_config(launch, alone, clean_environment, tmp_path, kind) -> None:
     """A file that `accelerate config` wrote; distributed_type: DEEPSPEED selects DeepSpeed, and the stage that was chosen."""
     answers, engine = CONFIGURED[kind]
     config = tmp_path / "config.yaml"
@@ -145,21 +145,21 @@ def test_accelerate_config(launch, alone, clean_environment, tmp_path, kind):
     assert_two_ranks(found, alone)
 
 
-def test_torchrun(launch, alone):
+def test_torchrun(launch, alone) -> None:
     found = launch([str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "{port}"])
     assert "DDP over 2 processes" in found["engine"]
     assert_two_ranks(found, alone)
 
 
 @pytest.mark.slow
-def test_torchrun_single_process(launch, alone):
+def test_torchrun_single_process(launch, alone) -> None:
     """torchrun sets the variables of a world of one too: no DDP for it."""
     found = launch([str(BIN / "torchrun"), "--nproc_per_node", "1", "--master_port", "{port}"])
     assert "single process" in found["engine"]
     assert found["steps"] == alone["steps"]
 
 
-def test_srun(run_command, clean_environment, free_port, tmp_path, alone):
+def test_srun(run_command, clean_environment, free_port, tmp_path, alone) -> None:
     """Slurm's variables alone, as `srun --ntasks 2` sets them."""
     result = tmp_path / "result.pt"
     command = [sys.executable, str(HERE / "launcher_worker.py"), json.dumps({"result": str(result)})]
@@ -184,7 +184,7 @@ def test_srun(run_command, clean_environment, free_port, tmp_path, alone):
     assert_two_ranks(found, alone)
 
 
-def test_hang_is_ended(run_command, clean_environment):
+def test_hang_is_ended(run_command, clean_environment) -> None:
     """A process that waits for ever is ended soon after another one failed, and at the limit when none did."""
     sleeper = [sys.executable, "-c", "import time; print('waits', flush=True); time.sleep(600)"]
     failing = [sys.executable, "-c", "raise SystemExit(3)"]

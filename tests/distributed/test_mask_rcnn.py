@@ -19,7 +19,7 @@ def results(run_ranks):
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_first_step(results, kind, size):
+def test_first_step(results, kind, size) -> None:
     found, wanted = results[size][kind], results[1]["accelerate"]
     assert found["steps"][0].keys() == LOSSES | {"grad_norm"}
     for name, value in wanted["steps"][0].items():
@@ -33,7 +33,7 @@ def test_first_step(results, kind, size):
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_without_objects(results, kind, size):
+def test_steps_without_objects(results, kind, size) -> None:
     """Objects on one rank only, on none, and then again: every rank has gone through them all."""
     steps = results[size][kind]["steps"]
     assert len(steps) == 4
@@ -44,13 +44,13 @@ def test_steps_without_objects(results, kind, size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_with_uneven_counts(results, kind):
+def test_evaluation_with_uneven_counts(results, kind) -> None:
     first, last = results[2][kind]["num_detections"]
     assert all(count > 0 for count in first)
     assert last == [0, 0]
 
 
-def test_deepspeed_finds_all_tensors(results):
+def test_deepspeed_finds_all_tensors(results) -> None:
     """ZeRO 3 says so when a module's output hides tensors from it, and might then free parameters too early."""
     for result in results.values():
         assert "unknown inputs or outputs" not in result["output"]
@@ -61,7 +61,7 @@ def htc(run_ranks):
     return {size: run_ranks("mask_rcnn_worker.py", size, {"htc": True}) for size in (1, 2)}
 
 
-def test_htc_takes_the_same_first_step_everywhere(htc):
+def test_htc_takes_the_same_first_step_everywhere(htc) -> None:
     """A cascade with features handed on and a semantic branch, on BiFPN: the same losses and gradients on two ranks and under
     ZeRO 3, no rank left waiting when objects are missing on one of them, or detections in evaluation."""
     wanted = htc[1]["accelerate"]

@@ -9,7 +9,7 @@ ZERO3 = '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold"
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_gathered_weights_do_not_leave(run_ranks, tmp_path, size):
+def test_gathered_weights_do_not_leave(run_ranks, tmp_path, size) -> None:
     (tmp_path / "zero3.json").write_text(ZERO3)
     found = run_ranks("offload_worker.py", size, {"zero3": str(tmp_path / "zero3.json")})
     assert found["accelerate"]["offloaded"] == found["zero3"]["offloaded"] == (64 * 64 + 64 * 256 + 64 * 128) * 4

@@ -145,7 +145,7 @@ def run(kill_after: int | None = None, resume: str = "auto", detections: str = "
         Path(detections).mkdir(parents=True, exist_ok=True)
         session.evaluate_heads = functools.partial(evaluate, results_folder=Path(detections))
 
-    def counted(*given):
+    def counted(*given) -> None:
         original(*given)
         calls.append(None)
         if len(calls) == kill_after:

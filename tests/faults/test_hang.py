@@ -22,7 +22,7 @@ def beats(run: Path) -> dict[int, dict]:
     ],
 )
 @pytest.mark.parametrize("deed", ["stop", "kill"])
-def test_a_stopped_or_killed_rank_takes_the_run_down_and_is_named(start, tmp_path, launcher, engine, deed):
+def test_a_stopped_or_killed_rank_takes_the_run_down_and_is_named(start, tmp_path, launcher, engine, deed) -> None:
     run = tmp_path / "run"
     job = start(
         "endless",
@@ -52,7 +52,7 @@ def test_a_stopped_or_killed_rank_takes_the_run_down_and_is_named(start, tmp_pat
         assert "is gone" in said[0]
 
 
-def test_scoring_may_take_longer_than_the_timeout(start, tmp_path):
+def test_scoring_may_take_longer_than_the_timeout(start, tmp_path) -> None:
     """Rank 0 scores for longer than the process group's timeout while rank 1 waits: no rank gives up."""
     run, timeout = tmp_path / "run", 5.0
     job = start(
@@ -65,7 +65,7 @@ def test_scoring_may_take_longer_than_the_timeout(start, tmp_path):
     assert json.loads((run / "final.json").read_text())["step"] == 2
 
 
-def test_a_main_rank_that_is_stopped_while_it_scores_is_found_out(start, tmp_path):
+def test_a_main_rank_that_is_stopped_while_it_scores_is_found_out(start, tmp_path) -> None:
     """The same wait, in vain: the heartbeats end it, since no collective does."""
     run, timeout = tmp_path / "run", 5.0
     job = start(

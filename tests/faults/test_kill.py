@@ -40,7 +40,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str
 
 
 @pytest.mark.parametrize("moment", stress.FIXED)
-def test_the_same_command_gives_the_same_run(outcomes, moment):
+def test_the_same_command_gives_the_same_run(outcomes, moment) -> None:
     """Rows 1, 2, 3. Losses, gradient norms, weights, moments, evaluations: every bit."""
     outcome = outcomes()[moment]
     assert not outcome["problem"], outcome
@@ -48,13 +48,13 @@ def test_the_same_command_gives_the_same_run(outcomes, moment):
 
 
 @pytest.mark.parametrize("layout", stress.ELASTIC)
-def test_it_goes_on_elsewhere(outcomes, layout):
+def test_it_goes_on_elsewhere(outcomes, layout) -> None:
     """Row 4. The samples of a run that goes on undisturbed, in the same order, and its next loss to 1e-6."""
     outcome = outcomes("--elastic")[layout]
     assert not outcome["problem"], outcome
 
 
-def test_moments_that_nobody_chose(outcomes):
+def test_moments_that_nobody_chose(outcomes) -> None:
     """Row 2, in small: three random moments. Every start goes on from the newest checkpoint that the one before has left."""
     found = outcomes("--random", "3", "--seed", "1")
     assert len(found) == 3
@@ -63,7 +63,7 @@ def test_moments_that_nobody_chose(outcomes):
         assert max(found[f"random_{index}"]["starts"]) >= 2, "killed after a save, so resumed"
 
 
-def test_a_silent_restart_is_noticed(outcomes):
+def test_a_silent_restart_is_noticed(outcomes) -> None:
     """Row 2. It gives the same bits in the end, so the stress looks at where each start begins."""
     outcome = outcomes("--forgetful")["forgetful"]
     assert outcome["difference"] == ""

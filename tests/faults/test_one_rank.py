@@ -18,7 +18,7 @@ from permafrost.model.swin.weights import draw_weights
 
 
 @pytest.mark.slow
-def test_an_error_on_one_rank(start, tmp_path):
+def test_an_error_on_one_rank(start, tmp_path) -> None:
     """Row 17. Its traceback is printed once, and comes first; the others say in a line whose fault it is."""
     run = tmp_path / "run"
     job = start(
@@ -47,7 +47,7 @@ def refused(job, what: str) -> None:
     assert what in line, line
 
 
-def test_another_recipe(start, tmp_path):
+def test_another_recipe(start, tmp_path) -> None:
     """Row 16. The dotted fields and both values; fields that decide how ranks talk to each other among them."""
     run = tmp_path / "run"
     job = start("smooth", "--output", str(run), ranks=2, more=[[], ["--loop.global-batch", "6", "--loop.seed", "3"]])
@@ -57,7 +57,7 @@ def test_another_recipe(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_other_code(start, tmp_path):
+def test_other_code(start, tmp_path) -> None:
     """Row 16. The same version number, and a line that differs."""
     copy, run = tmp_path / "copy", tmp_path / "run"
     checkout = Path(permafrost.launcher.__file__).resolve().parents[1]
@@ -90,7 +90,7 @@ WINDOWS = ("--backbone.window-size", "8", "--backbone.pretrained-window-size", "
 
 
 @pytest.mark.slow
-def test_other_annotations(start, tmp_path, machines):
+def test_other_annotations(start, tmp_path, machines) -> None:
     """Row 16. The same path, and one annotation less on one machine."""
     path = machines[1] / "world/annotations/instances_train2017.json"
     content = json.loads(path.read_text())
@@ -103,7 +103,7 @@ def test_other_annotations(start, tmp_path, machines):
 
 
 @pytest.mark.slow
-def test_other_weights(start, tmp_path, machines):
+def test_other_weights(start, tmp_path, machines) -> None:
     """Row 16. The same path, and one number of the backbone is another one."""
     path = machines[1] / "weights.safetensors"
     tensors = load_file(path)

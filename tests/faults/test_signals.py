@@ -21,7 +21,7 @@ def losses(run) -> list[dict]:
     return [{name: line[name] for name in kept if name in line} for line in lines]
 
 
-def test_one_rank_is_signalled_and_all_save_the_same_step(start, tmp_path):
+def test_one_rank_is_signalled_and_all_save_the_same_step(start, tmp_path) -> None:
     """Row 12. The signal comes to rank 1 in step 3; both save it; the same command then ends as if nothing had been."""
     run, whole, name = tmp_path / "run", tmp_path / "whole", "SIGUSR1"
     settings = ("--loop.num-steps", "5", "--loop.checkpoint-every", "100", "--output")
@@ -43,7 +43,7 @@ def test_one_rank_is_signalled_and_all_save_the_same_step(start, tmp_path):
     assert json.loads((run / "final.json").read_text()) == json.loads((whole / "final.json").read_text())
 
 
-def test_an_evaluation_is_given_up(start, tmp_path):
+def test_an_evaluation_is_given_up(start, tmp_path) -> None:
     """Row 12. A signal during an evaluation, which may be long, does not wait for its end; it is made up for."""
     run = tmp_path / "run"
     settings = ("--loop.num-steps", "4", "--loop.evaluate-every", "2", "--output", str(run))
@@ -58,7 +58,7 @@ def test_an_evaluation_is_given_up(start, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_to_every_process_of_a_job(start, tmp_path, name):
+def test_a_signal_to_every_process_of_a_job(start, tmp_path, name) -> None:
     """Row 12. Slurm signals the data workers too: whatever that does to them, the step is finished and saved."""
     run = tmp_path / "run"
     job = start("endless", "--output", str(run), "--loop.num-workers", "2")
@@ -72,7 +72,7 @@ def test_a_signal_to_every_process_of_a_job(start, tmp_path, name):
     job.gone_after(10)
 
 
-def test_a_second_signal_ends_at_once(start, tmp_path):
+def test_a_second_signal_ends_at_once(start, tmp_path) -> None:
     """Row 12. Whoever cannot wait sends it again, even while the main thread hangs."""
     run = tmp_path / "run"
     job = start(
@@ -88,7 +88,7 @@ def test_a_second_signal_ends_at_once(start, tmp_path):
     assert "SIGTERM again: ending at once" in job.output()
 
 
-def test_repeats_within_a_moment_are_one_and_handlers_come_back():
+def test_repeats_within_a_moment_are_one_and_handlers_come_back() -> None:
     """Row 12. A launcher's signal is often followed by the scheduler's own."""
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     with Interruption().catch() as interruption:
@@ -101,7 +101,7 @@ def test_repeats_within_a_moment_are_one_and_handlers_come_back():
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
 
 
-def test_what_a_forked_child_receives_is_its_own():
+def test_what_a_forked_child_receives_is_its_own() -> None:
     """Row 12. A child that is signalled does not interrupt its parent, and SIGUSR1 does not end it."""
     script = (
         "import os, signal, time\n"

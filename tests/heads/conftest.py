@@ -139,7 +139,7 @@ def run_counting(head, *args):
     calls = dict.fromkeys((name for name, _ in head.named_modules()), 0)
 
     def hook(name):
-        def count(*_):
+        def count(*_) -> None:
             calls[name] += 1
 
         return count

@@ -21,7 +21,7 @@ from permafrost.model.spec import FeatureSpec
 
 
 @pytest.mark.parametrize("classes", [(), "circle"])
-def test_build_refuses_missing_classes(spec, classes, small_config):
+def test_build_refuses_missing_classes(spec, classes, small_config) -> None:
     with pytest.raises(HeadError, match=r"classes is .*at least one"):
         build_head(small_config(), spec=spec, classes=classes)
 
@@ -30,12 +30,12 @@ def test_build_refuses_missing_classes(spec, classes, small_config):
     ("strides", "message"),
     [((4, 8, 32, 64), "each to be twice the one before"), ((6, 12, 24, 48), "powers of two")],
 )
-def test_build_refuses_strides_it_cannot_pool_from(strides, message, classes, small_config):
+def test_build_refuses_strides_it_cannot_pool_from(strides, message, classes, small_config) -> None:
     with pytest.raises(HeadError, match=message):
         build_head(small_config(), spec=FeatureSpec(channels=(8, 8, 8, 8), strides=strides), classes=classes)
 
 
-def test_a_neck_for_other_maps_is_refused_and_the_remedy_named(spec, classes, small_config):
+def test_a_neck_for_other_maps_is_refused_and_the_remedy_named(spec, classes, small_config) -> None:
     single = FeatureSpec(channels=(8,), strides=(14,))
     with pytest.raises(HeadError, match=r"one map \(stride 14\), .*use SimplePyramidConfig as neck"):
         build_head(small_config(), spec=single, classes=classes)
@@ -51,13 +51,13 @@ class DeeperFPN(FPNConfig):
 
 
 @pytest.mark.parametrize("parent", [MaskRCNNConfig, CascadeConfig, HTCConfig, Mask2FormerConfig, GlobalVideoConfig])
-def test_a_subclass_without_a_builder_does_not_build_its_parent(parent, spec, classes):
+def test_a_subclass_without_a_builder_does_not_build_its_parent(parent, spec, classes) -> None:
     own = dataclass(type("OwnConfig", (parent,), {}))
     with pytest.raises(HeadError, match=r"OwnConfig has no builder: give it a build\(spec=, classes=\) method"):
         build_head(own(), spec=spec, classes=classes)
 
 
-def test_what_only_gathers_fields_is_not_built(spec, classes, small_config):
+def test_what_only_gathers_fields_is_not_built(spec, classes, small_config) -> None:
     with pytest.raises(HeadError, match="BlocksVideoConfig has no builder"):
         build_head(BlocksVideoConfig(), spec=spec, classes=classes)
     with pytest.raises(HeadError, match=r"DeeperFPN has no builder: give it a build\(spec=\) method"):
@@ -76,7 +76,7 @@ class OwnHead(Head):
         self.out = nn.Conv2d(width, num_classes, 1)
 
 
-def test_a_head_from_outside_brings_its_own_builder(spec, classes):
+def test_a_head_from_outside_brings_its_own_builder(spec, classes) -> None:
     @dataclass
     class DepthConfig(HeadConfig):
         task: ClassVar[str] = "depth"
@@ -89,7 +89,7 @@ def test_a_head_from_outside_brings_its_own_builder(spec, classes):
     assert DepthConfig().check_data(object()) is None
 
 
-def test_a_neck_from_outside_brings_its_own_builder(spec, classes, small_config):
+def test_a_neck_from_outside_brings_its_own_builder(spec, classes, small_config) -> None:
     @dataclass
     class WiderFPN(FPNConfig):
         def build(self, *, spec):

@@ -37,7 +37,7 @@ def row(evidence, **values):
     }
 
 
-def test_every_cell_is_another_experiment(evidence):
+def test_every_cell_is_another_experiment(evidence) -> None:
     cells = evidence.cells(["2", "6"], [0, 1])
     assert len(set(cells)) == len(cells) == 2 * (5 * 2 + 2 * 5 * 2)
     assert [cell.seed for cell in cells] == [0] * 30 + [1] * 30
@@ -51,7 +51,7 @@ def test_every_cell_is_another_experiment(evidence):
     assert len({(one.loop.num_steps, one.loop.global_batch, repr(one.data.world)) for one in built}) == 1
 
 
-def test_gaps_count_beyond_the_spread_of_seeds_only(evidence, tmp_path):
+def test_gaps_count_beyond_the_spread_of_seeds_only(evidence, tmp_path) -> None:
     path = tmp_path / "results.csv"
     values = {("fpn", "frozen"): (0.30, 0.32), ("fpn", "full"): (0.50, 0.54), ("bifpn", "frozen"): (0.50, 0.56)}
     values[("bifpn", "full")] = (0.52, 0.55)
@@ -73,7 +73,7 @@ def test_gaps_count_beyond_the_spread_of_seeds_only(evidence, tmp_path):
     assert evidence.eta(path, missing, 2, 240) == "4 cells are missing: about 2 minutes on 2 free core(s)"
 
 
-def test_calibration_takes_the_first_world_of_the_wanted_difficulty(evidence, tmp_path, monkeypatch):
+def test_calibration_takes_the_first_world_of_the_wanted_difficulty(evidence, tmp_path, monkeypatch) -> None:
     path = tmp_path / "results.csv"
     reached = {"medium": (0.1, 0.2, 0.3), "easy": (0.45, 0.5, 0.39)}
     with path.open("w", newline="") as file:
@@ -88,7 +88,7 @@ def test_calibration_takes_the_first_world_of_the_wanted_difficulty(evidence, tm
 
 
 @pytest.mark.slow
-def test_a_cell_is_run_once_and_recorded(evidence, tmp_path, monkeypatch, capsys):
+def test_a_cell_is_run_once_and_recorded(evidence, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(evidence, "calibrate", lambda *_, **__: ("easiest", 0.3))
     monkeypatch.setattr(evidence, "cells", lambda tables, seeds: [evidence.Cell("6", "bifpn1", "full", 0.01, 0)])
     arguments = ["--trial", "--results", str(tmp_path / "results.csv"), "--work", str(tmp_path / "work")]

@@ -9,7 +9,7 @@ from permafrost.data.worlds.motion_files import write_video
 from permafrost.launcher.cli import main
 
 
-def test_a_folder_with_a_broken_file(tmp_path, capsys):
+def test_a_folder_with_a_broken_file(tmp_path, capsys) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
     (source / "a").mkdir(parents=True)
     frames = np.random.default_rng(0).integers(0, 255, (6, 96, 128, 3), dtype=np.uint8)
@@ -22,7 +22,7 @@ def test_a_folder_with_a_broken_file(tmp_path, capsys):
     assert open_video(target / "a" / "good.mp4").frames([5]).shape == (1, 66, 88, 3)
 
 
-def test_mistakes_exit_with_2(tmp_path, capsys):
+def test_mistakes_exit_with_2(tmp_path, capsys) -> None:
     assert main(["resize-videos", str(tmp_path / "absent"), str(tmp_path / "out")]) == 2
     assert "there is no such folder of videos" in capsys.readouterr().err
     (tmp_path / "in").mkdir()

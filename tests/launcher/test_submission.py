@@ -44,7 +44,7 @@ def write_info(root, change):
     return content
 
 
-def test_the_files_are_those_of_the_server(run, tmp_path, capsys):
+def test_the_files_are_those_of_the_server(run, tmp_path, capsys) -> None:
     output, root = run
     content = write_info(root, lambda content: None)
     folder = tmp_path / "made here" / "swinv2_g.htc"
@@ -76,7 +76,7 @@ def test_the_files_are_those_of_the_server(run, tmp_path, capsys):
     assert sorted(path.name for path in output.iterdir()) == before
 
 
-def test_annotations_of_a_test_set_are_not_looked_at(run):
+def test_annotations_of_a_test_set_are_not_looked_at(run) -> None:
     """The built-in world has no test set and takes its validation images for one."""
     _, root = run
     data = parse_experiment(RECIPE, ["--data.root", str(root)]).data
@@ -91,13 +91,13 @@ def test_annotations_of_a_test_set_are_not_looked_at(run):
     ]
 
 
-def test_names_are_what_the_server_can_take_apart(tmp_path):
+def test_names_are_what_the_server_can_take_apart(tmp_path) -> None:
     entry = {"image_id": 1, "category_id": 2, "score": 0.5, "bbox": [0, 0, 1, 1]}
     (path,) = server_files([entry], Path("image_info_test-dev2017.json"), tmp_path / "paper_table5 giant")
     assert path == "bbox/detections_test-dev2017_papertable5giant_results.zip"
 
 
-def test_other_classes_and_missing_files_are_refused(run, tmp_path, capsys):
+def test_other_classes_and_missing_files_are_refused(run, tmp_path, capsys) -> None:
     output, root = run
     command = ["evaluate", str(output), "--submission", str(tmp_path / "submission")]
     write_info(root, lambda content: content["categories"][0].update(name="oval"))

@@ -55,7 +55,7 @@ def wait_for_steps(program, output: Path, count: int, timeout: float = 240) -> N
         time.sleep(0.1)
 
 
-def test_arguments_and_losses(cluster, read_losses, tmp_path):
+def test_arguments_and_losses(cluster, read_losses, tmp_path) -> None:
     """Arguments and variables arrive byte for byte, and two nodes train to the losses of one."""
     folder = tmp_path / ODD
     folder.mkdir()
@@ -79,7 +79,7 @@ def test_arguments_and_losses(cluster, read_losses, tmp_path):
     assert read_losses(remote) == read_losses(local)
 
 
-def test_killed_rank(cluster, endless):
+def test_killed_rank(cluster, endless) -> None:
     program = endless()
     os.kill(cluster.rank_pid(1), signal.SIGKILL)
     outcome = program.wait(PATIENCE + 10)
@@ -88,7 +88,7 @@ def test_killed_rank(cluster, endless):
     assert re.search(r"launch: rank 1 on node02 \(pid \d+\) is gone without a word", outcome.output), outcome.output
 
 
-def test_partition(cluster, endless):
+def test_partition(cluster, endless) -> None:
     """Neither side can tell the other one; both end."""
     program = endless()
     with cluster.cut_off("node02"):
@@ -99,7 +99,7 @@ def test_partition(cluster, endless):
     assert re.search(r"launch: node02 has not answered for \d+ s: the machine or the network is down", outcome.output)
 
 
-def test_killed_launcher(cluster, endless):
+def test_killed_launcher(cluster, endless) -> None:
     """The launcher cannot say anything any more: the nodes' own agents end what it left."""
     program = endless()
     program.process.kill()
@@ -107,7 +107,7 @@ def test_killed_launcher(cluster, endless):
     cluster.assert_nothing_left(PATIENCE + 10)
 
 
-def test_stopped_rank(cluster, endless):
+def test_stopped_rank(cluster, endless) -> None:
     program = endless()
     os.kill(cluster.rank_pid(1), signal.SIGSTOP)
     outcome = program.wait(PATIENCE + 10)
@@ -116,7 +116,7 @@ def test_stopped_rank(cluster, endless):
     assert re.search(r"launch: rank 1 on node02 \(pid \d+\) has been stopped for 10 s", outcome.output)
 
 
-def test_killed_pdsh(cluster, endless):
+def test_killed_pdsh(cluster, endless) -> None:
     """DeepSpeed's own launcher answers this with code 0 and leaves the ranks."""
     program = endless()
     (pdsh,) = [pid for pid, command in cluster.strays().items() if "pdsh -S" in command]
@@ -126,7 +126,7 @@ def test_killed_pdsh(cluster, endless):
     assert outcome.code not in (0, 1, 2), outcome.output[-6000:]
 
 
-def test_interrupt(cluster, endless):
+def test_interrupt(cluster, endless) -> None:
     program = endless()
     program.process.send_signal(signal.SIGINT)
     outcome = program.wait(40)
@@ -136,7 +136,7 @@ def test_interrupt(cluster, endless):
 
 
 @pytest.mark.timeout(900)
-def test_restart(cluster, read_losses, tmp_path):
+def test_restart(cluster, read_losses, tmp_path) -> None:
     """Two ranks on a node, one killed, another start from the last checkpoint: the losses of a run without all that."""
     steps = (
         "--loop.num-steps",
@@ -161,7 +161,7 @@ def test_restart(cluster, read_losses, tmp_path):
     assert read_losses(killed) == read_losses(wanted)
 
 
-def test_mistake_that_ranks_find(cluster, tmp_path):
+def test_mistake_that_ranks_find(cluster, tmp_path) -> None:
     """It is theirs to say, with its code, and is not tried again."""
     command = cluster.launch_command("--output", str(tmp_path / "run"), "--resume", "must", "--max-restarts", "2")
     outcome = cluster.run(command, timeout=200)

@@ -20,7 +20,7 @@ def refused(outcome) -> str:
     return outcome.output
 
 
-def test_dry_run(cluster, tmp_path):
+def test_dry_run(cluster, tmp_path) -> None:
     """Looks at everything, says what would run, and starts and writes nothing."""
     command = cluster.launch_command("--output", str(tmp_path / "run"), "--dry-run", "--export", "SECRET=xyzzy")
     outcome = cluster.run(command, timeout=60)
@@ -37,7 +37,7 @@ def test_dry_run(cluster, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_node_that_differs(cluster, root, tmp_path):
+def test_a_node_that_differs(cluster, root, tmp_path) -> None:
     """Source, versions, data, weights, recipe, folder and processes of node02, all in one answer."""
     data, weights = tmp_path / "data", tmp_path / "weights"
     for name in ("annotations", "train2017", "val2017"):
@@ -96,7 +96,7 @@ def test_a_node_that_differs(cluster, root, tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"), [("size=1m", "GiB free on its disk, less than"), ("ro", "cannot be written")]
 )
-def test_no_room_for_the_run_folder(cluster, tmp_path, options, reason):
+def test_no_room_for_the_run_folder(cluster, tmp_path, options, reason) -> None:
     output = tmp_path / "run"
     output.mkdir()
     with cluster.mounted("node01", "-t", "tmpfs", "-o", options, "none", str(output)):
@@ -107,7 +107,7 @@ def test_no_room_for_the_run_folder(cluster, tmp_path, options, reason):
     assert "node02: the run folder" not in text
 
 
-def test_occupied_port(cluster, tmp_path):
+def test_occupied_port(cluster, tmp_path) -> None:
     code = "import socket, time; s = socket.socket(); s.bind(('', 29555)); s.listen(); print('listens', flush=True); time.sleep(99)"
     listener = subprocess.Popen(
         ["ip", "netns", "exec", cluster.namespace("node01"), sys.executable, "-c", code], stdout=subprocess.PIPE
@@ -122,7 +122,7 @@ def test_occupied_port(cluster, tmp_path):
     assert "node01: port 29555: Address already in use: give another --master-port" in text
 
 
-def test_unreachable_node(cluster, tmp_path):
+def test_unreachable_node(cluster, tmp_path) -> None:
     command = cluster.launch_command(
         "--output",
         str(tmp_path / "run"),
@@ -136,7 +136,7 @@ def test_unreachable_node(cluster, tmp_path):
     assert time.monotonic() - begun < 45
 
 
-def test_nodes_that_do_not_reach_each_other(cluster, tmp_path):
+def test_nodes_that_do_not_reach_each_other(cluster, tmp_path) -> None:
     """ssh from the launcher's machine works to both, but node02 has no way to rank 0."""
     route = ["ip", "-n", cluster.namespace("node02"), "route"]
     subprocess.run([*route, "add", "prohibit", "10.0.0.11/32"], check=True)
@@ -149,7 +149,7 @@ def test_nodes_that_do_not_reach_each_other(cluster, tmp_path):
     assert "choose another network with --interface" in text
 
 
-def test_interface(cluster, tmp_path):
+def test_interface(cluster, tmp_path) -> None:
     command = cluster.launch_command("--output", str(tmp_path / "run"), "--dry-run", "--interface", "ib0")
     text = refused(cluster.run(command, timeout=60))
     for node in ("node01", "node02"):
@@ -160,7 +160,7 @@ def test_interface(cluster, tmp_path):
     ("variables", "name"),
     [({"PYTHONPATH": "/tmp/$(touch canary)"}, "PYTHONPATH"), ({"LD_LIBRARY_PATH": "/a b"}, "LD_LIBRARY_PATH")],
 )
-def test_variables_that_a_shell_would_change(cluster, tmp_path, variables, name):
+def test_variables_that_a_shell_would_change(cluster, tmp_path, variables, name) -> None:
     """A variable is refused that DeepSpeed would hand to the nodes' shells half-quoted."""
     command = cluster.launch_command("--output", str(tmp_path / "run"))
     outcome = cluster.run(command, timeout=60, cwd=tmp_path, **variables)

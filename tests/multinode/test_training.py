@@ -46,7 +46,7 @@ def single(cluster, read_losses, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_quickstart(cluster, read_losses, single, tmp_path):
+def test_quickstart(cluster, read_losses, single, tmp_path) -> None:
     wanted = single()
     assert len(wanted) == 4
 
@@ -78,7 +78,7 @@ def test_quickstart(cluster, read_losses, single, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_quickstart_under_zero(cluster, read_losses, single, tmp_path):
+def test_quickstart_under_zero(cluster, read_losses, single, tmp_path) -> None:
     """The multi-node engine: ZeRO 2 over the network."""
     engine = ("--engine.kind", "deepspeed", "--engine.zero-stage", "2")
     output = tmp_path / "launched"

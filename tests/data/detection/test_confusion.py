@@ -23,7 +23,7 @@ def seen(category, box, score=0.9):
     return {"category_id": category, "bbox": box, "score": score}
 
 
-def test_the_matrix_is_the_one_counted_by_hand():
+def test_the_matrix_is_the_one_counted_by_hand() -> None:
     records = {
         1: {"annotations": [truth(0, [0, 0, 10, 10]), truth(1, [20, 20, 10, 10]), truth(0, [50, 50, 10, 10])]},
         2: {"annotations": [truth(1, [0, 0, 40, 40], iscrowd=1)]},
@@ -43,18 +43,18 @@ def test_the_matrix_is_the_one_counted_by_hand():
     np.testing.assert_array_equal(confusion_matrix(records, found, LABELS), expected)
 
 
-def test_the_better_overlap_wins_and_each_object_is_taken_once():
+def test_the_better_overlap_wins_and_each_object_is_taken_once() -> None:
     records = {1: {"annotations": [truth(0, [0, 0, 10, 10]), truth(1, [2, 0, 10, 10])]}}
     found = {1: [seen(9, [2, 0, 10, 10], 0.9), seen(9, [2, 0, 10, 10], 0.5)]}
     np.testing.assert_array_equal(confusion_matrix(records, found, LABELS), [[0, 1, 0], [0, 1, 0], [0, 0, 0]])
 
 
-def test_no_detection_at_all():
+def test_no_detection_at_all() -> None:
     records = {1: {"annotations": [truth(0, [0, 0, 10, 10])]}, 2: {"annotations": []}}
     np.testing.assert_array_equal(confusion_matrix(records, {}, LABELS), [[0, 0, 1], [0, 0, 0], [0, 0, 0]])
 
 
-def test_curves_are_drawn_where_a_class_occurs():
+def test_curves_are_drawn_where_a_class_occurs() -> None:
     recalls = np.linspace(0, 1, 101)
     precision = np.full((10, 101, 2), -1.0)
     ious = np.linspace(0.5, 0.95, 10)
@@ -70,7 +70,7 @@ def test_curves_are_drawn_where_a_class_occurs():
 
 
 @pytest.mark.parametrize("num_classes", [3, MAX_NAMED + 50])
-def test_confusion_is_a_picture(num_classes):
+def test_confusion_is_a_picture(num_classes) -> None:
     classes = [f"class {i}" for i in range(num_classes)]
     nothing = np.zeros((num_classes + 1, num_classes + 1), dtype=np.int64)
     right = nothing + np.diag(np.arange(num_classes + 1))
@@ -80,7 +80,7 @@ def test_confusion_is_a_picture(num_classes):
     assert (first != second).any()
 
 
-def test_an_evaluator_draws_what_it_has_scored():
+def test_an_evaluator_draws_what_it_has_scored() -> None:
     record = {"id": 1, "file_name": "a.jpg", "height": 40, "width": 40}
     entry = {
         "bbox": [2, 2, 20, 20],

@@ -20,7 +20,7 @@ from permafrost.data.errors import DataError
 from permafrost.data.types import SampleKey
 
 
-def test_labels_are_contiguous_by_category_id(hand_made):
+def test_labels_are_contiguous_by_category_id(hand_made) -> None:
     dataset = val_set(hand_made.config())
     assert dataset.classes == ["apple", "fig", "pear"]
     assert dataset.category_ids == [5, 9, 70]
@@ -36,7 +36,7 @@ def test_labels_are_contiguous_by_category_id(hand_made):
         assert [dataset.category_ids[label] for label in target.labels] == expected
 
 
-def test_an_unscaled_sample_equals_the_file(hand_made):
+def test_an_unscaled_sample_equals_the_file(hand_made) -> None:
     """64 pixels fit the 64 x 48 image as it is: pixels, boxes, masks and the crowd must come through untouched."""
     dataset = val_set(hand_made.config())
     index = sorted([12, 3, 40, 7, 21, 33]).index(21)
@@ -53,7 +53,7 @@ def test_an_unscaled_sample_equals_the_file(hand_made):
         assert torch.equal(mask, expected)
 
 
-def test_run_lengths_and_crowds(hand_made):
+def test_run_lengths_and_crowds(hand_made) -> None:
     dataset = val_set(hand_made.config(image_size=40))
     index = sorted([12, 3, 40, 7, 21, 33]).index(12)
     target = dataset[SampleKey(0, 0, index)].target
@@ -64,7 +64,7 @@ def test_run_lengths_and_crowds(hand_made):
     assert target.ignore_boxes.tolist() == [[0, 0, 1, 5]]
 
 
-def test_empty_images_are_left_out_of_training_only(hand_made):
+def test_empty_images_are_left_out_of_training_only(hand_made) -> None:
     for split in ("train", "val"):
         content = hand_made.content[split]
         content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] != 7]
@@ -80,13 +80,13 @@ def test_empty_images_are_left_out_of_training_only(hand_made):
     assert target.masks.shape == (0, 64, 64)
 
 
-def test_max_val_images_takes_the_first_by_id(hand_made):
+def test_max_val_images_takes_the_first_by_id(hand_made) -> None:
     dataset = val_set(hand_made.config(max_val_images=2))
     assert [record["id"] for record in dataset.records] == [3, 7]
     assert set(dataset.evaluator().records) == {3, 7}
 
 
-def test_fingerprint_follows_the_annotations(hand_made):
+def test_fingerprint_follows_the_annotations(hand_made) -> None:
     first = train_set(hand_made.config()).fingerprint
     assert first == train_set(hand_made.config()).fingerprint
     assert first != val_set(hand_made.config()).fingerprint
@@ -96,7 +96,7 @@ def test_fingerprint_follows_the_annotations(hand_made):
     assert whole.fingerprint != part.fingerprint
 
 
-def test_inference_sample_fits_the_image(hand_made):
+def test_inference_sample_fits_the_image(hand_made) -> None:
     sample = inference_sample(hand_made.image("val", "val_021.jpg"), 32, image_id=4)
     assert sample.image.shape == (3, 32, 32)
     assert (sample.target.size, sample.target.original_size) == ((24, 32), (48, 64))
@@ -107,7 +107,7 @@ def test_inference_sample_fits_the_image(hand_made):
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_missing_root_says_the_layout(tmp_path):
+def test_missing_root_says_the_layout(tmp_path) -> None:
     from permafrost.data.detection.config import CocoDataConfig
 
     config = CocoDataConfig(root=str(tmp_path / "nothing"))
@@ -117,7 +117,7 @@ def test_missing_root_says_the_layout(tmp_path):
         assert part in str(error.value)
 
 
-def test_missing_annotations_and_folder_are_named(hand_made):
+def test_missing_annotations_and_folder_are_named(hand_made) -> None:
     shutil.move(hand_made.root / "train2017", hand_made.root / "elsewhere")
     with pytest.raises(DataError, match="train2017: there is no such folder of images; expected COCO's layout"):
         train_set(hand_made.config())
@@ -140,7 +140,7 @@ def test_missing_annotations_and_folder_are_named(hand_made):
         ("[" * 100_000, "not valid JSON"),
     ],
 )
-def test_malformed_json_names_the_file(hand_made, text, message):
+def test_malformed_json_names_the_file(hand_made, text, message) -> None:
     hand_made.json("train").write_text(text)
     with pytest.raises(DataError, match=message) as error:
         train_set(hand_made.config())
@@ -148,7 +148,7 @@ def test_malformed_json_names_the_file(hand_made, text, message):
     assert any(finding.fatal for finding in check_coco(hand_made.config()))
 
 
-def test_binary_json_is_refused(hand_made):
+def test_binary_json_is_refused(hand_made) -> None:
     hand_made.json("train").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(DataError, match="not valid JSON"):
         train_set(hand_made.config())
@@ -244,7 +244,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("case", [*SINGLE, *WHOLE])
-def test_bad_entries_are_refused_with_file_and_path(hand_made, case):
+def test_bad_entries_are_refused_with_file_and_path(hand_made, case) -> None:
     change, where, what = {**SINGLE, **WHOLE}[case]
     change(hand_made.content["train"])
     config = hand_made.write()
@@ -262,7 +262,7 @@ def test_bad_entries_are_refused_with_file_and_path(hand_made, case):
 
 
 @pytest.mark.parametrize("case", SINGLE)
-def test_single_bad_annotations_can_be_left_out(hand_made, case):
+def test_single_bad_annotations_can_be_left_out(hand_made, case) -> None:
     change, where, _ = SINGLE[case]
     change(hand_made.content["train"])
     hand_made.write()
@@ -279,7 +279,7 @@ def test_single_bad_annotations_can_be_left_out(hand_made, case):
 
 
 @pytest.mark.parametrize("case", WHOLE)
-def test_broken_files_are_refused_under_drop_too(hand_made, case):
+def test_broken_files_are_refused_under_drop_too(hand_made, case) -> None:
     change, where, _ = WHOLE[case]
     change(hand_made.content["train"])
     hand_made.write()
@@ -288,7 +288,7 @@ def test_broken_files_are_refused_under_drop_too(hand_made, case):
     assert where in str(error.value)
 
 
-def test_many_problems_are_counted(hand_made):
+def test_many_problems_are_counted(hand_made) -> None:
     for entry in hand_made.content["train"]["annotations"]:
         entry["bbox"][2] = 0
     count = len(hand_made.content["train"]["annotations"])
@@ -299,12 +299,12 @@ def test_many_problems_are_counted(hand_made):
     assert "data.bad_annotations drop" in str(error.value)
 
 
-def test_small_overhang_is_rounding(hand_made):
+def test_small_overhang_is_rounding(hand_made) -> None:
     hand_made.content["train"]["annotations"][0]["bbox"] = [-0.4, 3, 41.5, 5]
     assert len(train_set(hand_made.write())) == 6
 
 
-def test_annotation_id_0_is_told_but_harmless(hand_made):
+def test_annotation_id_0_is_told_but_harmless(hand_made) -> None:
     hand_made.content["val"]["annotations"][0]["id"] = 0
     config = hand_made.write()
     findings = [finding for finding in check_coco(config) if finding.path.endswith("annotations[0].id")]
@@ -312,13 +312,13 @@ def test_annotation_id_0_is_told_but_harmless(hand_made):
     val_set(config)
 
 
-def test_nothing_to_learn_is_refused(hand_made):
+def test_nothing_to_learn_is_refused(hand_made) -> None:
     hand_made.content["train"]["annotations"] = []
     with pytest.raises(DataError, match="not one object"):
         train_set(hand_made.write())
 
 
-def test_missing_image_files_are_refused_at_once(hand_made):
+def test_missing_image_files_are_refused_at_once(hand_made) -> None:
     hand_made.image("train", "train_040.jpg").unlink()
     for finding in (check_coco(hand_made.config(), decode=False), check_coco(hand_made.config())):
         assert [(one.path.endswith("train_040.jpg"), one.fatal) for one in finding] == [(True, True)]
@@ -326,7 +326,7 @@ def test_missing_image_files_are_refused_at_once(hand_made):
         train_set(hand_made.config())
 
 
-def test_file_names_may_hold_folders(hand_made):
+def test_file_names_may_hold_folders(hand_made) -> None:
     (hand_made.root / "train2017" / "sub").mkdir()
     name = hand_made.content["train"]["images"][0]["file_name"]
     shutil.move(hand_made.image("train", name), hand_made.image("train", f"sub/{name}"))
@@ -342,7 +342,7 @@ def _damage(path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "page"])
-def test_corrupt_training_image_is_replaced_by_the_next(hand_made, kind):
+def test_corrupt_training_image_is_replaced_by_the_next(hand_made, kind) -> None:
     clean = train_set(hand_made.config())
     path = clean.image_path(2)
     neighbour = clean[SampleKey(5, 1, 3)]
@@ -363,7 +363,7 @@ def test_corrupt_training_image_is_replaced_by_the_next(hand_made, kind):
     assert findings[0].what == sample.replaced[0][1]
 
 
-def test_replacement_wraps_around_and_gives_up_when_nothing_is_readable(hand_made):
+def test_replacement_wraps_around_and_gives_up_when_nothing_is_readable(hand_made) -> None:
     dataset = train_set(hand_made.config())
     for index in (4, 5):
         dataset.image_path(index).write_bytes(b"")
@@ -376,7 +376,7 @@ def test_replacement_wraps_around_and_gives_up_when_nothing_is_readable(hand_mad
         dataset[SampleKey(0, 0, 4)]
 
 
-def test_corrupt_validation_image_is_an_error(hand_made):
+def test_corrupt_validation_image_is_an_error(hand_made) -> None:
     dataset = val_set(hand_made.config())
     dataset.image_path(1).write_bytes(b"<html>")
     with pytest.raises(DataError, match=r"val_007\.jpg: it is not an image"):
@@ -386,7 +386,7 @@ def test_corrupt_validation_image_is_an_error(hand_made):
     assert check_coco(hand_made.config(max_val_images=1)) == []
 
 
-def test_image_of_another_size_is_no_use(hand_made):
+def test_image_of_another_size_is_no_use(hand_made) -> None:
     dataset = train_set(hand_made.config())
     Image.new("RGB", (48, 24)).save(dataset.image_path(0))
     with Image.open(dataset.image_path(0)) as image:
@@ -396,14 +396,14 @@ def test_image_of_another_size_is_no_use(hand_made):
     assert "EXIF" in reason
 
 
-def test_ten_images_are_always_tolerated(hand_made):
+def test_ten_images_are_always_tolerated(hand_made) -> None:
     tracker = train_set(hand_made.config()).tracker()
     tracker.update([(f"{number}.jpg", "x") for number in range(10)])
     with pytest.raises(DataError):
         tracker.update([("10.jpg", "x")])
 
 
-def test_check_of_a_good_folder_finds_nothing_and_counts(hand_made, shapes_config, file_bytes):
+def test_check_of_a_good_folder_finds_nothing_and_counts(hand_made, shapes_config, file_bytes) -> None:
     before = file_bytes(hand_made.root)
     seen = []
     assert check_coco(hand_made.config(), on_progress=lambda done, total: seen.append((done, total))) == []
@@ -413,7 +413,7 @@ def test_check_of_a_good_folder_finds_nothing_and_counts(hand_made, shapes_confi
     assert file_bytes(hand_made.root) == before
 
 
-def test_check_lists_everything_at_once(hand_made):
+def test_check_lists_everything_at_once(hand_made) -> None:
     original = copy.deepcopy(hand_made.content["train"])
     changes = [SINGLE["nan box"], WHOLE["unknown image"], WHOLE["double class"]]
     for change, _, _ in changes:
@@ -427,7 +427,7 @@ def test_check_lists_everything_at_once(hand_made):
         assert any(path.endswith(where) for path in paths)
 
 
-def test_check_of_a_missing_root_is_a_finding(tmp_path, hand_made):
+def test_check_of_a_missing_root_is_a_finding(tmp_path, hand_made) -> None:
     findings = check_coco(hand_made.config(root=str(tmp_path / "nothing")))
     assert len(findings) == 2
     assert all(finding.fatal and "expected COCO's layout" in finding.what for finding in findings)

@@ -17,7 +17,7 @@ BOX = torch.tensor([[20.0, 30.0, 60.0, 80.0]])
 LABEL = torch.tensor([1])
 
 
-def test_box_mask_and_label_are_where_they_belong():
+def test_box_mask_and_label_are_where_they_belong() -> None:
     image = gray(100, 120)
     mask = torch.zeros((1, 100, 120), dtype=torch.bool)
     mask[0, 40:70, 30:50] = True
@@ -39,7 +39,7 @@ def test_box_mask_and_label_are_where_they_belong():
     assert torch.equal(image, gray(100, 120))
 
 
-def test_grids_on_boxes_are_pasted():
+def test_grids_on_boxes_are_pasted() -> None:
     grid = torch.zeros(1, 28, 28)
     grid[:, :, 14:] = 1.0
     picture = draw_detections(gray(100, 120), BOX, LABEL, grid, torch.tensor([0.9]), min_side=0).astype(int)
@@ -47,13 +47,13 @@ def test_grids_on_boxes_are_pasted():
     assert tuple(picture[60, 50]) != (100, 100, 100)
 
 
-def test_small_pictures_are_enlarged_by_a_whole_factor():
+def test_small_pictures_are_enlarged_by_a_whole_factor() -> None:
     picture = draw_detections(gray(50, 64), BOX / 2, LABEL, min_side=320)
     assert picture.shape == (250, 320, 3)
     assert tuple(picture[15 * 5, 20 * 5]) == class_color(1)
 
 
-def test_scores_hide_and_label_objects():
+def test_scores_hide_and_label_objects() -> None:
     boxes, labels = BOX.repeat(2, 1), torch.tensor([0, 1])
     boxes[1] += 30
     both = draw_detections(gray(120, 120), boxes, labels, None, torch.tensor([0.9, 0.2]), min_side=0)
@@ -65,7 +65,7 @@ def test_scores_hide_and_label_objects():
     assert not np.array_equal(alone, unlabelled)
 
 
-def test_nothing_to_draw_and_odd_boxes():
+def test_nothing_to_draw_and_odd_boxes() -> None:
     empty = draw_detections(
         gray(40, 40), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 28, 28), min_side=0
     )

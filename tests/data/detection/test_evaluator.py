@@ -105,7 +105,7 @@ def direct(annotation_file, results_json: list[dict], kind: str) -> COCOeval:
     return evaluation
 
 
-def test_truth_as_prediction_scores_1(shapes_config):
+def test_truth_as_prediction_scores_1(shapes_config) -> None:
     dataset = val_set(shapes_config)
     evaluator = dataset.evaluator()
     evaluator.update([result_of(target) for target in targets_of(dataset)])
@@ -117,7 +117,7 @@ def test_truth_as_prediction_scores_1(shapes_config):
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 2.0, 8.0])
-def test_boxes_and_masks_are_scaled_back_to_the_file(shapes_config, scale):
+def test_boxes_and_masks_are_scaled_back_to_the_file(shapes_config, scale) -> None:
     """The annotations at another network size come back exactly: boxes to the bit, masks as far as 28 x 28 cells hold them."""
     dataset = val_set(shapes_config)
     evaluator = dataset.evaluator()
@@ -127,7 +127,7 @@ def test_boxes_and_masks_are_scaled_back_to_the_file(shapes_config, scale):
     assert metrics["segm/AP"] > 0.95
 
 
-def test_boxes_of_an_image_that_is_not_square(hand_made):
+def test_boxes_of_an_image_that_is_not_square(hand_made) -> None:
     """48 x 64 fitted into 32: size (24, 32), so everything doubles on the way back."""
     dataset = val_set(hand_made.config(image_size=32))
     target = next(target for target in targets_of(dataset) if target.image_id == 21)
@@ -144,7 +144,7 @@ def test_boxes_of_an_image_that_is_not_square(hand_made):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_numbers_are_those_of_pycocotools(shapes_config, seed):
+def test_numbers_are_those_of_pycocotools(shapes_config, seed) -> None:
     dataset = val_set(shapes_config)
     evaluator = dataset.evaluator()
     evaluator.update(noisy_results(dataset, seed))
@@ -165,7 +165,7 @@ def test_numbers_are_those_of_pycocotools(shapes_config, seed):
             assert metrics[f"{kind}/AP-{name}"] == pytest.approx(values[values > -1].mean(), abs=1e-9)
 
 
-def test_max_val_images_scores_those_only(shapes_config):
+def test_max_val_images_scores_those_only(shapes_config) -> None:
     part = val_set(replace(shapes_config, max_val_images=6))
     evaluator = part.evaluator()
     evaluator.update([result_of(target) for target in targets_of(part)])
@@ -176,7 +176,7 @@ def test_max_val_images_scores_those_only(shapes_config):
     assert whole.compute()["bbox/AP"] < 0.6
 
 
-def test_no_predictions_score_0(shapes_config):
+def test_no_predictions_score_0(shapes_config) -> None:
     dataset = val_set(shapes_config)
     assert dataset.evaluator().compute()["bbox/AP"] == 0.0
     evaluator = dataset.evaluator()
@@ -189,7 +189,7 @@ def test_no_predictions_score_0(shapes_config):
     assert evaluator.results_json() == []
 
 
-def test_a_head_without_masks_has_no_mask_scores(shapes_config):
+def test_a_head_without_masks_has_no_mask_scores(shapes_config) -> None:
     dataset = val_set(shapes_config)
     evaluator = dataset.evaluator()
     evaluator.update([result_of(target, with_masks=False) for target in targets_of(dataset)])
@@ -203,7 +203,7 @@ def test_a_head_without_masks_has_no_mask_scores(shapes_config):
     ("field", "value", "message"),
     [("scores", float("nan"), "score that is not a number"), ("boxes", float("inf"), "box that is not finite")],
 )
-def test_numbers_that_are_none_name_the_image(shapes_config, field, value, message):
+def test_numbers_that_are_none_name_the_image(shapes_config, field, value, message) -> None:
     dataset = val_set(shapes_config)
     target = next(target for target in targets_of(dataset) if len(target.boxes))
     result = result_of(target)
@@ -213,7 +213,7 @@ def test_numbers_that_are_none_name_the_image(shapes_config, field, value, messa
     assert f"image {target.image_id} ({target.image_id:012d}.jpg)" in str(error.value)
 
 
-def test_unknown_and_repeated_images_are_refused(shapes_config):
+def test_unknown_and_repeated_images_are_refused(shapes_config) -> None:
     dataset = val_set(shapes_config)
     target = targets_of(dataset)[0]
     evaluator = dataset.evaluator()
@@ -224,7 +224,7 @@ def test_unknown_and_repeated_images_are_refused(shapes_config):
         evaluator.update([result_of(target)])
 
 
-def test_ranks_together_score_as_one(shapes_config):
+def test_ranks_together_score_as_one(shapes_config) -> None:
     import pickle
 
     dataset = val_set(shapes_config)
@@ -242,7 +242,7 @@ def test_ranks_together_score_as_one(shapes_config):
         parts[1].merge([states[0], states[0]])
 
 
-def test_annotation_ids_from_0_lose_nothing(hand_made):
+def test_annotation_ids_from_0_lose_nothing(hand_made) -> None:
     """pycocotools alone never counts the annotation with id 0 as found."""
     for number, entry in enumerate(hand_made.content["val"]["annotations"]):
         entry["id"] = number
@@ -253,7 +253,7 @@ def test_annotation_ids_from_0_lose_nothing(hand_made):
     assert direct(hand_made.json("val"), evaluator.results_json(), "bbox").stats[0] < 0.99
 
 
-def test_annotations_without_area_and_crowd_flag(hand_made):
+def test_annotations_without_area_and_crowd_flag(hand_made) -> None:
     for entry in hand_made.content["val"]["annotations"]:
         del entry["area"]
         if not entry["iscrowd"]:
@@ -267,7 +267,7 @@ def test_annotations_without_area_and_crowd_flag(hand_made):
     assert "bbox/APl" not in metrics
 
 
-def test_detections_on_crowds_are_not_counted_as_wrong(hand_made):
+def test_detections_on_crowds_are_not_counted_as_wrong(hand_made) -> None:
     dataset = val_set(hand_made.config())
     scores = {}
     for label in (0, 2):
@@ -287,7 +287,7 @@ def test_detections_on_crowds_are_not_counted_as_wrong(hand_made):
     assert scores[2]["bbox/AP-apple"] == pytest.approx(1.0)
 
 
-def test_computing_prints_nothing(shapes_config, capfd):
+def test_computing_prints_nothing(shapes_config, capfd) -> None:
     dataset = val_set(shapes_config)
     evaluator = dataset.evaluator()
     evaluator.update(noisy_results(dataset, 0))
@@ -309,7 +309,7 @@ def test_computing_prints_nothing(shapes_config, capfd):
         (50.0, 50.0, 60.0, 60.0),
     ],
 )
-def test_pasting_is_grid_sampling_of_the_whole_image(box):
+def test_pasting_is_grid_sampling_of_the_whole_image(box) -> None:
     """Against torch's grid_sample over every pixel of the image, in float64."""
     height, width = 30, 40
     generator = torch.Generator().manual_seed(1)
@@ -334,7 +334,7 @@ def test_pasting_is_grid_sampling_of_the_whole_image(box):
     assert ((whole >= 0.5) & ~inside).sum() <= 2 * (height + width)
 
 
-def test_pasting_touches_only_the_box():
+def test_pasting_touches_only_the_box() -> None:
     """A small box in a large image takes no time that depends on the image."""
     import time
 
@@ -348,7 +348,7 @@ def test_pasting_touches_only_the_box():
 
 
 @pytest.mark.parametrize("with_masks", [True, False])
-def test_the_faster_scorer_gives_the_same_numbers(shapes_config, with_masks):
+def test_the_faster_scorer_gives_the_same_numbers(shapes_config, with_masks) -> None:
     dataset = val_set(shapes_config)
     results = [replace(one, masks=one.masks if with_masks else None) for one in noisy_results(dataset, 0)]
     found = {}
@@ -362,7 +362,7 @@ def test_the_faster_scorer_gives_the_same_numbers(shapes_config, with_masks):
     assert ("segm/AP" in found["pycocotools"]) == with_masks
 
 
-def test_a_scorer_that_is_not_installed_is_named(monkeypatch):
+def test_a_scorer_that_is_not_installed_is_named(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(DataError, match=r"pip install 'permafrost\[fast-eval\]'"):
         CocoEvaluator([], [], [], EvaluationConfig(scorer="faster_coco_eval"))

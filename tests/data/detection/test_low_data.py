@@ -18,7 +18,7 @@ from permafrost.data.stream.records import choose_share
 from permafrost.data.types import SampleKey
 
 
-def test_shares_are_exact_nested_and_of_the_seed_alone():
+def test_shares_are_exact_nested_and_of_the_seed_alone() -> None:
     ids = list(range(7, 7 + 118_287 * 3, 3))
     one, ten = choose_share(ids, 0.01, 1), choose_share(ids, 0.1, 1)
     assert (len(one), len(ten)) == (1183, 11829)
@@ -32,7 +32,7 @@ def test_shares_are_exact_nested_and_of_the_seed_alone():
     assert choose_share([4], 0.01, 0) == {4}
 
 
-def test_a_share_is_taken_of_all_images_and_said(hand_made):
+def test_a_share_is_taken_of_all_images_and_said(hand_made) -> None:
     config = hand_made.config(train_share=0.5, train_share_seed=3)
     dataset, again = train_set(config), train_set(config)
     assert sorted(dataset.image_ids) == sorted(choose_share([12, 3, 40, 7, 21, 33], 0.5, 3))
@@ -50,7 +50,7 @@ def test_a_share_is_taken_of_all_images_and_said(hand_made):
         ({"semantic_classes": 256}, "semantic_classes is 256"),
     ],
 )
-def test_impossible_values_name_the_field(fields, message):
+def test_impossible_values_name_the_field(fields, message) -> None:
     with pytest.raises(DataError, match=message):
         CocoDataConfig(**fields)
 
@@ -63,7 +63,7 @@ def test_impossible_values_name_the_field(fields, message):
         (EvaluationConfig, {"short_side": 0}, "short_side is 0"),
     ],
 )
-def test_impossible_resizing_is_refused(kind, fields, message):
+def test_impossible_resizing_is_refused(kind, fields, message) -> None:
     with pytest.raises(DataError, match=message):
         kind(**fields)
 
@@ -77,7 +77,7 @@ def scene_of(height, width, num_objects=2):
 
 
 @pytest.mark.parametrize(("height", "width"), [(30, 40), (50, 20), (64, 64)])
-def test_multi_scale_keeps_the_aspect_ratio_and_everything_in_sight(height, width):
+def test_multi_scale_keeps_the_aspect_ratio_and_everything_in_sight(height, width) -> None:
     config = MultiScaleConfig(short_sides=(24, 36), max_side=48, flip=0.5)
     sides, flips = set(), set()
     for index in range(24):
@@ -102,7 +102,7 @@ def test_multi_scale_keeps_the_aspect_ratio_and_everything_in_sight(height, widt
     assert (sides, flips) == ({24, 36}, {False, True})
 
 
-def test_evaluation_by_the_shorter_side():
+def test_evaluation_by_the_shorter_side() -> None:
     scene = scene_of(30, 40)
     evaluation = EvaluationConfig(resize="short_side", short_side=60, max_side=90)
     whole = FitTransform(1, evaluation)(scene)
@@ -110,7 +110,7 @@ def test_evaluation_by_the_shorter_side():
     assert FitTransform(1, EvaluationConfig(resize="short_side", short_side=60, max_side=70))(scene).size == (52, 70)
 
 
-def test_images_of_different_sizes_become_one_batch(hand_made):
+def test_images_of_different_sizes_become_one_batch(hand_made) -> None:
     config = hand_made.config(
         jitter=MultiScaleConfig(short_sides=(20, 60), max_side=90), semantic="instances", semantic_classes=4
     )
@@ -141,7 +141,7 @@ def write_maps(hand_made, change=None):
     return folder
 
 
-def test_semantic_maps_come_along(hand_made):
+def test_semantic_maps_come_along(hand_made) -> None:
     write_maps(hand_made)
     config = hand_made.config(jitter=JitterConfig(scale_range=(1.0, 1.0), flip=0.0), semantic="stuff/train2017")
     dataset = train_set(config)
@@ -154,7 +154,7 @@ def test_semantic_maps_come_along(hand_made):
     assert val_set(config)[SampleKey(0, 0, 0)].target.semantic is None
 
 
-def test_faulty_semantic_maps(hand_made):
+def test_faulty_semantic_maps(hand_made) -> None:
     folder = write_maps(hand_made)
     files = sorted(folder.iterdir())
     good = files[0].read_bytes()
@@ -185,7 +185,7 @@ def test_faulty_semantic_maps(hand_made):
         train_set(hand_made.config(semantic="nowhere"))
 
 
-def test_maps_painted_from_instances(hand_made):
+def test_maps_painted_from_instances(hand_made) -> None:
     config = hand_made.config(
         jitter=JitterConfig(scale_range=(1.0, 1.0), flip=0.0), semantic="instances", semantic_classes=4
     )
@@ -200,7 +200,7 @@ def test_maps_painted_from_instances(hand_made):
         train_set(hand_made.config(semantic="instances"))
 
 
-def test_pasted_objects_cover_what_lies_below():
+def test_pasted_objects_cover_what_lies_below() -> None:
     def layer(value, boxes):
         masks = torch.zeros(len(boxes), 32, 32, dtype=torch.bool)
         for mask, (x0, y0, x1, y1) in zip(masks, boxes):
@@ -227,7 +227,7 @@ def test_pasted_objects_cover_what_lies_below():
     assert len(seen) == 4
 
 
-def test_copy_paste_is_a_function_of_the_key(hand_made):
+def test_copy_paste_is_a_function_of_the_key(hand_made) -> None:
     plain, pasted = train_set(hand_made.config()), train_set(hand_made.config(copy_paste=1.0))
     more = 0
     for index in range(6):

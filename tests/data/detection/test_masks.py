@@ -23,13 +23,13 @@ def runs(mask: np.ndarray) -> list[int]:
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 0.98, 1.0])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (480, 640), (3, 2000)])
-def test_compressed_counts_are_read_as_pycocotools_writes_them(shape, density):
+def test_compressed_counts_are_read_as_pycocotools_writes_them(shape, density) -> None:
     mask = (np.random.default_rng(7).random(shape) < density).astype(np.uint8)
     text = mask_api.encode(np.asfortranarray(mask))["counts"].decode()
     assert decompress_counts(text) == runs(mask)
 
 
-def test_large_and_shrinking_runs():
+def test_large_and_shrinking_runs() -> None:
     mask = np.zeros((900, 900), dtype=np.uint8)
     mask[10:890, 500] = 1
     mask[5, 700] = 1
@@ -38,12 +38,12 @@ def test_large_and_shrinking_runs():
 
 
 @pytest.mark.parametrize("text", ["", "p", "1o", "é", "0 1", "\x00", "o" * 30 + "1"])
-def test_text_that_is_no_code_is_refused(text):
+def test_text_that_is_no_code_is_refused(text) -> None:
     with pytest.raises(ValueError, match=r"outside the code|no end|is empty|too many digits"):
         decompress_counts(text)
 
 
-def test_all_forms_give_the_masks_of_pycocotools():
+def test_all_forms_give_the_masks_of_pycocotools() -> None:
     mask = np.random.default_rng(0).random((20, 30)) < 0.3
     text = mask_api.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
     forms = [

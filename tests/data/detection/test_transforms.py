@@ -57,7 +57,7 @@ def derived(scene: Scene, square: int, jitter: JitterConfig, key: SampleKey) -> 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (90, 41), (64, 64), (33, 100)])
 @pytest.mark.parametrize("scale_range", [(0.1, 2.0), (1.3, 3.0), (1.0, 1.0)])
-def test_jitter_against_the_derivation(height, width, scale_range):
+def test_jitter_against_the_derivation(height, width, scale_range) -> None:
     jitter = JitterConfig(scale_range=scale_range, min_box_side=2.0)
     seen_flips, dropped = set(), 0
     for index in range(12):
@@ -88,7 +88,7 @@ def test_jitter_against_the_derivation(height, width, scale_range):
 
 
 @pytest.mark.parametrize("scale_range", [(0.3, 0.9), (1.2, 2.5)])
-def test_pixels_move_with_the_masks(scale_range):
+def test_pixels_move_with_the_masks(scale_range) -> None:
     """Red and green of the test image are its row and column: each output pixel tells where it came from."""
     jitter = JitterConfig(scale_range=scale_range)
     for index in range(8):
@@ -108,7 +108,7 @@ def test_pixels_move_with_the_masks(scale_range):
         assert torch.equal(padding, torch.tensor(PAD_COLOR, dtype=torch.uint8)[:, None, None].expand(3, 64, 64))
 
 
-def test_offsets_and_scales_cover_their_range():
+def test_offsets_and_scales_cover_their_range() -> None:
     jitter, scene = JitterConfig(scale_range=(0.5, 2.0)), make_scene(64, 64)
     sizes, tops = [], set()
     for index in range(200):
@@ -123,7 +123,7 @@ def test_offsets_and_scales_cover_their_range():
 
 
 @pytest.mark.parametrize("scale_range", [(0.1, 2.0), (1.0, 1.0)])
-def test_a_sample_is_a_pure_function_of_its_key(scale_range):
+def test_a_sample_is_a_pure_function_of_its_key(scale_range) -> None:
     """At a scale of 1 a 64-pixel scene passes resize and crop untouched: colour must not be written into the caller's."""
     transform = JitterTransform(64, JitterConfig(scale_range=scale_range, color=0.4))
     scene = make_scene(64, 64)
@@ -141,7 +141,7 @@ def test_a_sample_is_a_pure_function_of_its_key(scale_range):
     assert not any(torch.equal(first.image, other) for other in others)
 
 
-def test_color_changes_pixels_and_not_geometry():
+def test_color_changes_pixels_and_not_geometry() -> None:
     scene, key = make_scene(64, 64), SampleKey(0, 0, 1)
     jitter = JitterConfig(scale_range=(1.0, 1.0), flip=0.0)
     plain = JitterTransform(64, jitter)(scene, key.generator("augment"))
@@ -162,7 +162,7 @@ def test_color_changes_pixels_and_not_geometry():
 @pytest.mark.parametrize(
     ("height", "width", "size"), [(48, 64, (24, 32)), (64, 16, (32, 8)), (500, 5, (32, 1)), (7, 7, (32, 32))]
 )
-def test_fit_keeps_the_aspect_ratio(height, width, size):
+def test_fit_keeps_the_aspect_ratio(height, width, size) -> None:
     scene = make_scene(max(height, 8), max(width, 8)) if min(height, width) >= 8 else None
     if scene is None:
         image = torch.full((3, height, width), 7, dtype=torch.uint8)
@@ -175,7 +175,7 @@ def test_fit_keeps_the_aspect_ratio(height, width, size):
     assert (result.boxes[:, 3] <= size[0]).all()
 
 
-def test_scenes_without_objects():
+def test_scenes_without_objects() -> None:
     scene = Scene(
         torch.zeros((3, 20, 30), dtype=torch.uint8), torch.zeros((0, 20, 30), dtype=torch.uint8), torch.zeros(0, 4)
     )
@@ -188,7 +188,7 @@ def test_scenes_without_objects():
         assert result.boxes.dtype == torch.float32
 
 
-def test_boxes_of_masks_against_nonzero():
+def test_boxes_of_masks_against_nonzero() -> None:
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand((50, 9, 13), generator=generator) > torch.rand((50, 1, 1), generator=generator).clamp(min=0.5)
     masks[7] = False
@@ -206,6 +206,6 @@ def test_boxes_of_masks_against_nonzero():
 @pytest.mark.parametrize(
     "fields", [{"scale_range": (2.0, 1.0)}, {"scale_range": (0.0, 1.0)}, {"flip": 1.5}, {"color": 1.0}]
 )
-def test_impossible_jitter_is_refused(fields):
+def test_impossible_jitter_is_refused(fields) -> None:
     with pytest.raises(DataError, match=next(iter(fields))):
         JitterConfig(**fields)

@@ -55,7 +55,7 @@ def small_world():
     return make
 
 
-def test_views_of_an_image_follow_one_another(small_world):
+def test_views_of_an_image_follow_one_another(small_world) -> None:
     data = val_set(small_world(sizes=(64, 96), flip=True))
     assert (len(data), data.num_views, data.groups) == (12, 4, [4, 4, 4])
     samples = [data[SampleKey(0, 0, index)] for index in range(12)]
@@ -74,7 +74,7 @@ def test_views_of_an_image_follow_one_another(small_world):
     assert all(len({(target.image_id, target.size) for target in batch.targets}) == 1 for batch in batches)
 
 
-def test_without_sizes_and_flip_nothing_changes(small_world):
+def test_without_sizes_and_flip_nothing_changes(small_world) -> None:
     data = val_set(small_world())
     assert (len(data), data.num_views) == (3, 1)
     assert data[SampleKey(0, 0, 0)].target.view is None
@@ -82,13 +82,13 @@ def test_without_sizes_and_flip_nothing_changes(small_world):
     assert train_set(small_world(sizes=(64, 96), flip=True)).num_views == 1
 
 
-def test_short_sides_and_their_limit_grow_together(small_world):
+def test_short_sides_and_their_limit_grow_together(small_world) -> None:
     config = EvaluationConfig(resize="short_side", short_side=32, max_side=40, sizes=(32, 64))
     data = val_set(dataclasses.replace(small_world(), evaluation=config))
     assert [data[SampleKey(0, 0, i)].target.size for i in range(2)] == [(32, 32), (64, 64)]
 
 
-def test_a_mirrored_view_is_turned_back():
+def test_a_mirrored_view_is_turned_back() -> None:
     view = DetectionView(1, 2, is_flipped=True)
     found = on_disk(result([[10, 5, 30, 25]], [0.9], [2], left_half(), view=view))
     torch.testing.assert_close(found.boxes, torch.tensor([[140.0, 10.0, 180.0, 50.0]]))
@@ -96,7 +96,7 @@ def test_a_mirrored_view_is_turned_back():
     assert found.size == found.original_size == (100, 200)
 
 
-def test_views_of_one_object_become_one_detection():
+def test_views_of_one_object_become_one_detection() -> None:
     plain = result([[10, 5, 30, 25]], [0.8], [2], left_half(), view=DetectionView(0, 2))
     mirrored = result([[70, 5, 90, 25]], [0.9], [2], left_half().flip(-1), view=DetectionView(1, 2, is_flipped=True))
     # In a view of twice the size.
@@ -109,7 +109,7 @@ def test_views_of_one_object_become_one_detection():
         assert (merged.size, merged.view) == ((100, 200), None)
 
 
-def test_masks_vote_by_score_within_their_class_and_best_takes_its_own():
+def test_masks_vote_by_score_within_their_class_and_best_takes_its_own() -> None:
     boxes = [[10, 10, 30, 30], [10, 10, 30, 30], [10, 10, 30, 30], [60, 10, 80, 30]]
     masks = torch.cat([torch.ones(1, 4, 4), torch.zeros(1, 4, 4), torch.zeros(1, 4, 4), torch.ones(1, 4, 4)])
     views = [result(boxes, [0.6, 0.2, 0.5, 0.4], [0, 0, 1, 0], masks, view=DetectionView(0, 1))]
@@ -125,7 +125,7 @@ def test_masks_vote_by_score_within_their_class_and_best_takes_its_own():
     assert len(merge_views(views, EvaluationConfig(merge_iou=1.0)).boxes) == 4
 
 
-def test_a_resampled_mask_lies_where_it_lay():
+def test_a_resampled_mask_lies_where_it_lay() -> None:
     cells = torch.linspace(-1, 1, 28)
     disc = (1.2 - cells[:, None] ** 2 - 1.5 * (cells[None] + 0.2) ** 2).clamp(0, 1)[None]
     box, onto = torch.tensor([[20.0, 10.0, 76.0, 66.0]]), torch.tensor([[6.0, 3.0, 90.0, 87.0]])
@@ -139,7 +139,7 @@ def test_a_resampled_mask_lies_where_it_lay():
     torch.testing.assert_close(resample(disc, box, box), disc, atol=1e-5, rtol=0)
 
 
-def test_nothing_found_in_any_view_is_no_detection():
+def test_nothing_found_in_any_view_is_no_detection() -> None:
     nothing = result([], [], [], torch.zeros(0, 4, 4), view=DetectionView(0, 2))
     merged = merge_views([nothing, dataclasses.replace(nothing, view=DetectionView(1, 2))], EvaluationConfig())
     assert merged.boxes.shape == (0, 4)
@@ -150,7 +150,7 @@ def record(image_id=1):
     return {"id": image_id, "file_name": "a.jpg", "height": 100, "width": 200, "annotations": []}
 
 
-def test_the_evaluator_waits_for_all_views():
+def test_the_evaluator_waits_for_all_views() -> None:
     evaluator = CocoEvaluator([record()], ["a", "b", "c"], [1, 2, 3])
     first = result([[10, 5, 30, 25]], [0.8], [2], left_half(), view=DetectionView(0, 2))
     second = result([[70, 5, 90, 25]], [0.9], [2], left_half().flip(-1), view=DetectionView(1, 2, is_flipped=True))
@@ -176,6 +176,6 @@ def test_the_evaluator_waits_for_all_views():
         ({"num_detections": 0}, "num_detections"),
     ],
 )
-def test_impossible_views_are_refused(fields, match):
+def test_impossible_views_are_refused(fields, match) -> None:
     with pytest.raises(DataError, match=match):
         EvaluationConfig(**fields)

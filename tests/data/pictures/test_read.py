@@ -30,7 +30,7 @@ def _png_claiming(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
-def test_rgb_is_read_as_stored(tmp_path):
+def test_rgb_is_read_as_stored(tmp_path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     image = read_image(tmp_path / "a.png", (12, 10))
@@ -40,7 +40,7 @@ def test_rgb_is_read_as_stored(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
-def test_modes_become_rgb(tmp_path, mode):
+def test_modes_become_rgb(tmp_path, mode) -> None:
     source = Image.fromarray(GRAY).convert("RGB").convert(mode)
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     source.save(path)
@@ -48,14 +48,14 @@ def test_modes_become_rgb(tmp_path, mode):
     assert np.array_equal(read_image(path).permute(1, 2, 0).numpy(), expected)
 
 
-def test_cmyk_jpeg_keeps_its_colours(tmp_path):
+def test_cmyk_jpeg_keeps_its_colours(tmp_path) -> None:
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "red.jpg", quality=100)
     red, green, blue = read_image(tmp_path / "red.jpg").float().mean(dim=(1, 2)).tolist()
     assert red > 240
     assert max(green, blue) < 15
 
 
-def test_16_bit_gray_is_scaled_not_clipped(tmp_path):
+def test_16_bit_gray_is_scaled_not_clipped(tmp_path) -> None:
     Image.fromarray(GRAY.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     with Image.open(tmp_path / "deep.png") as image:
         assert image.mode.startswith("I")
@@ -64,7 +64,7 @@ def test_16_bit_gray_is_scaled_not_clipped(tmp_path):
     assert np.array_equal(image[1].numpy(), GRAY)
 
 
-def test_exif_orientation_is_ignored(tmp_path):
+def test_exif_orientation_is_ignored(tmp_path) -> None:
     image = Image.fromarray(np.dstack([GRAY] * 3))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -88,7 +88,7 @@ def test_exif_orientation_is_ignored(tmp_path):
         (b"\x89PNG\r\n\x1a\n", "not an image|Error"),
     ],
 )
-def test_what_is_no_image_says_why(tmp_path, content, reason):
+def test_what_is_no_image_says_why(tmp_path, content, reason) -> None:
     path = tmp_path / "image.jpg"
     path.write_bytes(content)
     with pytest.raises(ImageError, match=reason):
@@ -96,14 +96,14 @@ def test_what_is_no_image_says_why(tmp_path, content, reason):
     assert path.read_bytes() == content
 
 
-def test_bombs_are_refused_before_decoding(tmp_path, monkeypatch):
+def test_bombs_are_refused_before_decoding(tmp_path, monkeypatch) -> None:
     (tmp_path / "bomb.png").write_bytes(_png_claiming(12_000, 12_000))
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("a pixel was decoded"))
     with pytest.raises(ImageError, match=f"over the limit of {MAX_PIXELS}"):
         read_image(tmp_path / "bomb.png")
 
 
-def test_missing_files_and_folders(tmp_path):
+def test_missing_files_and_folders(tmp_path) -> None:
     with pytest.raises(ImageError, match="no such file"):
         read_image(tmp_path / "none.jpg")
     with pytest.raises(ImageError):
@@ -111,7 +111,7 @@ def test_missing_files_and_folders(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "bmp", "webp", "tif"])
-def test_damage_anywhere_is_an_image_error_or_an_image(tmp_path, suffix):
+def test_damage_anywhere_is_an_image_error_or_an_image(tmp_path, suffix) -> None:
     """Truncated at many places, and with bytes overwritten: never another exception, never another shape."""
     pixels = np.random.default_rng(3).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     path = tmp_path / f"image.{suffix}"
@@ -134,7 +134,7 @@ def test_damage_anywhere_is_an_image_error_or_an_image(tmp_path, suffix):
     assert refused > 15
 
 
-def test_size_limits():
+def test_size_limits() -> None:
     assert size_problem(8000, 8000) is None
     assert "limit" in size_problem(8001, 8000)
     assert size_problem(100, 1) is None

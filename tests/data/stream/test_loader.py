@@ -50,7 +50,7 @@ def augmented(shapes_config):
 
 # torch advises fewer workers on a machine with one core; two are the point here.
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-def test_batches_do_not_depend_on_the_number_of_workers(augmented):
+def test_batches_do_not_depend_on_the_number_of_workers(augmented) -> None:
     def load(num_workers: int) -> list[Batch]:
         stream = GlobalStream(len(augmented), seed=6)
         return list(train_loader(augmented, stream, global_batch=4, num_steps=12, num_workers=num_workers))
@@ -62,7 +62,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(augmented):
     assert len({key.epoch for batch in alone for key in batch.keys}) == 2
 
 
-def test_resuming_and_splitting_give_the_same_samples(augmented):
+def test_resuming_and_splitting_give_the_same_samples(augmented) -> None:
     def load(**fields) -> list[Batch]:
         return list(train_loader(augmented, GlobalStream(len(augmented), 6), global_batch=4, num_steps=5, **fields))
 
@@ -78,7 +78,7 @@ def test_resuming_and_splitting_give_the_same_samples(augmented):
     assert load(start_step=5) == load(start_step=9) == []
 
 
-def test_replaced_files_travel_with_the_batch(hand_made):
+def test_replaced_files_travel_with_the_batch(hand_made) -> None:
     dataset = train_set(hand_made.config())
     dataset.image_path(2).write_bytes(b"")
     batches = list(train_loader(dataset, GlobalStream(6, 0), global_batch=3, num_steps=2, num_workers=1))
@@ -88,7 +88,7 @@ def test_replaced_files_travel_with_the_batch(hand_made):
 @pytest.mark.parametrize(
     ("length", "batch_size", "world_size"), [(12, 4, 1), (11, 2, 2), (5, 1, 3), (3, 2, 4), (1, 8, 2)]
 )
-def test_validation_covers_all_once_with_equal_counts(length, batch_size, world_size):
+def test_validation_covers_all_once_with_equal_counts(length, batch_size, world_size) -> None:
     ranks = [
         list(val_loader(Numbers(length), batch_size=batch_size, rank=rank, world_size=world_size))
         for rank in range(world_size)
@@ -99,7 +99,7 @@ def test_validation_covers_all_once_with_equal_counts(length, batch_size, world_
     assert all(len(batch.keys) for rank in ranks for batch in rank)
 
 
-def test_a_loader_can_be_iterated_again():
+def test_a_loader_can_be_iterated_again() -> None:
     for num_workers in (0, 1):
         loader = val_loader(Numbers(5), batch_size=2, num_workers=num_workers)
         rounds = [[batch.keys for batch in loader] for _ in range(2)]
@@ -107,7 +107,7 @@ def test_a_loader_can_be_iterated_again():
         assert len(loader) == 3
 
 
-def test_loading_draws_nothing_from_global_generators(augmented):
+def test_loading_draws_nothing_from_global_generators(augmented) -> None:
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     for num_workers in (0, 1):
@@ -116,7 +116,7 @@ def test_loading_draws_nothing_from_global_generators(augmented):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_workers_run_one_thread_each():
+def test_workers_run_one_thread_each() -> None:
     def check(key: SampleKey) -> None:
         assert torch.get_num_threads() == 1
 
@@ -133,7 +133,7 @@ def fail_at_7(error: Exception):
 
 
 @pytest.mark.parametrize(("num_workers", "place"), [(0, "the main process"), (1, "data worker 0")])
-def test_errors_name_worker_and_sample(num_workers, place):
+def test_errors_name_worker_and_sample(num_workers, place) -> None:
     loader = val_loader(Numbers(act=fail_at_7(KeyError("odd"))), batch_size=2, num_workers=num_workers)
     with pytest.raises(WorkerError, match=rf"sample 7 of epoch 0, in {place}: KeyError: 'odd'") as error:
         list(loader)
@@ -148,7 +148,7 @@ def kill_at_7(key: SampleKey) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_worker_is_named_with_its_samples():
+def test_a_killed_worker_is_named_with_its_samples() -> None:
     start = time.monotonic()
     with pytest.raises(WorkerError, match=r"data worker 0 \(pid \d+\) died; .*samples \[\d+, \d+\]"):
         list(val_loader(Numbers(act=kill_at_7), batch_size=2, num_workers=1))
@@ -156,7 +156,7 @@ def test_a_killed_worker_is_named_with_its_samples():
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-def test_a_failed_loader_is_over_and_done_with():
+def test_a_failed_loader_is_over_and_done_with() -> None:
     """While the error is held, as by a traceback: no worker lives on, no other child's end raises it again, a new try works."""
     others = set(mp.active_children())
     with pytest.raises(WorkerError) as held:
@@ -180,7 +180,7 @@ def test_a_failed_loader_is_over_and_done_with():
     assert [key.index for batch in loader for key in batch.keys] == list(range(12))
 
 
-def test_a_death_waits_for_the_next_batch():
+def test_a_death_waits_for_the_next_batch() -> None:
     """While the main process does something else (say, writes a checkpoint), nothing is raised there."""
     iterator = iter(val_loader(Numbers(act=kill_at_7), batch_size=2, num_workers=1))
     next(iterator)
@@ -198,13 +198,13 @@ def sleep_at_7(key: SampleKey) -> None:
         time.sleep(60)
 
 
-def test_a_stuck_worker_is_an_error_after_the_timeout():
+def test_a_stuck_worker_is_an_error_after_the_timeout() -> None:
     start = time.monotonic()
     with pytest.raises(WorkerError, match=r"no data for 5 s \(loop.worker_timeout\); .*samples \[6, 7\]"):
         list(val_loader(Numbers(act=sleep_at_7), batch_size=2, num_workers=1, timeout=5.0))
     assert time.monotonic() - start < 30
 
 
-def test_a_batch_that_does_not_divide_is_refused_at_once():
+def test_a_batch_that_does_not_divide_is_refused_at_once() -> None:
     with pytest.raises(DataError, match="does not divide"):
         train_loader(Numbers(), GlobalStream(12, 0), global_batch=3, world_size=2, num_steps=1)

@@ -8,7 +8,7 @@ from permafrost.data.errors import DataError
 from permafrost.data.stream.records import PackedRecords, ReplacementTracker
 
 
-def test_packed_records_are_a_list():
+def test_packed_records_are_a_list() -> None:
     records = [{"a": index, "b": "x" * index} for index in range(20)]
     packed = PackedRecords(records)
     assert list(packed) == records
@@ -19,7 +19,7 @@ def test_packed_records_are_a_list():
         packed[20]
 
 
-def test_tracker_stops_past_the_budget():
+def test_tracker_stops_past_the_budget() -> None:
     tracker = ReplacementTracker(num_images=20_000, share=0.001)
     assert tracker.limit == 20
     for number in range(20):

@@ -64,7 +64,7 @@ def numbers(config, split):
     return dataset, [dataset.records[index] for index in range(len(dataset.records))]
 
 
-def test_the_three_layouts_list_the_same_videos(make_root, tmp_path):
+def test_the_three_layouts_list_the_same_videos(make_root, tmp_path) -> None:
     root = make_root()
     listed, _ = numbers(config_of(root), "val")
 
@@ -95,7 +95,7 @@ def test_the_three_layouts_list_the_same_videos(make_root, tmp_path):
     assert by_table.num_missing == 0
 
 
-def test_clips_are_pure_functions_of_their_keys(make_root):
+def test_clips_are_pure_functions_of_their_keys(make_root) -> None:
     config = config_of(make_root())
     one, other = train_set(config), train_set(config)
     for key in (SampleKey(0, 0, 3), SampleKey(0, 1, 3), SampleKey(7, 0, 5)):
@@ -109,7 +109,7 @@ def test_clips_are_pure_functions_of_their_keys(make_root):
     assert not torch.equal(one[SampleKey(0, 0, 3)].image, one[SampleKey(0, 1, 3)].image)
 
 
-def test_batches_do_not_depend_on_workers(make_root):
+def test_batches_do_not_depend_on_workers(make_root) -> None:
     dataset = train_set(config_of(make_root()))
     found = []
     for workers in (0, 2):
@@ -121,7 +121,7 @@ def test_batches_do_not_depend_on_workers(make_root):
         assert labels == again
 
 
-def test_flips_swap_directions_and_spare_classes(make_root):
+def test_flips_swap_directions_and_spare_classes(make_root) -> None:
     root = make_root()
     always = {"flip": 1.0, "crop_scale": (1.0, 1.0)}
     options = {
@@ -145,7 +145,7 @@ def test_flips_swap_directions_and_spare_classes(make_root):
         train_set(config_of(root, clip={"never_flip": ("hop",)}))
 
 
-def test_every_view_of_every_video_comes_once(make_root):
+def test_every_view_of_every_video_comes_once(make_root) -> None:
     dataset = val_set(config_of(make_root(), clip={"test_short_side": 40}))
     assert len(dataset) == 6 * 2 * 3
     seen = []
@@ -159,7 +159,7 @@ def test_every_view_of_every_video_comes_once(make_root):
 
 
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.5, 0.6)])
-def test_random_crops_have_the_stated_shares_of_area_and_ratios(scale):
+def test_random_crops_have_the_stated_shares_of_area_and_ratios(scale) -> None:
     height, width, side = 120, 160, 32
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     clip = torch.stack([columns, rows, rows]).to(torch.uint8).expand(2, -1, -1, -1)
@@ -189,13 +189,13 @@ def test_random_crops_have_the_stated_shares_of_area_and_ratios(scale):
     assert sum(lefts) / 400 == pytest.approx(0.5, abs=0.03)
 
 
-def test_segment_sampling_covers_the_video(make_root):
+def test_segment_sampling_covers_the_video(make_root) -> None:
     dataset = val_set(config_of(make_root(), clip={"sampling": "segment", "test_clips": 1, "test_crops": 1}))
     clip = dataset[SampleKey(0, 0, 0)].image
     assert len({frame.numpy().tobytes() for frame in clip}) == 4
 
 
-def test_missing_videos_are_counted_and_tolerated_up_to_a_share(make_root):
+def test_missing_videos_are_counted_and_tolerated_up_to_a_share(make_root) -> None:
     root = make_root()
     (root / "val" / "4.mp4").unlink()
     with pytest.raises(
@@ -211,7 +211,7 @@ def test_missing_videos_are_counted_and_tolerated_up_to_a_share(make_root):
     assert full.notes == []
 
 
-def test_a_broken_video_is_replaced_in_training_and_counted_in_evaluation(make_root):
+def test_a_broken_video_is_replaced_in_training_and_counted_in_evaluation(make_root) -> None:
     root = make_root()
     for split in ("train", "val"):
         (root / split / "2.mp4").write_bytes(b"broken")
@@ -250,7 +250,7 @@ def test_a_broken_video_is_replaced_in_training_and_counted_in_evaluation(make_r
         (lambda root: shutil.rmtree(root), "there is no such folder; data.layout 'list' reads"),
     ],
 )
-def test_bad_lists_are_named(make_root, break_it, message):
+def test_bad_lists_are_named(make_root, break_it, message) -> None:
     root = make_root()
     break_it(root)
     with pytest.raises(DataError, match=message):
@@ -266,7 +266,7 @@ def test_bad_lists_are_named(make_root, break_it, message):
         ("label,youtube_id,time_start,time_end\n", "it lists no video"),
     ],
 )
-def test_bad_tables_are_named(tmp_path, text, message):
+def test_bad_tables_are_named(tmp_path, text, message) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train.csv").write_text(text)
     config = KineticsDataConfig(root=str(tmp_path), layout="csv", train_list="train.csv")
@@ -274,7 +274,7 @@ def test_bad_tables_are_named(tmp_path, text, message):
         train_set(config)
 
 
-def test_a_class_of_the_validation_table_alone_is_refused(tmp_path):
+def test_a_class_of_the_validation_table_alone_is_refused(tmp_path) -> None:
     for split, name in (("train", "a"), ("val", "b")):
         (tmp_path / split).mkdir()
         (tmp_path / f"{split}.csv").write_text(f"label,youtube_id,time_start,time_end\n{name},x,0,10\n")
@@ -283,7 +283,7 @@ def test_a_class_of_the_validation_table_alone_is_refused(tmp_path):
         val_set(config)
 
 
-def test_a_class_of_the_validation_split_alone_is_refused(tmp_path, plain):
+def test_a_class_of_the_validation_split_alone_is_refused(tmp_path, plain) -> None:
     for place in ("train/a", "train/b", "val/c"):
         (tmp_path / place).mkdir(parents=True)
         shutil.copy(plain, tmp_path / place / "v.mp4")
@@ -308,12 +308,12 @@ def test_a_class_of_the_validation_split_alone_is_refused(tmp_path, plain):
         (lambda: KineticsDataConfig(num_classes=1), "num_classes is 1"),
     ],
 )
-def test_impossible_fields_are_named(make, message):
+def test_impossible_fields_are_named(make, message) -> None:
     with pytest.raises(DataError, match=message):
         make()
 
 
-def test_160_damaged_videos_hold_no_run_and_are_all_reported(make_root, plain, monkeypatch):
+def test_160_damaged_videos_hold_no_run_and_are_all_reported(make_root, plain, monkeypatch) -> None:
     """Truncated, bit-flipped, zeroed and damaged headers, and two that never return, among good ones, through two workers."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     root = make_root(num_videos=3)
@@ -370,7 +370,7 @@ def test_160_damaged_videos_hold_no_run_and_are_all_reported(make_root, plain, m
     train.decoder.close(), val.decoder.close()
 
 
-def test_a_video_shorter_than_the_window_is_looped(make_root):
+def test_a_video_shorter_than_the_window_is_looped(make_root) -> None:
     root = make_root()
     # The video has 30 frames.
     for num_frames, stride in ((31, 1), (16, 2)):
@@ -381,7 +381,7 @@ def test_a_video_shorter_than_the_window_is_looped(make_root):
         dataset.decoder.close()
 
 
-def test_a_stuck_video_is_waited_for_once_and_not_in_each_of_its_views(make_root, monkeypatch):
+def test_a_stuck_video_is_waited_for_once_and_not_in_each_of_its_views(make_root, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     root = make_root()
     (root / "val" / "2.mp4").rename(root / "val" / "stuck.mp4")
@@ -401,6 +401,6 @@ def test_a_stuck_video_is_waited_for_once_and_not_in_each_of_its_views(make_root
     val.decoder.close()
 
 
-def test_the_corrupt_share_reaches_the_tracker(make_root):
+def test_the_corrupt_share_reaches_the_tracker(make_root) -> None:
     config = dataclasses.replace(config_of(make_root()), corrupt_share=0.5)
     assert train_set(config).tracker().limit == 10

@@ -28,7 +28,7 @@ def make(num_videos=20, num_views=3, seed=0, **options):
     return VideoEvaluator(labels, CLASSES, num_views=num_views, **options), labels, scores
 
 
-def test_top1_and_top5_are_those_of_a_plain_count():
+def test_top1_and_top5_are_those_of_a_plain_count() -> None:
     evaluator, labels, scores = make(200)
     evaluator.update(results_of(scores))
     metrics = evaluator.compute()
@@ -46,7 +46,7 @@ def test_top1_and_top5_are_those_of_a_plain_count():
     assert (matrix.sum(axis=1) == np.bincount(labels, minlength=7)).all()
 
 
-def test_views_are_averaged_as_probabilities_and_can_outvote_one():
+def test_views_are_averaged_as_probabilities_and_can_outvote_one() -> None:
     evaluator = VideoEvaluator([0], CLASSES[:2], num_views=3)
     evaluator.update(results_of(np.array([[[0.2, 0.8], [0.9, 0.1], [0.6, 0.4]]], dtype=np.float32)))
     assert evaluator.compute()["video/top1"] == 1.0
@@ -55,7 +55,7 @@ def test_views_are_averaged_as_probabilities_and_can_outvote_one():
     assert entry["num_views"] == 3
 
 
-def test_a_head_that_says_nothing_is_wrong():
+def test_a_head_that_says_nothing_is_wrong() -> None:
     evaluator = VideoEvaluator([0, 1, 2], CLASSES)
     evaluator.update(results_of(np.full((3, 1, 7), 1 / 7, dtype=np.float32)))
     metrics = evaluator.compute()
@@ -63,7 +63,7 @@ def test_a_head_that_says_nothing_is_wrong():
     assert metrics["video/top5"] == 0.0
 
 
-def test_ranks_shares_meet_in_one():
+def test_ranks_shares_meet_in_one() -> None:
     whole, _, scores = make()
     results = results_of(scores)
     whole.update(results)
@@ -78,7 +78,7 @@ def test_ranks_shares_meet_in_one():
         evaluator.merge([shares[0], shares[0]])
 
 
-def test_an_accuracy_says_what_it_is_over():
+def test_an_accuracy_says_what_it_is_over() -> None:
     evaluator, labels, scores = make(20, num_missing=4)
     evaluator.update(results_of(scores, unreadable={(5, 1), (9, 0), (9, 2)}))
     metrics = evaluator.compute()
@@ -90,7 +90,7 @@ def test_an_accuracy_says_what_it_is_over():
     assert len(evaluator.results_json()) == 18
 
 
-def test_what_cannot_be_scored_is_named():
+def test_what_cannot_be_scored_is_named() -> None:
     evaluator, _, scores = make()
     results = results_of(scores)
     with pytest.raises(DataError, match="60 of 60 views have no result"):
@@ -109,7 +109,7 @@ def test_what_cannot_be_scored_is_named():
 
 
 @pytest.mark.parametrize("count", [3, 60])
-def test_the_confusion_matrix_is_a_picture_that_shows_the_diagonal(count):
+def test_the_confusion_matrix_is_a_picture_that_shows_the_diagonal(count) -> None:
     names = [f"class {i}" for i in range(count)]
     right = confusion_picture(np.eye(count, dtype=np.int64) * 4, names)
     wrong = confusion_picture(np.roll(np.eye(count, dtype=np.int64) * 4, 1, axis=1), names)

@@ -44,7 +44,7 @@ def decoder():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("indices", [[0, 1, 2], [39], [5, 17, 17, 3, 38], list(range(0, 40, 3)), [13, 26, 39]])
-def test_frames_are_those_asked_for(video, backend, indices):
+def test_frames_are_those_asked_for(video, backend, indices) -> None:
     reader = open_video(video, backend)
     assert reader.num_frames == 40
     assert reader.rate == pytest.approx(10)
@@ -58,14 +58,14 @@ def test_frames_are_those_asked_for(video, backend, indices):
     reader.close()
 
 
-def test_backends_give_the_same_pictures(video):
+def test_backends_give_the_same_pictures(video) -> None:
     one, other = (open_video(video, backend).frames(range(0, 40, 4)).astype(int) for backend in BACKENDS)
     # Both are FFmpeg's pictures; their conversion from YUV rounds differently.
     assert np.abs(one - other).max() <= 6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_variable_frame_rate_counts_pictures(tmp_path, backend):
+def test_variable_frame_rate_counts_pictures(tmp_path, backend) -> None:
     times = np.cumsum([0, *([3000] * 9), *([9000] * 10), *([1500] * 9)]).tolist()
     path = video_files.write_with(tmp_path / "vfr.mp4", video_files.numbered_frames(29), rate=30, times=times)
     reader = open_video(path, backend)
@@ -75,7 +75,7 @@ def test_variable_frame_rate_counts_pictures(tmp_path, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rotation", [90, 180, 270])
-def test_rotation_in_the_header_is_applied(tmp_path, backend, rotation):
+def test_rotation_in_the_header_is_applied(tmp_path, backend, rotation) -> None:
     stored = video_files.numbered_frames(5)
     path = video_files.write_with(tmp_path / "turned.mp4", stored, rotation=rotation)
     frames = open_video(path, backend).frames([2])
@@ -100,7 +100,7 @@ def test_rotation_in_the_header_is_applied(tmp_path, backend, rotation):
         (lambda folder: _picture(folder / "web.mp4", "WEBP"), "it is a WebP picture, not a video"),
     ],
 )
-def test_what_is_no_video_is_named(tmp_path, backend, make, message):
+def test_what_is_no_video_is_named(tmp_path, backend, make, message) -> None:
     with pytest.raises(VideoError, match=message):
         open_video(make(tmp_path), backend)
 
@@ -121,7 +121,7 @@ def _picture(path, kind):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_hole_in_the_pictures_is_an_error_and_no_other_picture(tmp_path, backend):
+def test_a_hole_in_the_pictures_is_an_error_and_no_other_picture(tmp_path, backend) -> None:
     """Frames 12 to 23, from one key frame to the next, are zeros: frame 24 must not be taken for them."""
     import av
 
@@ -140,18 +140,18 @@ def test_a_hole_in_the_pictures_is_an_error_and_no_other_picture(tmp_path, backe
             open_video(path, backend).frames(wanted)
 
 
-def test_frames_too_narrow_for_decord_say_so(tmp_path):
+def test_frames_too_narrow_for_decord_say_so(tmp_path) -> None:
     path = video_files.write_numbered(tmp_path / "narrow.mp4", 4, height=48, width=48)
     assert open_video(path, "pyav").frames([0, 3]).shape == (2, 48, 48, 3)
     with pytest.raises(VideoError, match=r"use data\.decoder pyav"):
         open_video(path, "decord").frames([0, 3])
 
 
-def test_auto_is_decord_where_it_is():
+def test_auto_is_decord_where_it_is() -> None:
     assert chosen_backend("auto") == "decord"
 
 
-def test_dense_windows():
+def test_dense_windows() -> None:
     assert dense_indices(300, 16, 4).tolist() == list(range(120, 181, 4))
     starts = [dense_indices(300, 32, 2, clip=clip, num_clips=4)[0] for clip in range(4)]
     assert starts == [0, 79, 158, 237]
@@ -162,13 +162,13 @@ def test_dense_windows():
     assert (23 - dense_indices(24, 8, 3)[::-1]).tolist() == dense_indices(24, 8, 3).tolist()
 
 
-def test_a_video_shorter_than_the_window_is_looped():
+def test_a_video_shorter_than_the_window_is_looped() -> None:
     assert dense_indices(10, 8, 4).tolist() == [0, 4, 8, 2, 6, 0, 4, 8]
     assert dense_indices(1, 4, 2, draw=0.7).tolist() == [0, 0, 0, 0]
     assert segment_indices(3, 6).tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_segments():
+def test_segments() -> None:
     assert segment_indices(80, 8).tolist() == [5, 15, 25, 35, 45, 55, 65, 75]
     drawn = segment_indices(80, 8, draws=[0, 0.999] * 4)
     assert drawn.tolist() == [0, 19, 20, 39, 40, 59, 60, 79]
@@ -176,7 +176,7 @@ def test_segments():
     assert clips == [[5, 45], [15, 55], [25, 65], [35, 75]]
 
 
-def test_a_process_gives_what_the_reader_gives(video, decoder):
+def test_a_process_gives_what_the_reader_gives(video, decoder) -> None:
     one = decoder(backend="pyav")
     frames, facts = one.read(video, kind="dense", length=5, stride=3, draw=0.5)
     assert facts["num_frames"] == 40
@@ -191,7 +191,7 @@ def test_a_process_gives_what_the_reader_gives(video, decoder):
         assert np.array_equal(frames, open_video(video, backend).frames([5, 39, 0]))
 
 
-def test_a_decode_that_never_returns_or_crashes_costs_one_video(video, tmp_path, decoder, monkeypatch):
+def test_a_decode_that_never_returns_or_crashes_costs_one_video(video, tmp_path, decoder, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     for name in ("stuck.mp4", "abort.mp4", "exit.mp4"):
         shutil.copy(video, tmp_path / name)
@@ -208,14 +208,14 @@ def test_a_decode_that_never_returns_or_crashes_costs_one_video(video, tmp_path,
     assert video_files.number_of(one.read(video, kind="frames", indices=[7])[0][0]) == 7
 
 
-def test_a_named_pipe_nobody_writes_to_does_not_hold_the_run(tmp_path, decoder):
+def test_a_named_pipe_nobody_writes_to_does_not_hold_the_run(tmp_path, decoder) -> None:
     os.mkfifo(tmp_path / "pipe.mp4")
     one = decoder(timeout=1.0)
     with pytest.raises(VideoError, match="not done after 1 s"):
         one.read(tmp_path / "pipe.mp4", kind="all", most=1)
 
 
-def test_the_process_ends_with_its_owner(video, decoder):
+def test_the_process_ends_with_its_owner(video, decoder) -> None:
     one = decoder()
     one.read(video, kind="frames", indices=[0])
     child = one._process.pid
@@ -237,7 +237,7 @@ def test_the_process_ends_with_its_owner(video, decoder):
         os.kill(child, 0)
 
 
-def test_resizing_keeps_frames_times_and_rotation(tmp_path):
+def test_resizing_keeps_frames_times_and_rotation(tmp_path) -> None:
     times = [0, 9000, 12000, 30000, 36000]
     path = video_files.write_with(
         tmp_path / "in.mp4", video_files.numbered_frames(5, 96, 128), rate=30, times=times, rotation=90
@@ -255,7 +255,7 @@ def test_resizing_keeps_frames_times_and_rotation(tmp_path):
     assert resize_video(path, tmp_path / "same.mp4", 500)["height"] == 96
 
 
-def test_a_folder_is_resized_once_and_broken_files_are_listed(video, tmp_path):
+def test_a_folder_is_resized_once_and_broken_files_are_listed(video, tmp_path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     (source / "dance").mkdir(parents=True)
     shutil.copy(video, source / "dance" / "a.mp4")

@@ -12,6 +12,7 @@ import pytest
 
 from permafrost.data.errors import DataError
 from permafrost.data.worlds import drawing, glyphs, outlines
+from typing import Never
 
 CIRCLE = np.stack([np.cos(np.linspace(0, 2 * np.pi, 240)[:-1]), np.sin(np.linspace(0, 2 * np.pi, 240)[:-1])], axis=1)
 
@@ -81,61 +82,61 @@ def class_masks() -> dict[str, np.ndarray]:
 
 
 class TestDrawing:
-    def test_area_of_a_disc_with_a_hole(self):
+    def test_area_of_a_disc_with_a_hole(self) -> None:
         rings = [CIRCLE * 30 + 40, CIRCLE * 12 + 40]
         mask = drawing.rings_mask(rings, 80, 80)
         assert mask.sum() == pytest.approx(np.pi * (30**2 - 12**2), rel=0.02)
         assert mask[40, 40] == 0
         assert mask[40, 60] == 1
 
-    def test_mask_is_where_the_ring_is(self):
+    def test_mask_is_where_the_ring_is(self) -> None:
         ring = np.array([(10.0, 5.0), (30.0, 5.0), (30.0, 13.0), (10.0, 13.0)])
         mask = drawing.rings_mask([ring], 40, 50)
         y, x = np.mgrid[:40, :50] + 0.5
         assert (mask * x).sum() / mask.sum() == pytest.approx(20, abs=0.3)
         assert (mask * y).sum() / mask.sum() == pytest.approx(9, abs=0.3)
 
-    def test_an_island_in_a_hole_is_filled(self):
+    def test_an_island_in_a_hole_is_filled(self) -> None:
         mask = drawing.rings_mask([CIRCLE * 30 + 40, CIRCLE * 20 + 40, CIRCLE * 8 + 40], 80, 80)
         assert mask[40, 40] == 1
         assert mask[40, 54] == 0
 
-    def test_stroke_area(self):
+    def test_stroke_area(self) -> None:
         path = np.array([(10.0, 20.0), (70.0, 20.0)])
         mask = drawing.strokes_mask([path], 40, 80, thickness=6)
         assert mask.sum() == pytest.approx(60 * 6 + np.pi * 9, rel=0.05)
 
-    def test_closed_stroke_is_hollow(self):
+    def test_closed_stroke_is_hollow(self) -> None:
         mask = drawing.strokes_mask([CIRCLE * 25 + 32], 64, 64, thickness=4, closed=True)
         assert mask[32, 32] == 0
         assert mask.sum() == pytest.approx(2 * np.pi * 25 * 4, rel=0.1)
 
     @pytest.mark.parametrize(("point", "inside"), [((0, 0), True), ((0.8, 0), False), ((0.45, 0.45), True)])
-    def test_contains_point(self, point, inside):
+    def test_contains_point(self, point, inside) -> None:
         square = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
         assert drawing.contains_point(square, np.array(point)) is inside
 
-    def test_band_noise_keeps_to_its_band(self):
+    def test_band_noise_keeps_to_its_band(self) -> None:
         field = drawing.band_noise(np.random.default_rng(0), 128, 128, 0.1, 0.2)
         power = np.abs(np.fft.fft2(field - field.mean())) ** 2
         frequency = np.hypot(np.fft.fftfreq(128)[:, None], np.fft.fftfreq(128)[None])
         within = (frequency > 0.08) & (frequency < 0.22)
         assert power[within].sum() / power.sum() > 0.9
 
-    def test_fourier_ring_reaches_one_and_stays_simple(self):
+    def test_fourier_ring_reaches_one_and_stays_simple(self) -> None:
         ring = drawing.fourier_ring(np.random.default_rng(3), 7, 0.3)
         angles = np.unwrap(np.arctan2(ring[:, 1], ring[:, 0]))
         assert np.linalg.norm(ring, axis=1).max() == pytest.approx(1)
         assert (np.diff(angles) > 0).all()
 
-    def test_composite_by_hand(self):
+    def test_composite_by_hand(self) -> None:
         image = np.full((1, 2, 3), 0.2, dtype=np.float32)
         result = drawing.composite(image, np.array([1.0, 0.0, 0.6]), np.array([[0.5, 0.0]], dtype=np.float32), 0.5)
         np.testing.assert_allclose(result[0], [[0.4, 0.15, 0.3], [0.2, 0.2, 0.2]], atol=1e-6)
 
 
 class TestOutlines:
-    def test_a_hundred_classes_in_the_unit_disc(self):
+    def test_a_hundred_classes_in_the_unit_disc(self) -> None:
         shapes = outlines.outlines()
         assert len(shapes) == 100
         for name, rings in shapes.items():
@@ -144,13 +145,13 @@ class TestOutlines:
             np.testing.assert_allclose(points.min(0) + points.max(0), 0, atol=1e-9, err_msg=name)
             assert drawing.rings_mask([ring * 50 + 52 for ring in rings], 104, 104).mean() > 0.08, name
 
-    def test_no_two_classes_are_alike(self, class_masks):
+    def test_no_two_classes_are_alike(self, class_masks) -> None:
         names = list(class_masks)
         for i, name in enumerate(names):
             for other in names[:i]:
                 assert best_overlap(class_masks[name], class_masks[other][0]) < 0.92, (name, other)
 
-    def test_no_class_is_a_shape_of_the_detection_world(self, class_masks):
+    def test_no_class_is_a_shape_of_the_detection_world(self, class_masks) -> None:
         for reference, rings in detection_shapes().items():
             masks = turned_masks(moment_normalised(rings))
             # The measure itself: the same shape, turned and mirrored, is found again.
@@ -159,7 +160,7 @@ class TestOutlines:
             for name, candidates in class_masks.items():
                 assert best_overlap(candidates, masks[0]) < 0.9, (reference, name)
 
-    def test_the_worlds_share_no_code_but_the_primitives(self):
+    def test_the_worlds_share_no_code_but_the_primitives(self) -> None:
         folder = Path(drawing.__file__).parent
         tree = ast.parse((folder / "shapes.py").read_text())
         imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -167,7 +168,7 @@ class TestOutlines:
 
 
 class TestRender:
-    def test_a_pure_function(self):
+    def test_a_pure_function(self) -> None:
         first, label = glyphs.render("train", 7)
         again, _ = glyphs.render("train", 7)
         np.testing.assert_array_equal(first, again)
@@ -176,7 +177,7 @@ class TestRender:
             assert (glyphs.render(*other)[0] != first).any()
         assert (glyphs.render("train", 7, seed=1)[0] != first).any()
 
-    def test_every_figure_is_there_and_has_the_outline_of_its_class(self):
+    def test_every_figure_is_there_and_has_the_outline_of_its_class(self) -> None:
         """Easy pictures are hardly turned: the mask must overlap with the upright outline of its label, not another."""
         shapes = list(outlines.outlines().values())
         easy = [i for i in range(600) if glyphs._generator("train", i, 0).random() < 0.08]
@@ -207,7 +208,7 @@ class TestRender:
         # A few easy pictures are mirrored.
         assert np.mean(closest) > 0.9
 
-    def test_figures_stand_out_when_easy(self):
+    def test_figures_stand_out_when_easy(self) -> None:
         gaps = {True: [], False: []}
         for index in range(120):
             difficulty = glyphs._generator("train", index, 0).random()
@@ -228,7 +229,7 @@ def _centroid(rings) -> np.ndarray:
 
 
 class TestCache:
-    def test_rendered_once_and_equal_to_render(self, tmp_path, monkeypatch):
+    def test_rendered_once_and_equal_to_render(self, tmp_path, monkeypatch) -> None:
         monkeypatch.setenv("PERMAFROST_CACHE", str(tmp_path))
         split = glyphs.load_split("val", 6, image_size=32)
         for index in range(6):
@@ -238,7 +239,7 @@ class TestCache:
             assert split.difficulties[index] == glyphs._generator("val", index, 0).random()
         assert list(split.class_names) == list(outlines.outlines())
 
-        def fail(job):
+        def fail(job) -> Never:
             raise AssertionError("rendered again")
 
         monkeypatch.setattr(glyphs, "_render_chunk", fail)
@@ -246,7 +247,7 @@ class TestCache:
         with pytest.raises(AssertionError, match="rendered again"):
             glyphs.load_split("val", 7, image_size=32)
 
-    def test_workers_render_the_same(self, tmp_path, monkeypatch):
+    def test_workers_render_the_same(self, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(glyphs, "_CHUNK", 3)
         one = glyphs.load_split("train", 8, image_size=32, cache_dir=tmp_path / "one", num_workers=1)
         two = glyphs.load_split("train", 8, image_size=32, cache_dir=tmp_path / "two", num_workers=2)
@@ -254,8 +255,8 @@ class TestCache:
         (folder,) = (tmp_path / "two" / "glyphs").iterdir()
         assert json.loads((folder / "done.json").read_text())["num_images"] == 8
 
-    def test_an_interrupted_rendering_leaves_no_cache(self, tmp_path, monkeypatch):
-        def stop(job):
+    def test_an_interrupted_rendering_leaves_no_cache(self, tmp_path, monkeypatch) -> None:
+        def stop(job) -> Never:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
@@ -265,7 +266,7 @@ class TestCache:
         split = glyphs.load_split("val", 4, image_size=32, cache_dir=tmp_path)
         np.testing.assert_array_equal(split.images[3], glyphs.render("val", 3, image_size=32)[0])
 
-    def test_mistakes_are_named(self, tmp_path, monkeypatch):
+    def test_mistakes_are_named(self, tmp_path, monkeypatch) -> None:
         with pytest.raises(DataError, match=r"unknown split 'test'.*train.*val"):
             glyphs.load_split("test", 4, cache_dir=tmp_path)
         with pytest.raises(DataError, match="0 images"):

@@ -24,7 +24,7 @@ def tiny_folder(tmp_path_factory):
     return MOTION.ensure(TINY, tmp_path_factory.mktemp("motion") / "world")
 
 
-def test_a_video_is_the_same_whatever_the_memory_held_before(tmp_path):
+def test_a_video_is_the_same_whatever_the_memory_held_before(tmp_path) -> None:
     frames, rng, seen, litter = render_clip(TINY, "val", 0), np.random.default_rng(0), set(), []
     for number in range(60):
         litter = [*litter[-5:], rng.integers(0, 255, rng.integers(1_000, 200_000), dtype=np.uint8)]
@@ -34,32 +34,32 @@ def test_a_video_is_the_same_whatever_the_memory_held_before(tmp_path):
 
 
 @pytest.mark.parametrize("pair", ORDER_PAIRS)
-def test_an_order_pair_has_the_same_frames_backwards(pair):
+def test_an_order_pair_has_the_same_frames_backwards(pair) -> None:
     first, second = (render_clip(TINY, "train", 3, CLASSES.index(name)) for name in pair)
     assert np.array_equal(first, second[::-1])
     assert np.abs(first.astype(int) - second).mean() > 1
 
 
 @pytest.mark.parametrize("index", range(6))
-def test_before_and_behind_differ_only_where_they_cross(index):
+def test_before_and_behind_differ_only_where_they_cross(index) -> None:
     before, behind = (render_clip(TINY, "val", index, CLASSES.index(f"passes_{way}")) for way in ("before", "behind"))
     differs = (before != behind).any(axis=(1, 2, 3))
     assert differs.any()
     assert not differs.all()
 
 
-def test_what_appearance_gives_away_differs_in_every_frame():
+def test_what_appearance_gives_away_differs_in_every_frame() -> None:
     one, other = (render_clip(TINY, "train", 5, CLASSES.index(name)) for name in APPEARANCE)
     assert (one != other).any(axis=(1, 2, 3)).all()
 
 
-def test_a_clip_depends_on_its_index_only_and_splits_share_none():
+def test_a_clip_depends_on_its_index_only_and_splits_share_none() -> None:
     longer = dataclasses.replace(TINY, num_train=1000)
     assert np.array_equal(render_clip(TINY, "train", 7), render_clip(longer, "train", 7))
     assert not np.array_equal(render_clip(TINY, "train", 7), render_clip(TINY, "val", 7))
 
 
-def test_files_hold_what_was_drawn(tiny_folder):
+def test_files_hold_what_was_drawn(tiny_folder) -> None:
     video = open_video(tiny_folder / "train" / "00002.mp4")
     assert video.num_frames == TINY.num_frames
     assert video.rate == pytest.approx(TINY.rate)
@@ -73,7 +73,7 @@ def test_files_hold_what_was_drawn(tiny_folder):
     assert b"avc1" in header
 
 
-def test_equal_parameters_give_equal_bytes_however_many_processes(tiny_folder, tmp_path):
+def test_equal_parameters_give_equal_bytes_however_many_processes(tiny_folder, tmp_path) -> None:
     MOTION.write(TINY, tmp_path, num_processes=2)
 
     def digests(folder):
@@ -84,7 +84,7 @@ def test_equal_parameters_give_equal_bytes_however_many_processes(tiny_folder, t
     assert len(digests(tmp_path)) == 24
 
 
-def test_it_is_rendered_once_and_read_like_kinetics(tiny_folder, monkeypatch):
+def test_it_is_rendered_once_and_read_like_kinetics(tiny_folder, monkeypatch) -> None:
     monkeypatch.setattr(WorldFiles, "write", lambda *_: pytest.fail("rendered again"))
     config = MotionDataConfig(root=str(tiny_folder), world=TINY)
     train, val = train_set(config), val_set(config)
@@ -106,6 +106,6 @@ def test_it_is_rendered_once_and_read_like_kinetics(tiny_folder, monkeypatch):
         ({"seed": -1}, "cannot be negative"),
     ],
 )
-def test_impossible_worlds_are_refused(fields, message):
+def test_impossible_worlds_are_refused(fields, message) -> None:
     with pytest.raises(DataError, match=message):
         MotionWorld(**fields)

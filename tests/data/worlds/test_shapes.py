@@ -33,7 +33,7 @@ def _load(config: ShapesDataConfig, split: str) -> dict:
     return json.loads(located(config).paths(split)[0].read_text())
 
 
-def test_equal_parameters_give_equal_bytes(tmp_path, file_bytes):
+def test_equal_parameters_give_equal_bytes(tmp_path, file_bytes) -> None:
     for name in ("first", "second", "other"):
         (tmp_path / name).mkdir()
     SHAPES.write(TINY, tmp_path / "first")
@@ -47,7 +47,7 @@ def test_equal_parameters_give_equal_bytes(tmp_path, file_bytes):
     assert all(first[name] != other[name] for name in first)
 
 
-def test_the_number_of_processes_changes_no_byte(tmp_path, file_bytes):
+def test_the_number_of_processes_changes_no_byte(tmp_path, file_bytes) -> None:
     for processes in (1, 2, 7):
         (tmp_path / str(processes)).mkdir()
         SHAPES.write(TINY, tmp_path / str(processes), num_processes=processes)
@@ -56,7 +56,7 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, file_bytes):
     assert one == file_bytes(tmp_path / "7"), "more processes than pictures in a split"
 
 
-def test_a_rendering_process_that_dies_is_an_error(tmp_path, monkeypatch):
+def test_a_rendering_process_that_dies_is_an_error(tmp_path, monkeypatch) -> None:
     start = world_files._start_process
 
     def start_and_kill(*job):
@@ -72,12 +72,12 @@ def test_a_rendering_process_that_dies_is_an_error(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [], "and nothing half-written stays"
 
 
-def test_an_image_depends_on_its_index_only(tmp_path):
+def test_an_image_depends_on_its_index_only(tmp_path) -> None:
     longer = dataclasses.replace(TINY, num_train=50)
     assert np.array_equal(render_scene(TINY, "train", 3)[0], render_scene(longer, "train", 3)[0])
 
 
-def test_splits_share_no_image(shapes_config):
+def test_splits_share_no_image(shapes_config) -> None:
     world = dataclasses.replace(shapes_config.world, noise=0.0)
     train = {render_scene(world, "train", index)[0].tobytes() for index in range(20)}
     val = {render_scene(world, "val", index)[0].tobytes() for index in range(20)}
@@ -87,7 +87,7 @@ def test_splits_share_no_image(shapes_config):
     assert not ids[0] & ids[1]
 
 
-def test_files_follow_the_official_layout(shapes_config):
+def test_files_follow_the_official_layout(shapes_config) -> None:
     root = Path(located(shapes_config).root)
     for split, count in (("train", 40), ("val", 24)):
         content = _load(shapes_config, split)
@@ -101,12 +101,12 @@ def test_files_follow_the_official_layout(shapes_config):
                 assert image.size == (entry["width"], entry["height"]) == (96, 96)
 
 
-def test_our_own_reader_finds_nothing_wrong(shapes_config):
+def test_our_own_reader_finds_nothing_wrong(shapes_config) -> None:
     for split in ("train", "val"):
         assert load_coco_file(located(shapes_config).paths(split)[0]).findings == []
 
 
-def test_boxes_and_areas_are_those_of_the_masks(shapes_config):
+def test_boxes_and_areas_are_those_of_the_masks(shapes_config) -> None:
     forms = set()
     for entry in _load(shapes_config, "train")["annotations"]:
         segmentation = entry["segmentation"]
@@ -120,7 +120,7 @@ def test_boxes_and_areas_are_those_of_the_masks(shapes_config):
     assert forms == {("polygon", 0), ("str", 0), ("list", 1)}
 
 
-def test_every_object_keeps_its_visible_share_and_masks_do_not_overlap(shapes_config):
+def test_every_object_keeps_its_visible_share_and_masks_do_not_overlap(shapes_config) -> None:
     world, hidden = shapes_config.world, 0
     for index in range(40):
         _, objects = render_scene(world, "train", index)
@@ -134,7 +134,7 @@ def test_every_object_keeps_its_visible_share_and_masks_do_not_overlap(shapes_co
     assert hidden > 20
 
 
-def test_no_occlusion_when_all_must_be_visible():
+def test_no_occlusion_when_all_must_be_visible() -> None:
     world = ShapesWorld(image_side=96, min_visible=0.97, objects=(4, 8), crowd_share=0.0)
     for index in range(10):
         _, objects = render_scene(world, "train", index)
@@ -142,7 +142,7 @@ def test_no_occlusion_when_all_must_be_visible():
             assert region.mask.sum() >= 0.97 * region.full_area
 
 
-def test_polygons_cover_what_was_drawn(shapes_config):
+def test_polygons_cover_what_was_drawn(shapes_config) -> None:
     checked = 0
     for index in range(20):
         _, objects = render_scene(shapes_config.world, "train", index)
@@ -157,7 +157,7 @@ def test_polygons_cover_what_was_drawn(shapes_config):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_outlines_fill_the_unit_disc(name):
+def test_outlines_fill_the_unit_disc(name) -> None:
     rings = outline(name)
     assert len(rings) == (2 if name == "ring" else 1)
     radius = np.hypot(*rings[0].T)
@@ -171,7 +171,7 @@ def test_outlines_fill_the_unit_disc(name):
 
 
 @pytest.mark.parametrize("kind", TEXTURES)
-def test_textures_are_fields(kind):
+def test_textures_are_fields(kind) -> None:
     rng = np.random.default_rng(0)
     field = texture_field(rng, kind, 40, 50, 8.0)
     assert field.shape == (40, 50)
@@ -180,7 +180,7 @@ def test_textures_are_fields(kind):
     assert field.std() > 0.05
 
 
-def test_difficulty_fields_change_the_picture():
+def test_difficulty_fields_change_the_picture() -> None:
     flat = ShapesWorld(image_side=64, clutter=0, noise=0.0, crowd_share=0.0, background_contrast=0.0)
     busy = dataclasses.replace(flat, clutter=30, noise=0.1, background_contrast=1.0)
 
@@ -195,7 +195,7 @@ def test_difficulty_fields_change_the_picture():
     assert [region.is_crowd for region in crowded].count(True) == 1
 
 
-def test_sizes_lie_in_the_range():
+def test_sizes_lie_in_the_range() -> None:
     world = ShapesWorld(image_side=200, object_size=(0.2, 0.3), stretch=1.0, objects=(3, 3), crowd_share=0.0)
     for index in range(10):
         for region in render_scene(world, "train", index)[1]:
@@ -205,7 +205,7 @@ def test_sizes_lie_in_the_range():
             assert 0.2 * 200 * 0.8 < diameter < 0.3 * 200 * 1.06
 
 
-def test_run_lengths_are_those_of_pycocotools():
+def test_run_lengths_are_those_of_pycocotools() -> None:
     rng = np.random.default_rng(1)
     for mask in [rng.random((7, 5)) < 0.5, np.zeros((4, 3), bool), np.ones((4, 3), bool), np.eye(6, dtype=bool)]:
         back = mask_api.decode(
@@ -218,7 +218,7 @@ def _ensure(world: ShapesWorld, folder: Path) -> None:
     SHAPES.ensure(world, folder)
 
 
-def test_processes_that_start_together_agree(tmp_path, file_bytes):
+def test_processes_that_start_together_agree(tmp_path, file_bytes) -> None:
     folder = tmp_path / "cache" / "world"
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_ensure, args=(TINY, folder)) for _ in range(2)]
@@ -233,7 +233,7 @@ def test_processes_that_start_together_agree(tmp_path, file_bytes):
     assert file_bytes(folder) == file_bytes(tmp_path / "alone")
 
 
-def test_a_lost_race_keeps_the_winner(tmp_path, monkeypatch, capsys):
+def test_a_lost_race_keeps_the_winner(tmp_path, monkeypatch, capsys) -> None:
     """The other process finishes while this one renders."""
     folder = tmp_path / "world"
     real = SHAPES.write
@@ -249,7 +249,7 @@ def test_a_lost_race_keeps_the_winner(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_an_interrupted_writer_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_writer_leaves_nothing(tmp_path, monkeypatch) -> None:
     def fail(files: WorldFiles, world: ShapesWorld, staging: Path) -> None:
         (staging / "half").write_text("x")
         raise OSError(28, "No space left on device")
@@ -260,7 +260,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_cache_is_written_once_with_one_line(permafrost_cache, capsys):
+def test_the_cache_is_written_once_with_one_line(permafrost_cache, capsys) -> None:
     world = dataclasses.replace(TINY, seed=77)
     config = ShapesDataConfig(world=world)
     root = Path(located(config).root)
@@ -274,7 +274,7 @@ def test_the_cache_is_written_once_with_one_line(permafrost_cache, capsys):
     assert SHAPES.folder(dataclasses.replace(world, noise=0.03)) != root
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_a_folder_of_something_else_is_refused(tmp_path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match="holds something other than a shapes world"):
         located(ShapesDataConfig(root=str(tmp_path), world=TINY))
@@ -298,6 +298,6 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         ("min_visible", 0.0),
     ],
 )
-def test_impossible_worlds_name_the_field(field, value):
+def test_impossible_worlds_name_the_field(field, value) -> None:
     with pytest.raises(DataError, match=field):
         ShapesWorld(**{field: value})

@@ -74,7 +74,7 @@ def names_of(config):
     return ["loss_rpn_objectness", "loss_rpn_box", *semantic, *names]
 
 
-def test_stage_targets_by_hand(small_config, spec, classes, make_batch, make_features):
+def test_stage_targets_by_hand(small_config, spec, classes, make_batch, make_features) -> None:
     """One object, three proposals, regressors that always answer alike: every stage's samples and losses on paper.
 
     A overlaps by 0.6, is moved 4 pixels nearer (34 / 46 = 0.739), then 4 pixels back (0.6 again): positive, positive,
@@ -133,7 +133,7 @@ def test_stage_targets_by_hand(small_config, spec, classes, make_batch, make_fea
         torch.testing.assert_close(losses[name], torch.tensor(value), rtol=1e-5, atol=1e-6)
 
 
-def test_one_stage_is_mask_rcnn(small_config, spec, classes, make_batch, make_features, build):
+def test_one_stage_is_mask_rcnn(small_config, spec, classes, make_batch, make_features, build) -> None:
     """All candidates are taken, so that the two draws, of other names, are one."""
     parts = small_config()
     parts = replace(parts, box=replace(parts.box, num_samples=200, positive_fraction=1.0))
@@ -162,7 +162,7 @@ def test_one_stage_is_mask_rcnn(small_config, spec, classes, make_batch, make_fe
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_graph_is_the_same_for_every_batch(
     config, spec, classes, make_batch, make_features, build, run_counting, autocast
-):
+) -> None:
     head = build(config, spec, classes)
     crowd_only = make_batch((0, 0), num_ignored=3)
     for target in crowd_only.targets:
@@ -187,7 +187,7 @@ def test_the_graph_is_the_same_for_every_batch(
     assert all(not parameter.grad.any() for parameter in head.parameters())
 
 
-def test_no_proposal_survives(config, spec, classes, make_batch, make_features, build, run_counting):
+def test_no_proposal_survives(config, spec, classes, make_batch, make_features, build, run_counting) -> None:
     head = build(config, spec, classes)
     reference = run_counting(head, make_features(), make_batch())[1]
     with torch.no_grad():
@@ -203,7 +203,7 @@ def test_no_proposal_survives(config, spec, classes, make_batch, make_features, 
 
 
 @pytest.mark.parametrize("objects", [(4, 2, 3, 6), (5, 3, 0, 0)])
-def test_two_halves_equal_the_whole(config, spec, classes, make_batch, make_features, select, build, objects):
+def test_two_halves_equal_the_whole(config, spec, classes, make_batch, make_features, select, build, objects) -> None:
     """Two ranks of two images compute, averaged, what one rank of four computes: losses and every gradient."""
     head = build(config, spec, classes).double()
     batch, features = make_batch(objects, num_ignored=1), make_features(4, dtype=torch.float64)
@@ -244,7 +244,7 @@ def taught(head, loss):
     return found
 
 
-def test_what_each_loss_teaches(small_config, spec, classes, make_batch, make_features, build):
+def test_what_each_loss_teaches(small_config, spec, classes, make_batch, make_features, build) -> None:
     batch, features = make_batch((4, 3)), make_features()
     plain = build(cascade_of(small_config), spec, classes)
     losses = plain(features, batch)
@@ -272,7 +272,9 @@ def test_what_each_loss_teaches(small_config, spec, classes, make_batch, make_fe
     assert taught(alone, alone(features, batch)["loss_mask_3"]) == {"neck", "masks.2"}
 
 
-def test_masks_learn_on_refined_boxes_when_interleaved(small_config, spec, classes, make_batch, make_features, build):
+def test_masks_learn_on_refined_boxes_when_interleaved(
+    small_config, spec, classes, make_batch, make_features, build
+) -> None:
     batch, features = make_batch((3,)), make_features(1)
     for interleaved in (True, False):
         head = build(cascade_of(small_config, HTCConfig, interleaved=interleaved), spec, classes)
@@ -295,7 +297,7 @@ def test_masks_learn_on_refined_boxes_when_interleaved(small_config, spec, class
             assert not torch.equal(seen[i][1], seen[i - 1][1])
 
 
-def test_results_are_means_over_the_stages(config, spec, classes, make_batch, make_features, build):
+def test_results_are_means_over_the_stages(config, spec, classes, make_batch, make_features, build) -> None:
     """Scores, boxes and masks put together from the parts, one stage at a time."""
     head = build(config, spec, classes).double().eval()
     batch, features = make_batch((3,)), make_features(1, dtype=torch.float64)
@@ -338,7 +340,7 @@ def test_results_are_means_over_the_stages(config, spec, classes, make_batch, ma
         assert not torch.allclose(masks[0], masks[2], atol=1e-3)
 
 
-def test_class_agnostic_regression_is_one_box(small_config, spec, classes, make_batch, make_features, build):
+def test_class_agnostic_regression_is_one_box(small_config, spec, classes, make_batch, make_features, build) -> None:
     config = small_config()
     head = build(replace(config, box=replace(config.box, class_agnostic=True)), spec, classes)
     assert head.box.regressor.out_features == 4
@@ -352,7 +354,7 @@ def test_class_agnostic_regression_is_one_box(small_config, spec, classes, make_
     assert len(set(boxes)) < len(boxes)
 
 
-def test_giou_loss_is_one_minus_giou():
+def test_giou_loss_is_one_minus_giou() -> None:
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(20, 2, 2, generator=generator, dtype=torch.float64) * 50
     boxes = torch.cat([corner, corner + 1 + torch.rand(20, 2, 2, generator=generator) * 40], dim=2)
@@ -362,7 +364,7 @@ def test_giou_loss_is_one_minus_giou():
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_giou_is_learned_on_decoded_boxes(small_config, spec, classes, make_batch, make_features, build):
+def test_giou_is_learned_on_decoded_boxes(small_config, spec, classes, make_batch, make_features, build) -> None:
     config = small_config()
     box = replace(config.box, regression_loss="giou", regression_weight=10.0)
     head = build(replace(config, box=box), spec, classes).double()
@@ -383,13 +385,15 @@ def test_giou_is_learned_on_decoded_boxes(small_config, spec, classes, make_batc
     torch.testing.assert_close(losses["loss_box"], 10 * total / samples.is_valid.sum(), rtol=1e-6, atol=1e-8)
 
 
-def test_semantic_cells_are_the_pixels_in_the_middle():
+def test_semantic_cells_are_the_pixels_in_the_middle() -> None:
     maps = torch.arange(100, dtype=torch.uint8).view(1, 10, 10)
     assert cells(maps, 4, (3, 3)).tolist() == [[[22, 26, IGNORED], [62, 66, IGNORED], [IGNORED] * 3]]
     assert cells(maps, 8, (1, 1)).tolist() == [[[44]]]
 
 
-def test_semantic_loss_counts_what_is_not_ignored(small_config, spec, classes, make_batch, make_features, build):
+def test_semantic_loss_counts_what_is_not_ignored(
+    small_config, spec, classes, make_batch, make_features, build
+) -> None:
     config = cascade_of(small_config, HTCConfig, **KINDS["htc-semantic"][1])
     head = build(config, spec, classes)
     batch = make_batch((2, 2))
@@ -414,7 +418,7 @@ def test_semantic_loss_counts_what_is_not_ignored(small_config, spec, classes, m
         head(make_features(), batch)
 
 
-def test_semantic_level_beyond_the_pyramid_is_refused(small_config, spec, classes):
+def test_semantic_level_beyond_the_pyramid_is_refused(small_config, spec, classes) -> None:
     config = cascade_of(small_config, HTCConfig, semantic=SemanticBranchConfig(num_classes=5, level=9))
     with pytest.raises(HeadError, match=r"semantic.level is 9: the pyramid has the levels 0..4"):
         build_head(config, spec=spec, classes=classes)

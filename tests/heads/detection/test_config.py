@@ -61,12 +61,12 @@ BAD = [
 
 
 @pytest.mark.parametrize(("kind", "fields", "message"), BAD, ids=[f"{k.__name__}-{m[:24]}" for k, _, m in BAD])
-def test_impossible_values_name_the_field(kind, fields, message):
+def test_impossible_values_name_the_field(kind, fields, message) -> None:
     with pytest.raises(HeadError, match=message):
         kind(**fields)
 
 
-def test_defaults_are_the_public_recipe():
+def test_defaults_are_the_public_recipe() -> None:
     config = asdict(MaskRCNNConfig())
     assert config["neck"] == {"channels": 256, "num_extra_levels": 1, "level_norm": True}
     rpn = config["rpn"]

@@ -105,7 +105,7 @@ class TorchvisionTwin(torch.nn.Module):
         yield head.mask.upsample, self.roi.mask_predictor.conv5_mask
 
     @torch.no_grad()
-    def copy_weights(self, head):
+    def copy_weights(self, head) -> None:
         for ours, theirs in self.pairs():
             theirs.load_state_dict(ours.state_dict())
         predictor, masks = self.roi.box_predictor, self.roi.mask_predictor.mask_fcn_logits
@@ -138,7 +138,7 @@ def parity_config(small_config):
 @pytest.mark.parametrize("objects", [(4, 2, 5), (0, 3), (0, 0)])
 def test_losses_and_gradients_equal_torchvision(
     parity_config, spec, classes, make_batch, make_features, objects, build
-):
+) -> None:
     head = build(parity_config, spec, classes)
     batch, features = make_batch(objects), make_features(len(objects))
     twin = TorchvisionTwin(head, spec, parity_config, batch.keys).train()
@@ -158,7 +158,7 @@ def test_losses_and_gradients_equal_torchvision(
     )
 
 
-def test_detections_equal_torchvision(parity_config, spec, classes, make_batch, make_features, build):
+def test_detections_equal_torchvision(parity_config, spec, classes, make_batch, make_features, build) -> None:
     config = replace(parity_config, box=replace(parity_config.box, score_threshold=0.2, num_detections=15))
     head = build(config, spec, classes).eval()
     batch, features = make_batch((4, 2), size=(88, 72)), make_features()
@@ -173,7 +173,7 @@ def test_detections_equal_torchvision(parity_config, spec, classes, make_batch, 
         torch.testing.assert_close(found.masks, wanted["masks"][:, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_counts_are_asked_for_in_a_fixed_order(small_config, spec, classes, make_batch, make_features, build):
+def test_counts_are_asked_for_in_a_fixed_order(small_config, spec, classes, make_batch, make_features, build) -> None:
     for objects in ((4, 2), (0, 0)):
         asked = []
 
@@ -195,7 +195,9 @@ def gradients(head):
 
 
 @pytest.mark.parametrize("objects", [(4, 2, 3, 6), (5, 3, 0, 0), (0, 0, 0, 0)])
-def test_two_halves_equal_the_whole(small_config, spec, classes, make_batch, make_features, select, objects, build):
+def test_two_halves_equal_the_whole(
+    small_config, spec, classes, make_batch, make_features, select, objects, build
+) -> None:
     """Two ranks of two images compute, averaged, what one rank of four computes: losses and every gradient."""
     head = build(small_config(), spec, classes).double()
     batch = make_batch(objects, num_ignored=1)
@@ -229,7 +231,7 @@ def test_two_halves_equal_the_whole(small_config, spec, classes, make_batch, mak
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_graph_is_the_same_for_every_batch(
     small_config, spec, classes, make_batch, make_features, autocast, build, run_counting
-):
+) -> None:
     config = small_config(box=BoxHeadConfig(num_convs=1, conv_channels=8, fc_channels=24, num_samples=16, resolution=5))
     head = build(config, spec, classes)
     crowd_only = make_batch((0, 0), num_ignored=3)
@@ -255,7 +257,7 @@ def test_the_graph_is_the_same_for_every_batch(
     assert all(not parameter.grad.any() for parameter in head.parameters())
 
 
-def test_no_proposal_survives(small_config, spec, classes, make_batch, make_features, build, run_counting):
+def test_no_proposal_survives(small_config, spec, classes, make_batch, make_features, build, run_counting) -> None:
     """A network that predicts nothing usable, and no ground truth to add: zero regions everywhere."""
     head = build(small_config(), spec, classes)
     with torch.no_grad():
@@ -275,7 +277,7 @@ def test_no_proposal_survives(small_config, spec, classes, make_batch, make_feat
 
 def test_results_are_typed_clipped_and_sorted(
     small_config, spec, classes, make_batch, make_features, build, run_counting
-):
+) -> None:
     head = build(small_config(box=BoxHeadConfig(fc_channels=24, score_threshold=0.01)), spec, classes).eval()
     batch = make_batch((4, 2), size=(70, 81))
     with torch.no_grad():
@@ -305,7 +307,9 @@ def test_results_are_typed_clipped_and_sorted(
         assert result.masks.shape == (0, 12, 12)
 
 
-def test_an_image_is_judged_alike_in_any_batch(small_config, spec, classes, make_batch, make_features, select, build):
+def test_an_image_is_judged_alike_in_any_batch(
+    small_config, spec, classes, make_batch, make_features, select, build
+) -> None:
     head = build(small_config(), spec, classes).double().eval()
     batch, features = make_batch((3, 1, 2)), make_features(3, dtype=torch.float64)
     with torch.no_grad():
@@ -316,7 +320,7 @@ def test_an_image_is_judged_alike_in_any_batch(small_config, spec, classes, make
             torch.testing.assert_close(alone.masks, together[i].masks)
 
 
-def test_losses_depend_on_keys_alone(small_config, spec, classes, make_batch, make_features, select, build):
+def test_losses_depend_on_keys_alone(small_config, spec, classes, make_batch, make_features, select, build) -> None:
     head = build(small_config(), spec, classes).double()
     batch, features = make_batch((4, 2, 3)), make_features(3, dtype=torch.float64)
     torch.manual_seed(1)
@@ -335,7 +339,7 @@ def test_losses_depend_on_keys_alone(small_config, spec, classes, make_batch, ma
     assert not torch.equal(first["loss_classifier"], other["loss_classifier"])
 
 
-def test_construction_is_deterministic_under_the_seed(small_config, spec, classes):
+def test_construction_is_deterministic_under_the_seed(small_config, spec, classes) -> None:
     def state(seed):
         torch.manual_seed(seed)
         return build_head(small_config(), spec=spec, classes=classes).state_dict()
@@ -345,7 +349,7 @@ def test_construction_is_deterministic_under_the_seed(small_config, spec, classe
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-def test_initial_predictions_are_undecided(spec, classes, make_batch, make_features, small_config):
+def test_initial_predictions_are_undecided(spec, classes, make_batch, make_features, small_config) -> None:
     """Small predictors: objectness near ln 2, classes near ln(K + 1), masks near ln 2."""
     torch.manual_seed(0)
     losses = build_head(small_config(), spec=spec, classes=classes)(make_features(), make_batch())
@@ -353,7 +357,9 @@ def test_initial_predictions_are_undecided(spec, classes, make_batch, make_featu
         torch.testing.assert_close(losses[name], torch.tensor(float(expected)).log(), rtol=0.1, atol=0)
 
 
-def test_bf16_autocast_keeps_losses_float32_and_close(small_config, spec, classes, make_batch, make_features, build):
+def test_bf16_autocast_keeps_losses_float32_and_close(
+    small_config, spec, classes, make_batch, make_features, build
+) -> None:
     """Same proposals in both: those of the ground truth, since bf16 ranks equal scores differently."""
     head = build(small_config(), spec, classes, spread=0.02)
     head.rpn.propose = lambda output, batch: [target.boxes + 2.0 for target in batch.targets]
@@ -371,14 +377,16 @@ def test_bf16_autocast_keeps_losses_float32_and_close(small_config, spec, classe
     assert {x.dtype for r in results for x in (r.boxes, r.scores, r.masks)} == {torch.float32}
 
 
-def test_features_without_gradient_stay_untouched(small_config, spec, classes, make_batch, make_features, build):
+def test_features_without_gradient_stay_untouched(
+    small_config, spec, classes, make_batch, make_features, build
+) -> None:
     features = make_features(dtype=torch.bfloat16)
     before = [x.clone() for x in features]
     sum(build(small_config(), spec, classes)(features, make_batch()).values()).backward()
     assert all(x.grad is None and torch.equal(x, y) for x, y in zip(features, before))
 
 
-def test_proposals_are_not_learned_through(small_config, spec, classes, make_batch, make_features, build):
+def test_proposals_are_not_learned_through(small_config, spec, classes, make_batch, make_features, build) -> None:
     """The second stage's losses move the pyramid and its own layers, never the proposal network."""
     head = build(small_config(), spec, classes)
     losses = head(make_features(), make_batch())
@@ -387,7 +395,7 @@ def test_proposals_are_not_learned_through(small_config, spec, classes, make_bat
     assert all(parameter.grad.any() for parameter in head.neck.lateral.parameters())
 
 
-def test_it_learns_two_images_by_heart(spec, classes, make_batch, make_features, small_config):
+def test_it_learns_two_images_by_heart(spec, classes, make_batch, make_features, small_config) -> None:
     """Random features, two images: after some steps every object is found, with its class, box and mask."""
     config = small_config(
         neck=FPNConfig(channels=32),

@@ -38,7 +38,7 @@ def flat(boxes):
 
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 @pytest.mark.parametrize("canonical_size", [224.0, 96.0])
-def test_equals_torchvision_multiscale_roi_align(sampling_ratio, canonical_size):
+def test_equals_torchvision_multiscale_roi_align(sampling_ratio, canonical_size) -> None:
     config = PoolingConfig(sampling_ratio=sampling_ratio, canonical_size=canonical_size, aligned=False)
     ours = RegionPooling(resolution=7, strides=STRIDES, config=config)
     theirs = MultiScaleRoIAlign(list("0123"), 7, sampling_ratio, canonical_scale=int(canonical_size))
@@ -49,7 +49,7 @@ def test_equals_torchvision_multiscale_roi_align(sampling_ratio, canonical_size)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_level_by_size_and_stride():
+def test_level_by_size_and_stride() -> None:
     sides = torch.tensor([1.0, 111.9, 112.0, 223.9, 224.0, 447.9, 448.0, 5000.0])
     boxes = torch.stack([torch.zeros(8), torch.zeros(8), sides, sides], dim=1)
 
@@ -61,7 +61,7 @@ def test_level_by_size_and_stride():
     assert levels((16,)) == [0] * 8
 
 
-def test_aligned_pools_what_the_box_covers():
+def test_aligned_pools_what_the_box_covers() -> None:
     """On a map that is linear in x and y, the mean over a bin is the value at its centre, half-pixel convention."""
     side, stride = 16, 4
     centres = (torch.arange(side) + 0.5) * stride
@@ -75,7 +75,7 @@ def test_aligned_pools_what_the_box_covers():
         torch.testing.assert_close(y[:, 0], 14 + 36 * (torch.arange(4) + 0.5) / 4)
 
 
-def test_bf16_maps_keep_float32_boxes():
+def test_bf16_maps_keep_float32_boxes() -> None:
     """The result is that of float32 pooling of the same map, rounded once."""
     pool = RegionPooling(resolution=7, strides=STRIDES, config=PoolingConfig())
     levels = maps(dtype=torch.bfloat16)
@@ -86,7 +86,7 @@ def test_bf16_maps_keep_float32_boxes():
     assert torch.equal(found, expected.bfloat16())
 
 
-def test_gradients_reach_every_level_even_without_boxes():
+def test_gradients_reach_every_level_even_without_boxes() -> None:
     pool = RegionPooling(resolution=3, strides=STRIDES, config=PoolingConfig())
     levels = [x.requires_grad_() for x in maps()]
     pooled = pool(levels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
@@ -95,7 +95,7 @@ def test_gradients_reach_every_level_even_without_boxes():
     assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in levels)
 
 
-def test_broken_boxes_do_not_crash():
+def test_broken_boxes_do_not_crash() -> None:
     pool = RegionPooling(resolution=3, strides=STRIDES, config=PoolingConfig())
     boxes = torch.tensor([[0.0, 0, 0, 0], [5, 5, 5, 9], [9, 9, 1, 1]])
     assert pool(maps(), boxes, torch.zeros(3, dtype=torch.int64)).isfinite().all()
@@ -114,14 +114,14 @@ def mask_boxes(count=20, side=64):
 
 
 @pytest.mark.parametrize("max_elements", [2**26, 64 * 64 * 2, 1])
-def test_mask_targets_equal_torchvision(monkeypatch, max_elements):
+def test_mask_targets_equal_torchvision(monkeypatch, max_elements) -> None:
     monkeypatch.setattr(pooling, "MAX_MASK_ELEMENTS", max_elements)
     masks, (boxes, gt_index) = random_masks(), mask_boxes()
     expected = project_masks_on_boxes(masks, boxes, gt_index, 28)
     assert torch.equal(project_masks(masks, boxes, gt_index, resolution=28, aligned=False), expected)
 
 
-def test_mask_targets_use_only_the_masks_asked_for(monkeypatch):
+def test_mask_targets_use_only_the_masks_asked_for(monkeypatch) -> None:
     seen = []
 
     def recording(maps, *args, **options):
@@ -134,14 +134,14 @@ def test_mask_targets_use_only_the_masks_asked_for(monkeypatch):
     assert seen == [3]
 
 
-def test_mask_targets_on_whole_pixels_are_the_mask():
+def test_mask_targets_on_whole_pixels_are_the_mask() -> None:
     masks = random_masks(1, 16)
     box = torch.tensor([[3.0, 5.0, 11.0, 13.0]])
     target = project_masks(masks, box, torch.zeros(1, dtype=torch.int64), resolution=8, aligned=True)
     torch.testing.assert_close(target[0], masks[0, 5:13, 3:11].float())
 
 
-def test_no_boxes_give_no_targets():
+def test_no_boxes_give_no_targets() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     assert project_masks(random_masks(), torch.zeros(0, 4), none, resolution=8, aligned=True).shape == (0, 8, 8)
     assert project_masks(random_masks(0), torch.zeros(0, 4), none, resolution=8, aligned=True).shape == (0, 8, 8)

@@ -32,10 +32,10 @@ def released(*, stages=0, convs=0, num_fc=2, agnostic=False, flows=False, semant
     random = torch.Generator().manual_seed(seed)
     state = {}
 
-    def put(name, *shape):
+    def put(name, *shape) -> None:
         state[name] = torch.randn(*shape, generator=random) * 0.1
 
-    def layer(name, *shape, bias=True):
+    def layer(name, *shape, bias=True) -> None:
         put(f"{name}.weight", *shape)
         if bias:
             put(f"{name}.bias", shape[0])
@@ -137,7 +137,7 @@ def inputs(make_features):
     return make_features(1), boxes, torch.zeros(3, dtype=torch.int64)
 
 
-def test_neck_and_proposals_are_those_of_the_released_layout(small_config, spec, inputs):
+def test_neck_and_proposals_are_those_of_the_released_layout(small_config, spec, inputs) -> None:
     state = released()
     head = loaded(config(small_config), spec, state)
     features, _, _ = inputs
@@ -167,7 +167,7 @@ def test_neck_and_proposals_are_those_of_the_released_layout(small_config, spec,
 
 @pytest.mark.parametrize("convs", [0, 2], ids=["2fc", "convs with batch norms"])
 @pytest.mark.parametrize("agnostic", [False, True])
-def test_box_branch_computes_what_the_released_one_does(small_config, spec, inputs, convs, agnostic):
+def test_box_branch_computes_what_the_released_one_does(small_config, spec, inputs, convs, agnostic) -> None:
     num_fc = 1 if convs else 2
     state = released(convs=convs, num_fc=num_fc, agnostic=agnostic)
     head = loaded(config(small_config, num_convs=convs, num_fc=num_fc, class_agnostic=agnostic), spec, state)
@@ -190,7 +190,7 @@ def test_box_branch_computes_what_the_released_one_does(small_config, spec, inpu
     assert silenced.softmax(1)[:, :K].max() < 1e-6
 
 
-def test_mask_branch_computes_what_the_released_one_does(small_config, spec, inputs):
+def test_mask_branch_computes_what_the_released_one_does(small_config, spec, inputs) -> None:
     state = released()
     head = loaded(config(small_config), spec, state)
     features, boxes, image_index = inputs
@@ -207,7 +207,7 @@ def test_mask_branch_computes_what_the_released_one_does(small_config, spec, inp
     torch.testing.assert_close(own, x[torch.arange(3), labels], rtol=0, atol=1e-10)
 
 
-def test_cascade_stages_go_to_their_places(small_config, spec, inputs):
+def test_cascade_stages_go_to_their_places(small_config, spec, inputs) -> None:
     state = released(stages=3, convs=2, num_fc=1)
     head = loaded(config(small_config, CascadeConfig, num_convs=2, num_fc=1), spec, state)
     features, boxes, image_index = inputs
@@ -222,7 +222,7 @@ def test_cascade_stages_go_to_their_places(small_config, spec, inputs):
     assert from_released(state).folded == [f"boxes.{stage}.convs.{i}" for stage in range(3) for i in range(2)]
 
 
-def test_masks_of_a_hybrid_task_cascade_flow_as_the_released_ones_do(small_config, spec, inputs):
+def test_masks_of_a_hybrid_task_cascade_flow_as_the_released_ones_do(small_config, spec, inputs) -> None:
     """Its mask head: the last convolution's output of the stage before, through a 1x1 convolution and a ReLU, is added."""
     state = released(stages=3, agnostic=True, flows=True)
     head = loaded(config(small_config, HTCConfig, class_agnostic=True), spec, state)
@@ -246,7 +246,7 @@ def test_masks_of_a_hybrid_task_cascade_flow_as_the_released_ones_do(small_confi
         torch.testing.assert_close(branch.logits(own, labels), x[torch.arange(3), labels], rtol=0, atol=1e-10)
 
 
-def _rename(state, old, new):
+def _rename(state, old, new) -> None:
     state[new] = state.pop(old)
 
 
@@ -278,7 +278,7 @@ def public_semantic_branch(state, pyramid, level):
     return conv("conv_logits", x), conv("conv_embedding.conv", x).clamp(min=0)
 
 
-def test_the_semantic_branch_of_a_hybrid_task_cascade_is_the_public_one(small_config, spec, inputs):
+def test_the_semantic_branch_of_a_hybrid_task_cascade_is_the_public_one(small_config, spec, inputs) -> None:
     state = released(stages=3, agnostic=True, flows=True, semantic=7)
     own = config(small_config, HTCConfig, class_agnostic=True)
     head = loaded(dataclasses.replace(own, semantic=SemanticBranchConfig(num_classes=7)), spec, state)
@@ -313,13 +313,13 @@ def test_the_semantic_branch_of_a_hybrid_task_cascade_is_the_public_one(small_co
         (lambda s: _rename(s, "neck.fpn_convs.0.conv.weight", "neck.bifpn.0.conv.weight"), "no place.*bifpn"),
     ],
 )  # fmt: skip
-def test_what_has_no_place_is_refused_by_name(change, match):
+def test_what_has_no_place_is_refused_by_name(change, match) -> None:
     state = released(convs=1, num_fc=1)
     change(state)
     with pytest.raises(HeadError, match=match):
         from_released(state)
 
 
-def test_coco_classes_are_eighty_different_ones():
+def test_coco_classes_are_eighty_different_ones() -> None:
     assert len(set(COCO_CLASSES)) == 80
     assert (COCO_CLASSES[0], COCO_CLASSES[11], COCO_CLASSES[-1]) == ("person", "stop sign", "toothbrush")

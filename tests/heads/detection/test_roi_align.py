@@ -27,7 +27,7 @@ def regions_of_all_kinds(dtype):
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("sampling_ratio", [0, 1, 2, 3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
-def test_gradient_equals_torchvision(aligned, sampling_ratio, dtype, tolerance):
+def test_gradient_equals_torchvision(aligned, sampling_ratio, dtype, tolerance) -> None:
     regions = regions_of_all_kinds(dtype)
     options = {"spatial_scale": 0.25, "sampling_ratio": sampling_ratio, "aligned": aligned}
     ours = torch.randn(3, 5, 30, 23, dtype=dtype, generator=torch.Generator().manual_seed(1), requires_grad=True)
@@ -43,7 +43,7 @@ def test_gradient_equals_torchvision(aligned, sampling_ratio, dtype, tolerance):
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=tolerance * 10)
 
 
-def test_no_regions_give_a_zero_gradient():
+def test_no_regions_give_a_zero_gradient() -> None:
     level = torch.randn(2, 3, 8, 8, requires_grad=True)
     pooled = roi_align(level, torch.zeros(0, 5), 7, spatial_scale=0.25, sampling_ratio=0, aligned=True)
     assert pooled.shape == (0, 3, 7, 7)
@@ -51,7 +51,7 @@ def test_no_regions_give_a_zero_gradient():
     assert torch.equal(level.grad, torch.zeros_like(level))
 
 
-def test_large_maps_take_the_kernel(monkeypatch):
+def test_large_maps_take_the_kernel(monkeypatch) -> None:
     level = torch.randn(1, 3, 8, 8, requires_grad=True)
     options = {"spatial_scale": 0.25, "sampling_ratio": 2, "aligned": True}
     region = torch.tensor([[0.0, 3, 3, 20, 20]])
@@ -61,7 +61,7 @@ def test_large_maps_take_the_kernel(monkeypatch):
     assert "DenseGradient" in type(roi_align(level, region, 7, **options).grad_fn).__name__
 
 
-def test_bin_weights_by_hand():
+def test_bin_weights_by_hand() -> None:
     """Cells 0..3, a region from 0.5 to 2.5 in two bins: one sample at each bin's centre, 1.0 and 2.0."""
     start, end = torch.tensor([0.5]), torch.tensor([2.5])
     weights = bin_weights(start, end, num_bins=2, num_cells=4, sampling_ratio=1)
@@ -71,7 +71,7 @@ def test_bin_weights_by_hand():
     assert weights.tolist() == [[[0.125, 0.75, 0.125, 0], [0, 0.125, 0.75, 0.125]]]
 
 
-def test_a_plan_for_a_gpu_uses_the_kernels_own_gradient():
+def test_a_plan_for_a_gpu_uses_the_kernels_own_gradient() -> None:
     level = torch.zeros(1, 2, 8, 8, requires_grad=True)
     region = torch.tensor([[0.0, 0.0, 0.0, 16.0, 16.0]])
     options = {"spatial_scale": 0.25, "sampling_ratio": 2, "aligned": True}

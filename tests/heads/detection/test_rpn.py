@@ -105,7 +105,7 @@ def as_torchvision(batch):
     return images, [{"boxes": target.boxes, "labels": target.labels} for target in batch.targets]
 
 
-def test_anchors_follow_their_definition():
+def test_anchors_follow_their_definition() -> None:
     anchors = make_anchors([(2, 3), (1, 2)], [4, 8], scale=8.0, aspect_ratios=(0.5, 1.0, 2.0))
     expected = []
     for (height, width), stride in (((2, 3), 4), ((1, 2), 8)):
@@ -120,7 +120,7 @@ def test_anchors_follow_their_definition():
 
 
 @pytest.mark.parametrize("objects", [(4, 2), (0, 3), (0, 0)])
-def test_training_equals_torchvision(make_batch, objects):
+def test_training_equals_torchvision(make_batch, objects) -> None:
     batch = make_batch(objects)
     rpn, pyramid = make_rpn().train(), make_pyramid()
     output = rpn(pyramid)
@@ -142,7 +142,7 @@ def test_training_equals_torchvision(make_batch, objects):
     torch.testing.assert_close(rpn.regressor.weight.grad, twin.head.bbox_pred.weight.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_proposals_in_evaluation_equal_torchvision(make_batch):
+def test_proposals_in_evaluation_equal_torchvision(make_batch) -> None:
     batch = make_batch((4, 2), size=(80, 64))
     rpn, pyramid = make_rpn().eval(), make_pyramid()
     output = rpn(pyramid)
@@ -158,7 +158,7 @@ def test_proposals_in_evaluation_equal_torchvision(make_batch):
         assert (found >= 0).all()
 
 
-def test_anchors_stay_float32_under_bf16_autocast(make_batch):
+def test_anchors_stay_float32_under_bf16_autocast(make_batch) -> None:
     """At 1024 pixels a bf16 coordinate is off by up to 4."""
     batch = make_batch((3,), side=1024)
     rpn = make_rpn()
@@ -177,7 +177,7 @@ def test_anchors_stay_float32_under_bf16_autocast(make_batch):
         torch.testing.assert_close(losses[name], expected, rtol=0.03, atol=0)
 
 
-def test_loss_from_its_definition(make_batch):
+def test_loss_from_its_definition(make_batch) -> None:
     """Plain L1, all anchors sampled, in float64 with loops."""
     config = replace(CONFIG, num_samples=10**6, positive_fraction=1.0, smooth_l1_beta=0.0)
     batch, rpn = make_batch((3,), num_ignored=2), make_rpn(config).double()
@@ -222,7 +222,7 @@ def test_loss_from_its_definition(make_batch):
     torch.testing.assert_close(losses["loss_rpn_box"], regression / count, rtol=1e-10, atol=0)
 
 
-def test_diverged_predictions_give_no_broken_proposals(make_batch):
+def test_diverged_predictions_give_no_broken_proposals(make_batch) -> None:
     rpn, pyramid = make_rpn(), make_pyramid()
     for value in (torch.nan, torch.inf):
         with torch.no_grad():

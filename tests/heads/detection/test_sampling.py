@@ -19,7 +19,7 @@ def random_boxes(count, seed, side=80):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("high", "low", "low_quality"), [(0.7, 0.3, True), (0.5, 0.5, False), (0.6, 0.2, False)])
-def test_matching_equals_torchvision(seed, high, low, low_quality):
+def test_matching_equals_torchvision(seed, high, low, low_quality) -> None:
     candidates, gt_boxes = random_boxes(400, seed), random_boxes(7, 50 + seed)
     matcher = Matcher(high, low, allow_low_quality_matches=low_quality)
     expected = matcher(box_iou(gt_boxes, candidates))
@@ -33,13 +33,13 @@ def test_matching_equals_torchvision(seed, high, low, low_quality):
     assert (labels == POSITIVE).any()
 
 
-def test_no_ground_truth_makes_everything_negative():
+def test_no_ground_truth_makes_everything_negative() -> None:
     index, labels = match_boxes(random_boxes(9, 0), torch.zeros(0, 4), positive_iou=0.7, negative_iou=0.3)
     assert index.tolist() == [0] * 9
     assert labels.tolist() == [NEGATIVE] * 9
 
 
-def test_a_box_that_touches_nothing_makes_nothing_positive():
+def test_a_box_that_touches_nothing_makes_nothing_positive() -> None:
     far, empty = torch.tensor([500.0, 500, 520, 520]), torch.tensor([10.0, 10, 10, 10])
     candidates = torch.cat([random_boxes(20, 0), empty[None]])
     for box in (far, empty):
@@ -47,7 +47,7 @@ def test_a_box_that_touches_nothing_makes_nothing_positive():
         assert labels.tolist() == [NEGATIVE] * 21
 
 
-def test_negatives_inside_a_crowd_are_unused():
+def test_negatives_inside_a_crowd_are_unused() -> None:
     crowd = torch.tensor([[10.0, 10, 30, 30], [60, 60, 70, 70]])
     candidates = torch.tensor(
         [
@@ -86,7 +86,7 @@ KEYS = [SampleKey(1, 0, i) for i in range(4)]
         ((0, 0, 8), (0, 0)),
     ],
 )
-def test_numbers_of_samples(have, expected):
+def test_numbers_of_samples(have, expected) -> None:
     labels = labels_of(*have)
     samples = sample_balanced([labels], KEYS[:1], "rpn", num_samples=16, positive_fraction=0.25)
     index, positive, valid = samples.index[0], samples.is_positive[0], samples.is_valid[0]
@@ -103,7 +103,7 @@ def chosen(samples, row):
     return samples.index[row][samples.is_valid[row]].tolist()
 
 
-def test_the_draw_depends_on_the_key_alone():
+def test_the_draw_depends_on_the_key_alone() -> None:
     """Not on the other images, their number or length, the order, nor on the global generator."""
     options = {"num_samples": 16, "positive_fraction": 0.5}
     labels = [labels_of(20, 60 + 30 * i, 5, seed=i) for i in range(4)]
@@ -118,7 +118,7 @@ def test_the_draw_depends_on_the_key_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_key_and_purpose_change_the_draw():
+def test_key_and_purpose_change_the_draw() -> None:
     options = {"num_samples": 16, "positive_fraction": 0.5}
     labels = labels_of(40, 100, 5)
     draws = [
@@ -134,7 +134,7 @@ def test_key_and_purpose_change_the_draw():
     assert len(set(draws)) == 5
 
 
-def test_every_candidate_is_drawn_equally_often():
+def test_every_candidate_is_drawn_equally_often() -> None:
     labels = labels_of(20, 40, 5)
     drawn = torch.zeros(len(labels))
     for epoch in range(600):

@@ -41,7 +41,7 @@ def by_the_book(boxes, scores, labels, kind, config):
 
 @pytest.mark.parametrize("kind", ["linear", "gaussian"])
 @pytest.mark.parametrize("num_detections", [7, 100])
-def test_equals_the_papers_loop(kind, num_detections):
+def test_equals_the_papers_loop(kind, num_detections) -> None:
     random = torch.Generator().manual_seed(4)
     corner = torch.rand(60, 2, generator=random, dtype=torch.float64) * 30
     boxes = torch.cat([corner, corner + 10 + torch.rand(60, 2, generator=random) * 15], dim=1)
@@ -56,7 +56,7 @@ def test_equals_the_papers_loop(kind, num_detections):
 
 
 @pytest.mark.parametrize("kind", ["hard", "linear", "gaussian"])
-def test_nothing_to_suppress(kind):
+def test_nothing_to_suppress(kind) -> None:
     config = BoxHeadConfig(suppression=kind)
     index, scores = suppress(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), config)
     assert len(index) == len(scores) == 0
@@ -65,7 +65,7 @@ def test_nothing_to_suppress(kind):
 @pytest.mark.parametrize("kind", ["linear", "gaussian"])
 def test_the_head_keeps_overlapping_boxes_with_lower_scores(
     kind, small_config, spec, classes, make_batch, make_features, build
-):
+) -> None:
     parts = small_config()
     config = replace(parts, box=replace(parts.box, num_detections=500))
     head = build(config, spec, classes).eval()

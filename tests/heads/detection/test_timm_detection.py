@@ -15,7 +15,7 @@ SEVERAL = ("convnextv2_atto", "hiera_tiny_224", "swinv2_cr_tiny_224")
 
 
 @pytest.mark.parametrize("name", SINGLE + SEVERAL)
-def test_a_head_trains_on_frozen_features(name, small_config, classes, make_batch):
+def test_a_head_trains_on_frozen_features(name, small_config, classes, make_batch) -> None:
     backbone = load_backbone(f"timm/{name}", weights="random")
     neck = (SimplePyramidConfig if name in SINGLE else FPNConfig)(channels=16)
     config = small_config(neck=neck)

@@ -110,7 +110,7 @@ def derive(state, features, *, num_layers, num_extra, norm, separable):
     ],
     ids=["odd-sizes", "separable", "p3-p7"],
 )
-def test_equals_a_plain_derivation(fields, first, sizes):
+def test_equals_a_plain_derivation(fields, first, sizes) -> None:
     spec = FeatureSpec(channels=(3, 5, 4), strides=(4, 8, 16))
     sizes = sizes or [(12, 9), (6, 5), (3, 3)]
     neck = shaken(build_neck(BiFPNConfig(channels=16, **{"num_extra_levels": 1, **fields}), spec=spec))
@@ -132,7 +132,7 @@ def test_equals_a_plain_derivation(fields, first, sizes):
             np.testing.assert_allclose(ours[image].detach().numpy(), theirs, rtol=1e-10, atol=1e-10)
 
 
-def test_levels_and_strides(spec, make_features):
+def test_levels_and_strides(spec, make_features) -> None:
     neck = BiFPN(spec=spec, channels=8, num_layers=2)
     assert neck.strides == (4, 8, 16, 32, 64)
     assert neck.num_backbone_levels == 4
@@ -145,7 +145,7 @@ def test_levels_and_strides(spec, make_features):
 
 
 @pytest.mark.parametrize("num_layers", [1, 4, 9])
-def test_every_parameter_learns_and_layers_cost_alike(spec, make_features, num_layers):
+def test_every_parameter_learns_and_layers_cost_alike(spec, make_features, num_layers) -> None:
     neck = shaken(BiFPN(spec=spec, channels=8, num_layers=num_layers), seed=1)
     with torch.no_grad():
         for layer in neck.layers:
@@ -162,7 +162,7 @@ def test_every_parameter_learns_and_layers_cost_alike(spec, make_features, num_l
     assert len(sizes) == 1
 
 
-def test_a_node_whose_weights_are_all_negative_gives_no_nan(spec, make_features):
+def test_a_node_whose_weights_are_all_negative_gives_no_nan(spec, make_features) -> None:
     neck = BiFPN(spec=spec, channels=8, num_layers=1)
     with torch.no_grad():
         neck.layers[0].down[0].weights.fill_(-1.0)
@@ -172,14 +172,14 @@ def test_a_node_whose_weights_are_all_negative_gives_no_nan(spec, make_features)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in neck.parameters())
 
 
-def test_the_coarsest_level_may_be_a_single_cell(spec, make_features):
+def test_the_coarsest_level_may_be_a_single_cell(spec, make_features) -> None:
     neck = BiFPN(spec=spec, channels=16, num_layers=1)
     pyramid = neck([x[:1] for x in make_features(side=32)])
     assert pyramid[-1].shape == (1, 16, 1, 1)
     assert all(x.isfinite().all() for x in pyramid)
 
 
-def test_refusals(spec):
+def test_refusals(spec) -> None:
     with pytest.raises(HeadError, match=r"finest_stride is 16.*strides \(4, 8\)"):
         BiFPN(spec=FeatureSpec(channels=(4, 4), strides=(4, 8)), finest_stride=16)
     with pytest.raises(HeadError, match="twice the one before"):

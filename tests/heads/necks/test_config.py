@@ -20,6 +20,6 @@ BAD = [
 
 
 @pytest.mark.parametrize(("kind", "fields", "message"), BAD, ids=[f"{k.__name__}-{m[:24]}" for k, _, m in BAD])
-def test_impossible_values_name_the_field(kind, fields, message):
+def test_impossible_values_name_the_field(kind, fields, message) -> None:
     with pytest.raises(HeadError, match=message):
         kind(**fields)

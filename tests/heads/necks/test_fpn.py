@@ -27,7 +27,7 @@ def torchvision_twin(fpn, spec, channels):
 
 
 @pytest.mark.parametrize("side", [96, 90])
-def test_equals_torchvision(spec, make_features, side):
+def test_equals_torchvision(spec, make_features, side) -> None:
     torch.manual_seed(0)
     fpn = FPN(spec=spec, channels=10, level_norm=False).double()
     features = make_features(side=side, dtype=torch.float64)
@@ -39,7 +39,7 @@ def test_equals_torchvision(spec, make_features, side):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_extra_levels_halve(spec, make_features):
+def test_extra_levels_halve(spec, make_features) -> None:
     fpn = FPN(spec=spec, channels=4, num_extra_levels=2)
     pyramid = fpn(make_features())
     assert fpn.strides == (4, 8, 16, 32, 64, 128)
@@ -47,7 +47,7 @@ def test_extra_levels_halve(spec, make_features):
     assert torch.equal(pyramid[4], pyramid[3][:, :, ::2, ::2])
 
 
-def test_level_norm_is_layer_norm_over_channels():
+def test_level_norm_is_layer_norm_over_channels() -> None:
     torch.manual_seed(0)
     norm = LevelNorm(6)
     torch.nn.init.normal_(norm.weight)
@@ -63,7 +63,7 @@ def test_level_norm_is_layer_norm_over_channels():
 
 
 @pytest.mark.parametrize("level_norm", [True, False])
-def test_takes_bf16_features(spec, make_features, level_norm):
+def test_takes_bf16_features(spec, make_features, level_norm) -> None:
     """Parameters stay float32; the compute dtype is theirs, or autocast's."""
     torch.manual_seed(0)
     fpn = FPN(spec=spec, channels=8, level_norm=level_norm)
@@ -79,13 +79,13 @@ def test_takes_bf16_features(spec, make_features, level_norm):
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in fpn.parameters())
 
 
-def test_level_norm_can_be_switched_off(spec):
+def test_level_norm_can_be_switched_off(spec) -> None:
     with_norm = {name for name, _ in FPN(spec=spec, channels=4).named_parameters()}
     without = {name for name, _ in FPN(spec=spec, channels=4, level_norm=False).named_parameters()}
     assert with_norm - without == {f"level_norms.{i}.{part}" for i in range(4) for part in ("weight", "bias")}
 
 
-def test_errors_name_the_cause(spec, make_features):
+def test_errors_name_the_cause(spec, make_features) -> None:
     with pytest.raises(HeadError, match="3 feature maps came in, the head was built for 4"):
         FPN(spec=spec, channels=4)(make_features()[:3])
     with pytest.raises(HeadError, match=r"strides are \(4, 16\)"):

@@ -14,7 +14,7 @@ from permafrost.heads.necks.residual_fpn import ResidualBlock, ResidualFPN
 
 
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
-def test_a_block_is_resnets(kind):
+def test_a_block_is_resnets(kind) -> None:
     torch.manual_seed(0)
     ours = ResidualBlock(channels=16, kind=kind, norm="group").double()
 
@@ -31,7 +31,7 @@ def test_a_block_is_resnets(kind):
 
 @pytest.mark.parametrize("place", ["merged", "lateral"])
 @pytest.mark.parametrize("norm", ["group", "layer", "none"])
-def test_blocks_stand_where_they_are_said_to(spec, make_features, place, norm):
+def test_blocks_stand_where_they_are_said_to(spec, make_features, place, norm) -> None:
     torch.manual_seed(0)
     neck = ResidualFPN(spec=spec, channels=12, num_blocks=2, place=place, norm=norm).double()
     features = make_features(dtype=torch.float64)
@@ -55,7 +55,7 @@ def test_blocks_stand_where_they_are_said_to(spec, make_features, place, norm):
     assert not [name for name, parameter in neck.named_parameters() if not parameter.grad.any()]
 
 
-def test_parameters_beside_fpn(spec):
+def test_parameters_beside_fpn(spec) -> None:
     """Four basic blocks of 256 channels on four levels: 32 convolutions of 3 x 3 x 256 x 256 and their norms."""
     plain, residual = FPN(spec=spec), build_neck(ResidualFPNConfig(), spec=spec)
 

@@ -100,7 +100,7 @@ def derived(neck, x, stride):
 
 @pytest.mark.parametrize("level_norm", [True, False])
 @pytest.mark.parametrize(("stride", "size"), [(16, (6, 4)), (16, (5, 3)), (14, (8, 5)), (14, (3, 7)), (14, (1, 1))])
-def test_equals_its_derivation_in_float64(stride, size, level_norm):
+def test_equals_its_derivation_in_float64(stride, size, level_norm) -> None:
     neck = build(stride, level_norm=level_norm).double()
     x = torch.randn(2, 16, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = neck([x])
@@ -113,7 +113,7 @@ def test_equals_its_derivation_in_float64(stride, size, level_norm):
 
 @pytest.mark.parametrize("stride", [8, 14, 16, 32])
 @pytest.mark.parametrize("cells", [1, 2, 5, 8, 73])
-def test_levels_have_the_size_of_the_padded_image(stride, cells):
+def test_levels_have_the_size_of_the_padded_image(stride, cells) -> None:
     neck = build(stride, width=8, channels=2, num_extra_levels=2)
     levels = neck([torch.randn(1, 8, cells, 3)])
     sides = [-(-cells * stride // level) for level in STRIDES]
@@ -124,7 +124,7 @@ def test_levels_have_the_size_of_the_padded_image(stride, cells):
 
 
 @pytest.mark.parametrize("stride", [8, 14, 16, 32])
-def test_a_cell_reaches_the_pixels_that_are_its_own(stride):
+def test_a_cell_reaches_the_pixels_that_are_its_own(stride) -> None:
     """One cell of the map changes only what lies around its own pixels on every level: nothing is shifted or stretched."""
     neck = build(stride, width=8, channels=4, level_norm=False).double()
     x = torch.randn(1, 8, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -147,7 +147,7 @@ def test_a_cell_reaches_the_pixels_that_are_its_own(stride):
 
 
 @pytest.mark.parametrize(("stride", "new_stride"), [(3.5, 4), (14, 16), (28, 32), (5, 4)])
-def test_resampling_a_ramp_gives_the_new_centres(stride, new_stride):
+def test_resampling_a_ramp_gives_the_new_centres(stride, new_stride) -> None:
     """Along x, the value is the pixel position: what is sampled must be where the new cells are."""
     count = 24
     x = ((torch.arange(count, dtype=torch.float64) + 0.5) * stride).expand(1, 1, 2, count)
@@ -158,7 +158,7 @@ def test_resampling_a_ramp_gives_the_new_centres(stride, new_stride):
     torch.testing.assert_close(found[:size], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_takes_bf16_maps_and_every_parameter_gets_a_gradient():
+def test_takes_bf16_maps_and_every_parameter_gets_a_gradient() -> None:
     """Parameters stay float32, whatever the map is in and whatever autocast surrounds it."""
     for level_norm in (True, False):
         neck = build(14, level_norm=level_norm)
@@ -173,7 +173,7 @@ def test_takes_bf16_maps_and_every_parameter_gets_a_gradient():
         assert all(parameter.grad is not None and parameter.grad.any() for parameter in neck.parameters())
 
 
-def test_the_config_builds_what_it_says():
+def test_the_config_builds_what_it_says() -> None:
     spec = FeatureSpec((24,), (16,))
     neck = build_neck(SimplePyramidConfig(channels=8, num_extra_levels=0, level_norm=False), spec=spec)
     assert neck.strides == STRIDES

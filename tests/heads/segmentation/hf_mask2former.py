@@ -56,7 +56,7 @@ class TheirHead(nn.Module):
         return list(zip(classes, out.masks_queries_logits))
 
 
-def load(model, head):
+def load(model, head) -> None:
     """Give their modules the weights of our head; every one of ours but the level norms is used, every one of theirs set."""
     names = {}
     for ours in head.state_dict():

@@ -60,7 +60,7 @@ def make_batch(num_labels=(3, 2), first=0, side=96):
     return Batch(torch.zeros(len(targets), 3, side, side, dtype=torch.uint8), targets, keys)
 
 
-def their_groups(model):
+def their_groups(model) -> None:
     """Give transformers' norms the groups of ours, where 32 groups of their few channels are not what we compare."""
     for module in model.modules():
         if isinstance(module, torch.nn.GroupNorm):

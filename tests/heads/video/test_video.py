@@ -81,7 +81,7 @@ def torch_block(block):
 
 @pytest.mark.parametrize("convert", [timm_block, torch_block])
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_logits_and_gradients_are_those_of_an_independent_implementation_in_float64(kind, convert):
+def test_logits_and_gradients_are_those_of_an_independent_implementation_in_float64(kind, convert) -> None:
     head = make_head(kind, dropout=0.0)
     features, batch = make_clips()
     mine = features[-1].clone().requires_grad_()
@@ -106,7 +106,7 @@ def test_logits_and_gradients_are_those_of_an_independent_implementation_in_floa
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_float32_agrees_with_float64(kind):
+def test_float32_agrees_with_float64(kind) -> None:
     features, batch = make_clips()
     exact = make_head(kind).eval().logits(features, batch.keys)
     rough = make_head(kind).float().eval().logits([x.float() for x in features], batch.keys)
@@ -114,7 +114,7 @@ def test_float32_agrees_with_float64(kind):
     torch.testing.assert_close(rough.double(), exact, rtol=2e-4, atol=2e-4)
 
 
-def test_fixed_codes_are_the_published_waves_of_each_axis():
+def test_fixed_codes_are_the_published_waves_of_each_axis() -> None:
     """Vaswani et al. 2017: PE(p, 2i) = sin(p / 10000^(2i / d)) and PE(p, 2i + 1) its cosine, here with the sines before the cosines."""
     waves = make_positions("sincos", 38, ("frames", "rows", "columns"), num_frames=1, map_side=1)((5, 3, 4))
     assert waves.shape == (5, 3, 4, 38)
@@ -132,7 +132,7 @@ def test_fixed_codes_are_the_published_waves_of_each_axis():
     assert len({tuple(code) for code in temporal[:, 0, 0].tolist()}) == 5
 
 
-def test_who_sees_the_order_of_frames():
+def test_who_sees_the_order_of_frames() -> None:
     features, batch = make_clips()
     backwards = [x.flip(1) for x in features]
     seen = {}
@@ -153,7 +153,7 @@ def test_who_sees_the_order_of_frames():
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("position", ["learned", "sincos", "none"])
-def test_every_parameter_gets_a_gradient_and_the_map_none(kind, position):
+def test_every_parameter_gets_a_gradient_and_the_map_none(kind, position) -> None:
     options = {} if kind is LinearVideoConfig else {"position": position, "drop_path": 0.9, "width": 16}
     head = make_head(kind, **options)
     features, batch = make_clips()
@@ -165,7 +165,7 @@ def test_every_parameter_gets_a_gradient_and_the_map_none(kind, position):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_split_batch_has_the_same_loss_and_gradients(kind):
+def test_a_split_batch_has_the_same_loss_and_gradients(kind) -> None:
     options = {} if kind is LinearVideoConfig else {"drop_path": 0.5}
     head = make_head(kind, **options)
     features, batch = make_clips(4)
@@ -184,7 +184,7 @@ def test_a_split_batch_has_the_same_loss_and_gradients(kind):
         torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-9, atol=1e-11)
 
 
-def test_drops_follow_the_key_and_not_the_global_generator():
+def test_drops_follow_the_key_and_not_the_global_generator() -> None:
     head = make_head(TemporalVideoConfig, dropout=0.5, drop_path=0.5)
     features, batch = make_clips(4)
     torch.manual_seed(0)
@@ -200,7 +200,7 @@ def test_drops_follow_the_key_and_not_the_global_generator():
     )
 
 
-def test_a_dropped_branch_adds_nothing_and_kept_ones_are_scaled_up():
+def test_a_dropped_branch_adds_nothing_and_kept_ones_are_scaled_up() -> None:
     head = make_head(GlobalVideoConfig, dropout=0.0, drop_path=0.5)
     block = head.blocks[1]
     x = torch.randn(3, 1, 6, 32, dtype=torch.float64)
@@ -214,7 +214,7 @@ def test_a_dropped_branch_adds_nothing_and_kept_ones_are_scaled_up():
     assert scales[1].mean(dim=1).sub(1).abs().max() < 0.1
 
 
-def test_results_are_probabilities_with_the_clips_names():
+def test_results_are_probabilities_with_the_clips_names() -> None:
     head = make_head(GlobalVideoConfig).eval()
     features, batch = make_clips(3)
     batch.targets[1] = ClipTarget(1, 7, torch.tensor(0), is_readable=False)
@@ -231,13 +231,13 @@ def test_results_are_probabilities_with_the_clips_names():
 
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("position", ["learned", "sincos"])
-def test_clips_and_maps_of_another_size_run(kind, position):
+def test_clips_and_maps_of_another_size_run(kind, position) -> None:
     head = make_head(kind, position=position).eval()
     features, batch = make_clips(num_frames=6, size=(2, 5))
     assert head.logits(features, batch.keys).shape == (2, 3)
 
 
-def test_the_defaults_have_the_papers_four_blocks_of_the_maps_width():
+def test_the_defaults_have_the_papers_four_blocks_of_the_maps_width() -> None:
     spec = FeatureSpec(channels=(128, 256, 512, 1024), strides=(4, 8, 16, 32))
     with torch.device("meta"):
         head = build_head(TemporalVideoConfig(), spec=spec, classes=[str(i) for i in range(400)])
@@ -266,6 +266,6 @@ def test_the_defaults_have_the_papers_four_blocks_of_the_maps_width():
         ),
     ],
 )
-def test_mistakes_are_named(make, message):
+def test_mistakes_are_named(make, message) -> None:
     with pytest.raises(HeadError, match=message):
         make()

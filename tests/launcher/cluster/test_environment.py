@@ -11,7 +11,7 @@ from permafrost.launcher.cluster.rank_main import decode, encode
 from permafrost.launcher.errors import LaunchError
 
 
-def test_what_is_forwarded():
+def test_what_is_forwarded() -> None:
     environ = {
         "NCCL_DEBUG": "INFO",
         "HOME": "/root",
@@ -36,13 +36,13 @@ def test_what_is_forwarded():
         ("MASTER_ADDR=a", "the launcher sets it"),
     ],
 )
-def test_what_is_refused(request_, message):
+def test_what_is_refused(request_, message) -> None:
     with pytest.raises(LaunchError, match=message):
         forwarded({}, [request_])
 
 
 @pytest.mark.parametrize("value", ["/a b", "$HOME", "`id`", "a;b", "a'b", 'a"b', "%n", "é", "a\nb", "*", "~/x", "a\\b"])
-def test_values_that_a_shell_would_change(value):
+def test_values_that_a_shell_would_change(value) -> None:
     assert shell_exports({"PATH": "/usr/bin:/opt/c++/x_1,2@3=4", "OTHER": value}) == {
         "PATH": "/usr/bin:/opt/c++/x_1,2@3=4"
     }
@@ -50,7 +50,7 @@ def test_values_that_a_shell_would_change(value):
         shell_exports({"PYTHONPATH": value})
 
 
-def test_word():
+def test_word() -> None:
     """Any folder, in letters that no shell knows."""
     folders = ["/tmp/a b", os.fsdecode(b"/tmp/\xff$(id)'\"\n")]
     word = encode(folders)

@@ -66,7 +66,7 @@ def launched(tmp_path, request):
         launcher.wait()
 
 
-def test_killed_rank(launched):
+def test_killed_rank(launched) -> None:
     launcher, ranks, output = launched
     os.kill(ranks[1], signal.SIGKILL)
     assert launcher.wait(20) == 3
@@ -74,7 +74,7 @@ def test_killed_rank(launched):
 
 
 @pytest.mark.parametrize("launched", [["--max-restarts", "1"]], indirect=True)
-def test_a_signal_to_a_rank_is_no_fault(launched):
+def test_a_signal_to_a_rank_is_no_fault(launched) -> None:
     """Saved, and not started again."""
     launcher, ranks, output = launched
     os.kill(ranks[1], signal.SIGTERM)
@@ -83,7 +83,7 @@ def test_a_signal_to_a_rank_is_no_fault(launched):
     assert "starting again" not in output.read_text()
 
 
-def test_killed_launcher(launched):
+def test_killed_launcher(launched) -> None:
     launcher, ranks, _ = launched
     # One that is stopped cannot hear SIGTERM either.
     os.kill(ranks[0], signal.SIGSTOP)
@@ -109,7 +109,7 @@ def test_killed_launcher(launched):
         (("--loop.num-stepz", "1"), "num-steps"),
     ],
 )
-def test_refused(options, message, tmp_path, monkeypatch, capsys):
+def test_refused(options, message, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hosts").write_text("node01 slots=2\n")
     device = () if "--ssh-config" in options else ("--device", "cpu")
@@ -119,7 +119,7 @@ def test_refused(options, message, tmp_path, monkeypatch, capsys):
     assert "Traceback" not in error
 
 
-def test_agent_answers_over_a_pipe(tmp_path):
+def test_agent_answers_over_a_pipe(tmp_path) -> None:
     """The agent needs nothing but what it is sent and a Python: no package, no folder of ours."""
     facts = {
         "do": "facts",
@@ -162,7 +162,7 @@ def test_agent_answers_over_a_pipe(tmp_path):
         ({"CUDA_VISIBLE_DEVICES": "0,1,2", "HIP_VISIBLE_DEVICES": "0"}, 1),
     ],
 )
-def test_every_gpu_that_is_left_is_used(variables, count, monkeypatch, capsys):
+def test_every_gpu_that_is_left_is_used(variables, count, monkeypatch, capsys) -> None:
     """All of a machine with four are used, whatever this one has."""
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
@@ -186,12 +186,12 @@ def test_every_gpu_that_is_left_is_used(variables, count, monkeypatch, capsys):
         ({"gpus": 8, "cores": 4}, False, "slots=8 in the hostfile, but it has 4 core(s) and no GPU: give 4 or fewer"),
     ],
 )
-def test_slots_of_a_node(fact, uses_gpus, problem):
+def test_slots_of_a_node(fact, uses_gpus, problem) -> None:
     found = _hardware_problems(Node("node01", 8), fact, uses_gpus=uses_gpus, is_remote=True)
     assert bool(found) == (problem is not None)
     assert all(problem in text for text in found)
 
 
 @pytest.mark.gpu
-def test_gpus_are_counted_as_torch_counts_them():
+def test_gpus_are_counted_as_torch_counts_them() -> None:
     assert machine.num_gpus() == torch.cuda.device_count()

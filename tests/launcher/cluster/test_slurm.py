@@ -67,7 +67,7 @@ def submit(tmp_path, monkeypatch):
     return run
 
 
-def test_arguments(submit, tmp_path):
+def test_arguments(submit, tmp_path) -> None:
     code, calls = submit("0:final", "--num-procs", "2", "--device", "cpu")
     assert code == 0
     (call,) = calls
@@ -98,7 +98,7 @@ def test_arguments(submit, tmp_path):
         ("0 0 0", 3, 3),  # all is well, they say, without the marker
     ],
 )
-def test_restarts(submit, outcomes, code, num_calls):
+def test_restarts(submit, outcomes, code, num_calls) -> None:
     found, calls = submit(outcomes, "--num-procs", "2", "--max-restarts", "2")
     assert (found, len(calls)) == (code, num_calls)
 
@@ -112,7 +112,7 @@ def test_restarts(submit, outcomes, code, num_calls):
         (("--slurm", "/nowhere/x", "--num-procs", "1"), "--slurm /nowhere/x cannot be written: No such file"),
     ],
 )
-def test_refused(options, message, tmp_path, monkeypatch, capsys):
+def test_refused(options, message, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hosts").write_text("node01 slots=1\n")
     assert main(["launch", TINY, *options]) == 2

@@ -71,25 +71,25 @@ class TestChoice:
             ({}, {"ACCELERATE_USE_DEEPSPEED": "false"}, "accelerate", "nothing asks"),
         ],
     )
-    def test_kind(self, config, environ, kind, reason):
+    def test_kind(self, config, environ, kind, reason) -> None:
         found = choose_engine(EngineConfig(**config), environ)
         assert found[0] == kind
         assert reason in found[1]
 
-    def test_contradictions(self):
+    def test_contradictions(self) -> None:
         with pytest.raises(LaunchError, match=r"kind is 'accelerate'.*'zero2'"):
             choose_engine(EngineConfig(kind="accelerate", deepspeed_config="zero2"), {})
         with pytest.raises(LaunchError, match=r"kind is 'accelerate'.*DEEPSPEED"):
             choose_engine(EngineConfig(kind="accelerate"), {"ACCELERATE_USE_DEEPSPEED": "true"})
 
-    def test_batch_must_divide(self):
+    def test_batch_must_divide(self) -> None:
         assert micro_batch_size(global_batch=16, world_size=4, accumulation=2) == 2
         with pytest.raises(LaunchError, match=r"global_batch 16 .* 3 process\(es\) x engine.accumulation 2"):
             micro_batch_size(global_batch=16, world_size=3, accumulation=2)
         with pytest.raises(LaunchError, match="multiple of 8"):
             micro_batch_size(global_batch=4, world_size=4, accumulation=2)
 
-    def test_precision(self):
+    def test_precision(self) -> None:
         assert resolve_precision("auto", "cpu") == "float32"
         assert resolve_precision("auto", "cuda") == "bfloat16"
         assert resolve_precision("float32", "cuda") == "float32"
@@ -104,7 +104,7 @@ class TestChoice:
             ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "'fp16'.*float32"),
         ],
     )
-    def test_unsupported_by_accelerate_engine(self, environ, words):
+    def test_unsupported_by_accelerate_engine(self, environ, words) -> None:
         with pytest.raises(LaunchError, match=words):
             build_engine(
                 LinearHead(),
@@ -115,7 +115,7 @@ class TestChoice:
                 environ=environ,
             )
 
-    def test_frozen_or_empty_head(self):
+    def test_frozen_or_empty_head(self) -> None:
         head = LinearHead()
         head.out.bias.requires_grad_(False)
         with pytest.raises(LaunchError, match=r"out\.bias is frozen"):
@@ -123,7 +123,7 @@ class TestChoice:
         with pytest.raises(LaunchError, match="no parameters"):
             make_engine(nn.Identity())
 
-    def test_decay_groups(self):
+    def test_decay_groups(self) -> None:
         head = nn.ModuleDict({"norm": nn.Conv2d(2, 2, 1), "body": nn.Linear(2, 2), "scale": nn.PReLU(3)})
         decayed, not_decayed = split_decay(head, ("norm", "bias"))
         assert list(decayed) == ["body.weight"]
@@ -137,7 +137,7 @@ def merge(settings: dict, **changes) -> dict:
 
 class TestDeepSpeedJSON:
     @pytest.mark.parametrize("stage", [1, 2, 3])
-    def test_shipped(self, stage):
+    def test_shipped(self, stage) -> None:
         settings = load_json(f"zero{stage}")
         untouched = copy.deepcopy(settings)
         merged = merge(settings)
@@ -149,7 +149,7 @@ class TestDeepSpeedJSON:
         assert merged["gradient_clipping"] == 1.5
         assert not {"optimizer", "bf16", "fp16", "torch_autocast"} & merged.keys()
 
-    def test_same_values_pass(self):
+    def test_same_values_pass(self) -> None:
         given = {"train_batch_size": 24, "gradient_clipping": 1.5, "gradient_accumulation_steps": "auto"}
         assert merge(given)["gradient_accumulation_steps"] == 3
         assert merge({}, clip_norm=None)["gradient_clipping"] == 0.0
@@ -176,19 +176,19 @@ class TestDeepSpeedJSON:
             ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights", "True"),
         ],
     )
-    def test_contradictions_are_refused(self, settings, found, wanted):
+    def test_contradictions_are_refused(self, settings, found, wanted) -> None:
         with pytest.raises(LaunchError) as error:
             merge(settings)
         for words in ("my.json", found, wanted):
             assert words in str(error.value)
 
-    def test_stage(self):
+    def test_stage(self) -> None:
         assert merge({}, zero_stage=3)["zero_optimization"]["stage"] == 3
         assert merge({})["zero_optimization"]["stage"] == 2
         with pytest.raises(LaunchError, match=r"stage to 1 but engine\.zero_stage is 3"):
             merge(load_json("zero1"), zero_stage=3)
 
-    def test_bfloat16_is_torch_autocast(self):
+    def test_bfloat16_is_torch_autocast(self) -> None:
         assert merge({}, precision="bfloat16")["torch_autocast"] == {
             "enabled": True,
             "dtype": "bfloat16",
@@ -197,12 +197,12 @@ class TestDeepSpeedJSON:
         with pytest.raises(LaunchError, match=r"float16.*bfloat16"):
             merge({"torch_autocast": {"enabled": True, "dtype": "float16"}}, precision="bfloat16")
 
-    def test_offload_keeps_torch_adamw(self):
+    def test_offload_keeps_torch_adamw(self) -> None:
         merged = merge({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
         assert merged["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
         assert merged["zero_force_ds_cpu_optimizer"] is False
 
-    def test_which_file(self, tmp_path):
+    def test_which_file(self, tmp_path) -> None:
         mine = tmp_path / "mine.json"
         mine.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
         recipe = EngineConfig(deepspeed_config=str(mine))
@@ -219,7 +219,7 @@ class TestDeepSpeedJSON:
         with pytest.raises(LaunchError, match="zero_stage is 0"):
             read_settings(EngineConfig(), {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"})
 
-    def test_accelerate_fields(self):
+    def test_accelerate_fields(self) -> None:
         environ = {
             "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
             "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
@@ -233,7 +233,7 @@ class TestDeepSpeedJSON:
         with pytest.raises(LaunchError, match=r"2\.0.*1\.5"):
             merge(settings)
 
-    def test_bad_files(self, tmp_path):
+    def test_bad_files(self, tmp_path) -> None:
         with pytest.raises(LaunchError, match=r"nowhere\.json.*zero1"):
             load_json(str(tmp_path / "nowhere.json"))
         broken = tmp_path / "broken.json"
@@ -247,7 +247,7 @@ class TestDeepSpeedJSON:
         with pytest.raises(LaunchError, match=r"broken\.json is malformed"):
             load_json(str(broken))
 
-    def test_refused_before_deepspeed_is_imported(self, tmp_path):
+    def test_refused_before_deepspeed_is_imported(self, tmp_path) -> None:
         mine = tmp_path / "mine.json"
         mine.write_text(json.dumps({"train_batch_size": 5}))
         with pytest.raises(LaunchError, match=r"train_batch_size to 5 .* 4"):
@@ -255,7 +255,7 @@ class TestDeepSpeedJSON:
 
 
 class TestState:
-    def test_round_trip_continues_exactly(self):
+    def test_round_trip_continues_exactly(self) -> None:
         one = make_engine()
         one.train()
         for seed in range(3):
@@ -279,7 +279,7 @@ class TestState:
                 assert torch.equal(value, getattr(found, part)[name])
         assert found.step == wanted.step == 6
 
-    def test_import_drops_gradients(self):
+    def test_import_drops_gradients(self) -> None:
         engine = make_engine(accumulation=2)
         engine.train()
         state = engine.export_state()
@@ -298,7 +298,7 @@ class TestState:
             ("buffers", "mean", torch.zeros(3), r"buffers.*\(3,\).*\(2,\)"),
         ],
     )
-    def test_another_heads_state(self, part, name, value, words):
+    def test_another_heads_state(self, part, name, value, words) -> None:
         engine = make_engine()
         state = engine.export_state()
         if value is None:
@@ -311,18 +311,18 @@ class TestState:
         after = engine.export_state()
         assert all(torch.equal(before.parameters[key], after.parameters[key]) for key in before.parameters)
 
-    def test_negative_step(self):
+    def test_negative_step(self) -> None:
         with pytest.raises(CheckpointError, match="-1"):
             HeadState({}, {}, {}, {}, step=-1).require_fit({}, {})
 
-    def test_evaluation_keeps_no_graph(self):
+    def test_evaluation_keeps_no_graph(self) -> None:
         engine = make_engine()
         engine.train(False)
         output = engine([torch.randn(4, 3)], None, None)
         assert not output.requires_grad
         assert not engine.head.training
 
-    def test_learning_rate_of_each_step(self):
+    def test_learning_rate_of_each_step(self) -> None:
         engine = make_engine()
         engine.train()
         before = engine.export_state()
@@ -336,7 +336,7 @@ class TestState:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("engine", [{}, {"kind": "deepspeed"}, {"deepspeed_config": "zero3"}])
-def test_cuda(engine):
+def test_cuda(engine) -> None:
     """On a GPU: the same first step as on the CPU, bfloat16 by default, and a state that goes to the CPU and back."""
     from permafrost.launcher.ranks.process_group import join_process_group
 

@@ -30,7 +30,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def world(cache, monkeypatch):
+def world(cache, monkeypatch) -> None:
     monkeypatch.setenv("PERMAFROST_CACHE", str(cache))
 
 
@@ -75,22 +75,22 @@ class TestRecipe:
             ("warmup_steps", 10**6),
         ],
     )
-    def test_impossible_values_are_named(self, field, value):
+    def test_impossible_values_are_named(self, field, value) -> None:
         with pytest.raises(RecipeError, match=field):
             dataclasses.replace(nano_glyphs(), **{field: value})
 
-    def test_windows_are_no_larger_than_their_maps(self):
+    def test_windows_are_no_larger_than_their_maps(self) -> None:
         assert nano_glyphs().windows == (8, 8, 8, 4)
         assert dataclasses.replace(nano_glyphs(), image_size=32).windows == (8, 4, 2, 1)
 
-    def test_learning_rate(self):
+    def test_learning_rate(self) -> None:
         recipe = dataclasses.replace(nano_glyphs(), num_steps=110, warmup_steps=10, learning_rate=2.0)
         assert pretrain.learning_rate(recipe, 4) == pytest.approx(1.0)
         assert pretrain.learning_rate(recipe, 10) == pytest.approx(2.0)
         assert pretrain.learning_rate(recipe, 35) == pytest.approx(1 + math.cos(math.pi / 4))
         assert pretrain.learning_rate(recipe, 110) == pytest.approx(0)
 
-    def test_difficulty_limit(self):
+    def test_difficulty_limit(self) -> None:
         recipe = dataclasses.replace(nano_glyphs(), num_steps=100, curriculum=0.5, first_difficulty=0.2, warmup_steps=1)
         assert difficulty_limit(recipe, 0) == pytest.approx(0.2)
         assert difficulty_limit(recipe, 25) == pytest.approx(0.6)
@@ -99,7 +99,7 @@ class TestRecipe:
 
 
 class TestBatches:
-    def test_the_stream_is_a_function_of_the_step(self, tiny):
+    def test_the_stream_is_a_function_of_the_step(self, tiny) -> None:
         experiment = tiny()
         split = glyphs.load_split("train", 40, image_size=32)
         whole = list(train_batches(split, experiment, 0))
@@ -110,7 +110,7 @@ class TestBatches:
             assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
         assert not torch.equal(whole[0][1], whole[1][1])
 
-    def test_the_curriculum_takes_easy_pictures_first(self, tiny):
+    def test_the_curriculum_takes_easy_pictures_first(self, tiny) -> None:
         """The red value of picture i is i, so that a batch tells which pictures it took."""
         count = 200
         images = np.zeros((count, 32, 32, 4), dtype=np.uint8)
@@ -125,7 +125,7 @@ class TestBatches:
         assert max(hardest[:3]) < 0.35
         assert max(hardest[20:]) > 0.9
 
-    def test_pixels_and_coverage_move_together(self):
+    def test_pixels_and_coverage_move_together(self) -> None:
         pictures = torch.from_numpy(np.stack([glyphs.render("train", i)[0] for i in range(8)])).permute(0, 3, 1, 2)
         pictures = pictures[:, 3:].expand(-1, 4, -1, -1).contiguous()
         images, coverage = augment(pictures, generator(0, 1, 0))
@@ -135,7 +135,7 @@ class TestBatches:
                 assert abs(pair[0, 1]) > 0.9
         assert (coverage - pictures[:, 3] / 255).abs().mean() > 0.02
 
-    def test_without_freedom_nothing_turns(self):
+    def test_without_freedom_nothing_turns(self) -> None:
         pictures = torch.zeros(32, 4, 64, 64, dtype=torch.uint8)
         pictures[:, 3, 32:, 40:] = 255
         _, kept = augment(pictures, generator(0, 1, 0), freedom=0.0)
@@ -150,7 +150,7 @@ class TestBatches:
 
 
 class TestModel:
-    def test_starting_values_let_every_block_count(self):
+    def test_starting_values_let_every_block_count(self) -> None:
         model = pretrain_model.build_classifier(nano_glyphs_debug(), 100).eval()
         image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -163,7 +163,7 @@ class TestModel:
         for one, other in zip(before, after, strict=True):
             assert (one - other).norm() > 0.3 * one.norm()
 
-    def test_readout_loss_by_hand(self):
+    def test_readout_loss_by_hand(self) -> None:
         rng = np.random.default_rng(0)
         num_classes, smoothing, size = 3, 0.1, 32
         readouts = pretrain_model.Readouts(FeatureSpec((4, 6, 8, 10), (4, 8, 16, 32)), num_classes)
@@ -196,12 +196,12 @@ class TestModel:
         )
         assert found.item() == pytest.approx(expected, rel=1e-6)
 
-    def test_a_batch_without_a_figure_has_a_finite_loss(self):
+    def test_a_batch_without_a_figure_has_a_finite_loss(self) -> None:
         readouts = pretrain_model.Readouts(FeatureSpec((4, 6, 8, 10), (4, 8, 16, 32)), 3)
         maps = tuple(torch.randn(1, c, 32 // s, 32 // s) for c, s in ((4, 4), (6, 8), (8, 16), (10, 32)))
         assert readouts.loss(readouts(maps), torch.zeros(1, 32, 32), torch.tensor([1]), 0.1).isfinite()
 
-    def test_decay_spares_what_is_not_a_matrix(self):
+    def test_decay_spares_what_is_not_a_matrix(self) -> None:
         model = pretrain_model.build_classifier(nano_glyphs_debug(), 100)
         optimizer = pretrain_model.build_optimizer((model,), nano_glyphs_debug())
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -213,7 +213,7 @@ class TestModel:
         ]
         assert {"head.weight", "layers.0.blocks.0.attn.qkv.weight", "patch_embed.proj.weight"} <= decayed
 
-    def test_it_learns(self):
+    def test_it_learns(self) -> None:
         """Eight pictures by heart in a few steps, image label and read-outs together."""
         experiment = dataclasses.replace(nano_glyphs_debug(), drop_path_rate=0.0, label_smoothing=0.0, curriculum=0.0)
         experiment = dataclasses.replace(experiment, num_steps=40, warmup_steps=5)
@@ -228,7 +228,7 @@ class TestModel:
         assert losses[0] > 4
         assert losses[-1] < 1.0
 
-    def test_average_follows_by_its_decay(self):
+    def test_average_follows_by_its_decay(self) -> None:
         average, model = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
         start, target = average.weight.detach().clone(), model.weight.detach().clone()
         pretrain.update_average(average, model, 0.9, 10**6)
@@ -236,7 +236,7 @@ class TestModel:
 
 
 class TestRun:
-    def test_a_run_folder_and_its_weights(self, tiny, tmp_path, capsys):
+    def test_a_run_folder_and_its_weights(self, tiny, tmp_path, capsys) -> None:
         results = pretrain.run(tiny(), command="permafrost pretrain tiny --output 'some where' --resume auto --seed 0")
         folder = tmp_path / "run"
         path = folder / "swinv2_nano_glyphs_debug.safetensors"
@@ -261,7 +261,7 @@ class TestRun:
         assert list((folder / "tensorboard").iterdir())
         assert "parameters" in capsys.readouterr().out
 
-    def test_the_shipped_weights_are_scored_as_they_are_stored(self, tiny, tmp_path):
+    def test_the_shipped_weights_are_scored_as_they_are_stored(self, tiny, tmp_path) -> None:
         results = pretrain.run(tiny())
         model = pretrain_model.build_classifier(tiny(), 100).eval()
         tensors = tensors_of(tmp_path / "run" / "swinv2_nano_glyphs_debug.safetensors")
@@ -273,7 +273,7 @@ class TestRun:
         loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(split.labels))
         assert results["val/loss"] == pytest.approx(loss.item(), rel=1e-5)
 
-    def test_the_weights_load_as_a_frozen_backbone(self, tiny, tmp_path):
+    def test_the_weights_load_as_a_frozen_backbone(self, tiny, tmp_path) -> None:
         pretrain.run(tiny())
         path = tmp_path / "run" / "swinv2_nano_glyphs_debug.safetensors"
         backbone = load_backbone("swinv2_nano", weights=str(path), dtype=torch.float32)
@@ -285,11 +285,11 @@ class TestRun:
         for one, other in zip(backbone(images), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
-    def test_a_resumed_run_is_the_uninterrupted_one(self, tiny, tmp_path, monkeypatch):
+    def test_a_resumed_run_is_the_uninterrupted_one(self, tiny, tmp_path, monkeypatch) -> None:
         pretrain.run(tiny(output=str(tmp_path / "whole")))
         update = pretrain.update_average
 
-        def stop_at_step_5(average, model, decay, step):
+        def stop_at_step_5(average, model, decay, step) -> None:
             if step == 5:
                 raise KeyboardInterrupt
             update(average, model, decay, step)
@@ -310,7 +310,7 @@ class TestRun:
         assert steps == sorted(steps)
         assert steps.count(4) == 2  # one line of training, one of validation
 
-    def test_mistakes_about_the_folder(self, tiny, tmp_path):
+    def test_mistakes_about_the_folder(self, tiny, tmp_path) -> None:
         with pytest.raises(RunFolderError, match="no checkpoint to resume"):
             pretrain.run(tiny(), resume="must")
         pretrain.run(tiny())
@@ -322,19 +322,19 @@ class TestRun:
         with pytest.raises(CheckpointError, match=r"last\.pt"):
             pretrain.run(tiny())
 
-    def test_a_loss_that_is_not_finite_stops_the_run(self, tiny, monkeypatch):
+    def test_a_loss_that_is_not_finite_stops_the_run(self, tiny, monkeypatch) -> None:
         monkeypatch.setattr(pretrain, "train_step", lambda *args: (math.nan, 0))
         with pytest.raises(TrainingStopped, match="learning_rate"):
             pretrain.run(tiny())
 
-    def test_compiled_stages_keep_the_names(self, tiny, monkeypatch):
+    def test_compiled_stages_keep_the_names(self, tiny, monkeypatch) -> None:
         """`compile` goes stage by stage and in place; the compiler itself is left out here."""
         compiled = []
         monkeypatch.setattr("permafrost.model.swin.v2.Stage.compile", lambda stage, **_: compiled.append(stage))
         pretrain.run(tiny(compile=True, num_steps=2))
         assert len(compiled) == 4
 
-    def test_as_a_command(self, tmp_path, capsys):
+    def test_as_a_command(self, tmp_path, capsys) -> None:
         arguments = ["nano_glyphs_debug", "--num-steps", "2", "--warmup-steps", "1", "--output", str(tmp_path / "run")]
         arguments += ["--num-train-images", "40", "--num-val-images", "20", "--batch-size", "4"]
         assert main(["pretrain", *arguments]) == 0

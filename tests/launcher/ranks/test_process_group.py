@@ -35,17 +35,17 @@ SRUN = {
 }
 
 
-def test_no_launcher():
+def test_no_launcher() -> None:
     assert read_ranks({}) == (0, 1, 0, "no launcher")
 
 
-def test_standard_variables():
+def test_standard_variables() -> None:
     assert read_ranks(dict(TORCHRUN))[:3] == (5, 8, 1)
     without_local_size = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"}
     assert read_ranks(without_local_size)[:3] == (5, 8, 1)
 
 
-def test_world_of_one_needs_no_address():
+def test_world_of_one_needs_no_address() -> None:
     assert read_ranks({"WORLD_SIZE": "1"})[:3] == (0, 1, 0)
     assert read_ranks({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})[:3] == (0, 1, 0)
 
@@ -67,7 +67,7 @@ def test_world_of_one_needs_no_address():
         ({"MASTER_PORT": "70000"}, ["MASTER_PORT is 70000"]),
     ],
 )
-def test_inconsistent_variables(changes, named):
+def test_inconsistent_variables(changes, named) -> None:
     environ = {name: value for name, value in {**TORCHRUN, **changes}.items() if value is not None}
     with pytest.raises(LaunchError) as error:
         read_ranks(environ)
@@ -75,7 +75,7 @@ def test_inconsistent_variables(changes, named):
         assert words in str(error.value)
 
 
-def test_srun():
+def test_srun() -> None:
     environ = dict(SRUN)
     assert read_ranks(environ) == (3, 4, 1, "Slurm (srun)")
     # For the libraries that read the standard variables themselves; the same port for every process of the step.
@@ -90,17 +90,17 @@ def test_srun():
     assert another_step["MASTER_PORT"] != environ["MASTER_PORT"]
 
 
-def test_standard_variables_win_over_slurm():
+def test_standard_variables_win_over_slurm() -> None:
     assert read_ranks({**SRUN, **TORCHRUN})[:3] == (5, 8, 1)
 
 
-def test_batch_script_is_not_srun():
+def test_batch_script_is_not_srun() -> None:
     """In a batch script Slurm sets SLURM_PROCID and SLURM_NTASKS, but nobody started the other tasks."""
     environ = {"SLURM_JOB_ID": "123", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}
     assert read_ranks(environ)[:3] == (0, 1, 0)
 
 
-def test_incomplete_slurm():
+def test_incomplete_slurm() -> None:
     with pytest.raises(LaunchError, match="SLURM_LOCALID"):
         read_ranks({name: value for name, value in SRUN.items() if name != "SLURM_LOCALID"})
 
@@ -115,11 +115,11 @@ def test_incomplete_slurm():
         ("rack[2-3]-ib", "rack2-ib"),
     ],
 )
-def test_first_slurm_host(nodes, host):
+def test_first_slurm_host(nodes, host) -> None:
     assert first_slurm_host(nodes) == host
 
 
-def test_no_slurm_host():
+def test_no_slurm_host() -> None:
     with pytest.raises(LaunchError, match="MASTER_ADDR"):
         first_slurm_host("[1-2]")
 
@@ -135,7 +135,7 @@ def num_cuda(monkeypatch):
     return show
 
 
-def test_devices_without_cuda(num_cuda):
+def test_devices_without_cuda(num_cuda) -> None:
     num_cuda(0)
     assert choose_device("auto", local_rank=1, world_size=2) == torch.device("cpu")
     assert choose_device("cpu", local_rank=0, world_size=1) == torch.device("cpu")
@@ -143,7 +143,7 @@ def test_devices_without_cuda(num_cuda):
         choose_device("cuda", local_rank=0, world_size=1)
 
 
-def test_devices_with_cuda(num_cuda):
+def test_devices_with_cuda(num_cuda) -> None:
     num_cuda(2)
     assert choose_device("auto", local_rank=1, world_size=2) == torch.device("cuda", 1)
     assert choose_device("cuda", local_rank=0, world_size=2) == torch.device("cuda", 0)
@@ -158,13 +158,13 @@ def test_devices_with_cuda(num_cuda):
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "", "tpu"])
-def test_unknown_device(device, num_cuda):
+def test_unknown_device(device, num_cuda) -> None:
     num_cuda(2)
     with pytest.raises(LaunchError, match="auto, cpu, cuda or cuda:N"):
         choose_device(device, local_rank=0, world_size=1)
 
 
-def test_accelerate_use_cpu(monkeypatch, num_cuda):
+def test_accelerate_use_cpu(monkeypatch, num_cuda) -> None:
     num_cuda(1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for name in (*mesh.RANK_VARIABLES, "SLURM_STEP_ID"):
@@ -177,7 +177,7 @@ def test_accelerate_use_cpu(monkeypatch, num_cuda):
     assert join_process_group().device.type == "cuda"
 
 
-def test_single_process_world(monkeypatch):
+def test_single_process_world(monkeypatch) -> None:
     for name in (*mesh.RANK_VARIABLES, "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     group = join_process_group("cpu")
@@ -195,7 +195,7 @@ def test_single_process_world(monkeypatch):
 
 
 @pytest.mark.parametrize(("world_size", "tensor"), [(1, 2), (3, 2), (6, 4), (2, 4)])
-def test_a_world_that_does_not_divide_into_tensor_groups(world_size, tensor):
+def test_a_world_that_does_not_divide_into_tensor_groups(world_size, tensor) -> None:
     group = mesh.ProcessGroup(0, world_size, 0, torch.device("cpu"))
     for refuse in (group.require_mesh, group.tensor_group):
         with pytest.raises(LaunchError, match=rf"mesh\.tensor is {tensor} but there are {world_size} process"):
@@ -204,7 +204,7 @@ def test_a_world_that_does_not_divide_into_tensor_groups(world_size, tensor):
     assert group.tensor_group(1) is None
 
 
-def test_complete_single_process():
+def test_complete_single_process() -> None:
     environ = {"MASTER_ADDR": "here", "RANK": ""}
     complete_single_process(environ)
     assert environ["MASTER_ADDR"] == "here"

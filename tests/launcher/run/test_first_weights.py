@@ -68,7 +68,7 @@ def fewer_classes(data, folder: Path, keep: int) -> CocoDataConfig:
     return CocoDataConfig(root=str(folder), image_size=64, jitter=JitterConfig(scale_range=(0.7, 1.3)))
 
 
-def test_the_same_head_is_taken_over_whole(tiny, make_head, source, capsys):
+def test_the_same_head_is_taken_over_whole(tiny, make_head, source, capsys) -> None:
     experiment, trained = source
     weights, report, _ = start(tiny, make_head(), experiment.output)
     assert report["fresh"] == {}
@@ -79,7 +79,7 @@ def test_the_same_head_is_taken_over_whole(tiny, make_head, source, capsys):
     assert f"head detection: {len(trained)} of {len(trained)} tensors start from" in capsys.readouterr().out
 
 
-def test_a_run_goes_on_from_its_own_checkpoint_when_its_start_is_gone(tiny, make_head, source, tmp_path):
+def test_a_run_goes_on_from_its_own_checkpoint_when_its_start_is_gone(tiny, make_head, source, tmp_path) -> None:
     experiment, _ = source
     copied = tmp_path / "copied"
     shutil.copytree(experiment.output, copied)
@@ -91,7 +91,9 @@ def test_a_run_goes_on_from_its_own_checkpoint_when_its_start_is_gone(tiny, make
     train(tiny("new", heads={"detection": again}, num_steps=1, checkpoint_every=1), resume="must")
 
 
-def test_other_classes_and_another_neck_begin_anew_and_are_listed(tiny, make_head, make_data, source, tmp_path, capsys):
+def test_other_classes_and_another_neck_begin_anew_and_are_listed(
+    tiny, make_head, make_data, source, tmp_path, capsys
+) -> None:
     experiment, trained = source
     head = make_head()
     head.model.neck = BiFPNConfig(channels=16, num_layers=1)
@@ -111,7 +113,7 @@ def test_other_classes_and_another_neck_begin_anew_and_are_listed(tiny, make_hea
     assert "8 classes there, 3 here" in out
 
 
-def test_as_many_but_other_classes_are_not_taken(tiny, make_head, source):
+def test_as_many_but_other_classes_are_not_taken(tiny, make_head, source) -> None:
     experiment, _ = source
     config = make_head()
     spec = build_backbone(BackboneConfig(name="swinv2_nano", weights="random")).spec
@@ -124,7 +126,7 @@ def test_as_many_but_other_classes_are_not_taken(tiny, make_head, source):
     assert all("other classes" in reason for reason in found.fresh.values())
 
 
-def test_a_fine_tuned_run_takes_a_frozen_one_s_head_and_the_other_way_round(tiny, make_head, source):
+def test_a_fine_tuned_run_takes_a_frozen_one_s_head_and_the_other_way_round(tiny, make_head, source) -> None:
     experiment, trained = source
     full = BackboneConfig(name="swinv2_nano", weights="random", frozen=False)
     weights, report, run = start(tiny, make_head(), experiment.output, backbone=full)
@@ -136,7 +138,7 @@ def test_a_fine_tuned_run_takes_a_frozen_one_s_head_and_the_other_way_round(tiny
     assert "not taken along" in back.notes[0]
 
 
-def test_another_backbone_is_told(tiny, make_head, source):
+def test_another_backbone_is_told(tiny, make_head, source) -> None:
     experiment, _ = source
     _, report, _ = start(
         tiny, make_head(), experiment.output, backbone=BackboneConfig(name="swinv2_nano", weights="random:7")
@@ -172,7 +174,7 @@ def released_file(path: Path, weights: dict[str, torch.Tensor], classes) -> Path
     return path
 
 
-def test_a_released_file_is_a_start_too(tiny, make_head, source, tmp_path):
+def test_a_released_file_is_a_start_too(tiny, make_head, source, tmp_path) -> None:
     experiment, trained = source
     classes = load_head(experiment.output).state.classes
     weights, report, _ = start(tiny, make_head(), released_file(tmp_path / "mask_rcnn.pth", trained, classes))
@@ -188,7 +190,7 @@ def test_a_released_file_is_a_start_too(tiny, make_head, source, tmp_path):
     assert "names no classes" in read_source(str(tmp_path / "nameless.pth"), "detection").notes[-1]
 
 
-def test_what_cannot_be_a_start_is_refused(tiny, make_head, source, tmp_path, capsys):
+def test_what_cannot_be_a_start_is_refused(tiny, make_head, source, tmp_path, capsys) -> None:
     experiment, _ = source
     with pytest.raises(CheckpointError, match="no such run folder"):
         start(tiny, make_head(), tmp_path / "nowhere")

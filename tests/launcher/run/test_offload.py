@@ -64,19 +64,19 @@ def gradients(offload: ActivationOffload, *, retain: bool = False, side: int = 6
 
 @pytest.mark.parametrize("mode", ["features", "all"])
 @pytest.mark.parametrize("num_ahead", [0, 1, 3, 100])
-def test_gradients_are_bitwise_the_same(mode, num_ahead):
+def test_gradients_are_bitwise_the_same(mode, num_ahead) -> None:
     expected = gradients(ActivationOffload("off", CPU))
     found = gradients(ActivationOffload(mode, CPU, num_ahead=num_ahead))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_a_second_backward_through_the_same_graph():
+def test_a_second_backward_through_the_same_graph() -> None:
     expected = gradients(ActivationOffload("off", CPU))
     found = gradients(ActivationOffload("all", CPU), retain=True)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_a_tensor_changed_in_place_after_it_was_saved_keeps_its_saved_values():
+def test_a_tensor_changed_in_place_after_it_was_saved_keeps_its_saved_values() -> None:
     """Two states of one storage are two copies: the version is part of the key."""
     offload = ActivationOffload("all", CPU)
     kept = KeptFeatures((), [])
@@ -92,7 +92,7 @@ def test_a_tensor_changed_in_place_after_it_was_saved_keeps_its_saved_values():
     torch.testing.assert_close(grad, 2 * first + 2 * 3 * first)
 
 
-def test_parameters_and_small_tensors_stay_and_most_leaves():
+def test_parameters_and_small_tensors_stay_and_most_leaves() -> None:
     offload = ActivationOffload("all", CPU)
     gradients(offload)
     counted = offload.take_statistics()
@@ -106,7 +106,7 @@ def test_parameters_and_small_tensors_stay_and_most_leaves():
     assert offload.take_statistics().offloaded_bytes == 4096 * 4, "the input, not the weight of a megabyte"
 
 
-def test_features_mode_moves_the_maps_and_their_views_only():
+def test_features_mode_moves_the_maps_and_their_views_only() -> None:
     offload = ActivationOffload("features", CPU)
     gradients(offload)
     counted = offload.take_statistics()
@@ -114,7 +114,7 @@ def test_features_mode_moves_the_maps_and_their_views_only():
     assert counted.saved_bytes > counted.offloaded_bytes
 
 
-def test_buffers_are_used_again():
+def test_buffers_are_used_again() -> None:
     offload = ActivationOffload("all", CPU)
     gradients(offload)
     gc.collect()
@@ -126,7 +126,7 @@ def test_buffers_are_used_again():
 
 
 @pytest.mark.parametrize("pinned", [False, True])
-def test_host_memory_is_flat_when_every_step_has_sizes_of_its_own(pinned, monkeypatch):
+def test_host_memory_is_flat_when_every_step_has_sizes_of_its_own(pinned, monkeypatch) -> None:
     """Mask heads save as many regions as are positive, another number in every step."""
     monkeypatch.setattr(HostBuffers, "_allocate", lambda self, size: torch.empty(size, dtype=torch.uint8))
     monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: None, raising=False)
@@ -145,7 +145,7 @@ def test_host_memory_is_flat_when_every_step_has_sizes_of_its_own(pinned, monkey
     assert max(held) <= (3 if pinned else 1.5) * needed, "of the most that a step of the first 20 needs"
 
 
-def test_size_classes_waste_little_and_pinned_ones_are_powers_of_two():
+def test_size_classes_waste_little_and_pinned_ones_are_powers_of_two() -> None:
     for num_bytes in (1, 65536, 65537, 100_000, 5_000_001, 2**30, 2**30 + 1):
         size = HostBuffers(pinned=False).size_of(num_bytes)
         assert num_bytes <= size <= max(65536, num_bytes * 1.13)
@@ -154,7 +154,7 @@ def test_size_classes_waste_little_and_pinned_ones_are_powers_of_two():
         assert pinned & (pinned - 1) == 0
 
 
-def test_what_was_idle_longest_goes_first_and_a_larger_free_buffer_serves():
+def test_what_was_idle_longest_goes_first_and_a_larger_free_buffer_serves() -> None:
     buffers = HostBuffers(pinned=False)
     small, large = buffers.take(2**20), buffers.take(2**24)
     buffers.give_back(small, None)
@@ -168,7 +168,7 @@ def test_what_was_idle_longest_goes_first_and_a_larger_free_buffer_serves():
     assert buffers.held_bytes == 2**25 + 2**20, "the large one was idle longest"
 
 
-def test_copies_die_with_their_graph_nodes():
+def test_copies_die_with_their_graph_nodes() -> None:
     buffers = HostBuffers(pinned=False)
     values = torch.rand(100, 100)
     copy = HostCopy(values.untyped_storage(), buffers, None)
@@ -186,7 +186,7 @@ def test_copies_die_with_their_graph_nodes():
     assert buffers.held_bytes == 65536
 
 
-def test_stage_outputs_of_a_swin_leave_as_they_are_produced():
+def test_stage_outputs_of_a_swin_leave_as_they_are_produced() -> None:
     backbone = load_backbone("swinv2_nano", weights="random", dtype=torch.float32)
     pictures = (images(96) * 255).to(torch.uint8)
     expected = backbone(pictures)
@@ -203,7 +203,7 @@ def test_stage_outputs_of_a_swin_leave_as_they_are_produced():
     assert not any(stage._forward_hooks for stage in backbone.stages)
 
 
-def test_nothing_of_the_maps_stays_on_the_device_between_uses():
+def test_nothing_of_the_maps_stays_on_the_device_between_uses() -> None:
     offload = ActivationOffload("all", CPU)
     backbone = Backbone()
     kept = offload.forward(backbone, images())
@@ -218,7 +218,7 @@ def test_nothing_of_the_maps_stays_on_the_device_between_uses():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_the_memory_leaves_and_the_gradients_stay():
+def test_on_a_gpu_the_memory_leaves_and_the_gradients_stay() -> None:
     """A deep chain of saved maps: with offload the device holds a few of them instead of all."""
     device = torch.device("cuda")
     torch.manual_seed(0)
