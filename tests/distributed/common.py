@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from permafrost.data.types import Batch, SampleKey
+from permafrost.heads.base import LossCounts
+from permafrost.launcher.engines.base import StepReport
 
 CHANNELS = (5, 3)
 GLOBAL_BATCH = 4
@@ -35,7 +38,7 @@ class SmoothHead(nn.Module):
         self.register_buffer("scratch", torch.ones(2), persistent=False)
         torch.set_rng_state(generator_state)
 
-    def forward(self, features, batch: Batch, counts):
+    def forward(self, features, batch: Batch, counts) -> dict[str, Tensor] | list[Tensor]:
         maps = [x.to(self.scale.dtype) for x in features]
         pooled = [torch.tanh(self.norm(conv(x))).mean((2, 3)) for conv, x in zip(self.convs, maps)]
         output = self.mlp(torch.cat(pooled, dim=1)) * self.scale
@@ -58,7 +61,9 @@ def sample(step: int, index: int) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
     return maps, (torch.randn(3, generator=generator), torch.rand((), generator=generator) * (index + 0.5))
 
 
-def micro_batches(step: int, rank: int, world_size: int, accumulation: int):
+def micro_batches(
+    step: int, rank: int, world_size: int, accumulation: int
+) -> Iterator[tuple[tuple[Tensor, ...], Batch, LossCounts]]:
     """(features, batch, counts) of each micro-batch of this rank: a contiguous slice of the global batch."""
     samples = [sample(step, index) for index in range(GLOBAL_BATCH)]
     totals = {"weight": sum(target[1] for _, target in samples), "images": torch.tensor(float(GLOBAL_BATCH))}
@@ -76,7 +81,9 @@ def micro_batches(step: int, rank: int, world_size: int, accumulation: int):
         yield features, Batch(torch.zeros(size, 3, 1, 1, dtype=torch.uint8), [t for _, t in chosen], keys), counts
 
 
-def train_step(engine, group, step: int, accumulation: int, learning_rate: float = LEARNING_RATE):
+def train_step(
+    engine, group, step: int, accumulation: int, learning_rate: float = LEARNING_RATE
+) -> tuple[dict[str, float], StepReport]:
     """One step on all ranks: (mean losses over ranks and micro-batches, StepReport)."""
     total: dict[str, float] = {}
     for features, batch, counts in micro_batches(step, group.rank, group.world_size, accumulation):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from common import GLOBAL_BATCH, SmoothHead, arguments, micro_batches, save_result, train_step
 
+from permafrost.launcher.engines.base import Engine
 from permafrost.launcher.engines.choose import build_engine
 from permafrost.launcher.experiment import EngineConfig, OptimizerConfig
 from permafrost.launcher.ranks.exit import run_and_leave
@@ -18,7 +19,7 @@ NUM_STEPS = 20
 MIDDLE = 10
 
 
-def build(group, kind: str, *, seed: int = 0, double: bool = False, clip_norm=None, **engine):
+def build(group, kind: str, *, seed: int = 0, double: bool = False, clip_norm=None, **engine) -> Engine:
     """An engine of one kind around a new head."""
     head = SmoothHead(seed)
     if kind != "accelerate":

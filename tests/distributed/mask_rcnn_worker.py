@@ -10,7 +10,7 @@ from engines_worker import KINDS
 
 from permafrost.data.detection.types import DetectionTarget
 from permafrost.data.types import Batch, SampleKey
-from permafrost.heads.base import world_mean_counts
+from permafrost.heads.base import Head, world_mean_counts
 from permafrost.heads.build import build_head
 from permafrost.heads.detection.config import (
     BoxHeadConfig,
@@ -53,7 +53,7 @@ HTC = HTCConfig(
 )
 
 
-def make_head(config: MaskRCNNConfig):
+def make_head(config: MaskRCNNConfig) -> Head:
     torch.manual_seed(0)
     return build_head(config, spec=SPEC, classes=["circle", "square", "star"])
 
@@ -82,7 +82,7 @@ def image(step: int, index: int, num_boxes: int) -> tuple[list[torch.Tensor], De
     return maps, target
 
 
-def local_batch(group, step: int, num_boxes: tuple[int, ...]):
+def local_batch(group, step: int, num_boxes: tuple[int, ...]) -> tuple[tuple[torch.Tensor, ...], Batch]:
     """This rank's contiguous share of a step's images; `num_boxes` of each image of the global batch."""
     size = GLOBAL_BATCH // group.world_size
     chosen = range(group.rank * size, (group.rank + 1) * size)

@@ -22,7 +22,7 @@ class WideHead(nn.Module):
         torch.manual_seed(0)
         self.first, self.second = nn.Linear(64, 256), nn.Linear(256, 128)
 
-    def forward(self, features, batch: Batch, counts):
+    def forward(self, features, batch: Batch, counts) -> dict[str, torch.Tensor]:
         return {"loss": torch.tanh(self.second(torch.tanh(self.first(features[0])))).square().mean()}
 
 

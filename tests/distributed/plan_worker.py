@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from permafrost.data.build import train_set
 from permafrost.data.stream.loader import collate
-from permafrost.data.types import SampleKey
+from permafrost.data.types import Batch, SampleKey
 from permafrost.launcher.engines.choose import build_engine
 from permafrost.launcher.ranks.exit import run_and_leave
 from permafrost.launcher.ranks.process_group import join_process_group
@@ -39,7 +40,7 @@ def count_collectives() -> None:
         original = getattr(dist, name)
 
         @functools.wraps(original)
-        def counted(*args, **kwargs):
+        def counted(*args, **kwargs) -> Any:
             nonlocal depth
             tensor = args[place] if len(args) > place else kwargs[keyword]
             num_bytes = factor(dist.get_world_size(kwargs.get("group"))) * tensor.nbytes
@@ -68,7 +69,8 @@ def watch_buckets(model: torch.nn.Module) -> dict[str, int]:
 
     buckets: dict[str, int] = defaultdict(int)
 
-    def hook(state, bucket):
+    # Without annotations: DDP compares them with types, and here they are strings.
+    def hook(state, bucket):  # noqa: ANN202
         buckets["total"] += bucket.buffer().nbytes
         return allreduce_hook(dist.group.WORLD, bucket)
 
@@ -157,7 +159,7 @@ def measure(group, recipe: str, kind: str, fields: list[str]) -> dict:
     size = experiment.loop.global_batch // (group.world_size * accumulation)
     keys = iter(range(10**6))
 
-    def next_batches():
+    def next_batches() -> list[Batch]:
         return [
             collate([training[SampleKey(0, 0, next(keys) % len(training))] for _ in range(size)])
             for _ in range(accumulation)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ spec.loader.exec_module(common)
 
 
 @pytest.fixture(scope="module")
-def results(run_ranks, tmp_path_factory):
+def results(run_ranks, tmp_path_factory) -> dict[int, dict[str, Any]]:
     """{number of ranks: result}, the results of one rank completed with its continuation of two ranks' states."""
     folder = tmp_path_factory.mktemp("engines")
     for stage in (1, 2, 3):
@@ -73,7 +74,7 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference():
+def reference() -> dict[str, Any]:
     """The steps of the float64 re-derivation, and its parameters and first moments after one and after all of them."""
     derived = Reference()
     steps = [derived.step()]

@@ -10,7 +10,9 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
-def launch(clean_environment, run_command, free_port, tmp_path_factory):
+def launch(clean_environment, run_command, free_port, tmp_path_factory) -> Callable[..., dict[str, Any]]:
     """launch(what comes before the script, engine fields, variables): what rank 0 saved; {port} is filled in."""
 
     def start(command: list[str], engine: dict | None = None, variables: dict[str, str] | None = None) -> dict:
@@ -35,7 +37,7 @@ def launch(clean_environment, run_command, free_port, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(launch):
+def alone(launch) -> dict[str, Any]:
     """The steps of a single process without a launcher."""
     return launch([sys.executable])
 

@@ -6,6 +6,8 @@ test_equality.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 KINDS = ("accelerate", "zero1", "zero2", "zero3")
@@ -13,7 +15,7 @@ LOSSES = {"loss_rpn_objectness", "loss_rpn_box", "loss_classifier", "loss_box", 
 
 
 @pytest.fixture(scope="module")
-def results(run_ranks):
+def results(run_ranks) -> dict[int, dict[str, Any]]:
     return {size: run_ranks("mask_rcnn_worker.py", size) for size in (1, 2)}
 
 
@@ -57,7 +59,7 @@ def test_deepspeed_finds_all_tensors(results) -> None:
 
 
 @pytest.fixture(scope="module")
-def htc(run_ranks):
+def htc(run_ranks) -> dict[int, dict[str, Any]]:
     return {size: run_ranks("mask_rcnn_worker.py", size, {"htc": True}) for size in (1, 2)}
 
 

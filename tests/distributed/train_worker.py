@@ -57,7 +57,7 @@ class ProbeHead(Head):
         self.out = nn.Linear(8, 1)
         self.bad = bad
 
-    def forward(self, features, batch, counts=world_mean_counts):
+    def forward(self, features, batch, counts=world_mean_counts) -> dict[str, torch.Tensor] | list[DetectionResult]:
         output = self.out(torch.tanh(self.conv(features[-1].float())).mean((2, 3)))[:, 0]
         if not self.training:
             none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}

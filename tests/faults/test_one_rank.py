@@ -74,7 +74,7 @@ def test_other_code(start, tmp_path) -> None:
 
 
 @pytest.fixture
-def machines(tmp_path):
+def machines(tmp_path) -> list[Path]:
     """Two folders with the same files in them: a small COCO data set and a backbone's weights."""
     first, second = tmp_path / "machine0", tmp_path / "machine1"
     world = ShapesWorld(num_train=12, num_val=5, image_side=64, objects=(1, 4))

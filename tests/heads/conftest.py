@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 from permafrost.data.detection.types import DetectionTarget
 from permafrost.data.types import Batch, SampleKey
+from permafrost.heads.base import Head
 from permafrost.heads.build import build_head
 from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
 from permafrost.heads.necks.config import FPNConfig
@@ -17,20 +21,20 @@ SEMANTIC_CLASSES = 5
 
 
 @pytest.fixture
-def spec():
+def spec() -> FeatureSpec:
     return FeatureSpec(channels=(8, 12, 16, 20), strides=(4, 8, 16, 32))
 
 
 @pytest.fixture
-def classes():
+def classes() -> tuple[str, ...]:
     return CLASSES
 
 
 @pytest.fixture
-def small_config():
+def small_config() -> Callable[..., MaskRCNNConfig]:
     """A function: a head of a few thousand parameters, with any part replaced."""
 
-    def make(**parts):
+    def make(**parts) -> MaskRCNNConfig:
         defaults = {
             "neck": FPNConfig(channels=16),
             "rpn": RPNConfig(
@@ -51,10 +55,10 @@ def small_config():
 
 
 @pytest.fixture
-def make_target():
+def make_target() -> Callable[..., DetectionTarget]:
     """A function: an image's ground truth, rectangles as masks."""
 
-    def make(index, *, num_objects=4, side=96, size=None, num_ignored=0):
+    def make(index, *, num_objects=4, side=96, size=None, num_ignored=0) -> DetectionTarget:
         random = torch.Generator().manual_seed(1000 + index)
         height, width = size or (side, side)
         limits = torch.tensor([width, height], dtype=torch.float32)
@@ -79,10 +83,10 @@ def make_target():
 
 
 @pytest.fixture
-def make_batch(make_target):
+def make_batch(make_target) -> Callable[..., Batch]:
     """A function: a batch with the given number of objects per image."""
 
-    def make(num_objects=(4, 2), *, first=0, side=96, **options):
+    def make(num_objects=(4, 2), *, first=0, side=96, **options) -> Batch:
         indices = range(first, first + len(num_objects))
         return Batch(
             images=torch.zeros(len(num_objects), 3, side, side, dtype=torch.uint8),
@@ -94,10 +98,10 @@ def make_batch(make_target):
 
 
 @pytest.fixture
-def make_features(spec):
+def make_features(spec) -> Callable[..., tuple[torch.Tensor, ...]]:
     """A function: the maps of images `first`, `first + 1`, ..., each a function of its own number."""
 
-    def make(num_images=2, *, first=0, side=96, dtype=torch.float32):
+    def make(num_images=2, *, first=0, side=96, dtype=torch.float32) -> tuple[torch.Tensor, ...]:
         levels = [[] for _ in spec.channels]
         for i in range(first, first + num_images):
             random = torch.Generator().manual_seed(i)
@@ -109,17 +113,17 @@ def make_features(spec):
     return make
 
 
-def select(batch, order):
+def select(batch, order) -> Batch:
     """The batch made of the given images."""
     return Batch(batch.images[order], [batch.targets[i] for i in order], [batch.keys[i] for i in order])
 
 
 @pytest.fixture(name="select")
-def _select():
+def _select() -> Callable[..., Batch]:
     return select
 
 
-def build(config, spec, classes, *, seed=0, spread=0.05):
+def build(config, spec, classes, *, seed=0, spread=0.05) -> Head:
     """A head whose predictors are no longer near zero, so that every part of it decides something."""
     torch.manual_seed(seed)
     head = build_head(config, spec=spec, classes=classes)
@@ -130,15 +134,15 @@ def build(config, spec, classes, *, seed=0, spread=0.05):
 
 
 @pytest.fixture(name="build")
-def _build():
+def _build() -> Callable[..., Head]:
     return build
 
 
-def run_counting(head, *args):
+def run_counting(head, *args) -> tuple[Any, dict[str, int]]:
     """The head's answer, and how often each submodule ran."""
     calls = dict.fromkeys((name for name, _ in head.named_modules()), 0)
 
-    def hook(name):
+    def hook(name) -> Callable[..., None]:
         def count(*_) -> None:
             calls[name] += 1
 
@@ -153,5 +157,5 @@ def run_counting(head, *args):
 
 
 @pytest.fixture(name="run_counting")
-def _run_counting():
+def _run_counting() -> Callable[..., tuple[Any, dict[str, int]]]:
     return run_counting

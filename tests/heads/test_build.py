@@ -13,7 +13,7 @@ from permafrost.heads.build import build_head
 from permafrost.heads.config import HeadConfig
 from permafrost.heads.detection.config import CascadeConfig, HTCConfig, MaskRCNNConfig
 from permafrost.heads.errors import HeadError
-from permafrost.heads.necks.build import build_neck
+from permafrost.heads.necks.build import Neck, build_neck
 from permafrost.heads.necks.config import FPNConfig, PyramidConfig, SimplePyramidConfig
 from permafrost.heads.segmentation.config import Mask2FormerConfig
 from permafrost.heads.video.config import BlocksVideoConfig, GlobalVideoConfig
@@ -81,7 +81,7 @@ def test_a_head_from_outside_brings_its_own_builder(spec, classes) -> None:
     class DepthConfig(HeadConfig):
         task: ClassVar[str] = "depth"
 
-        def build(self, *, spec, classes):
+        def build(self, *, spec, classes) -> OwnHead:
             return OwnHead(spec.channels[0], len(classes))
 
     head = build_head(DepthConfig(), spec=spec, classes=classes)
@@ -92,7 +92,7 @@ def test_a_head_from_outside_brings_its_own_builder(spec, classes) -> None:
 def test_a_neck_from_outside_brings_its_own_builder(spec, classes, small_config) -> None:
     @dataclass
     class WiderFPN(FPNConfig):
-        def build(self, *, spec):
+        def build(self, *, spec) -> Neck:
             return build_neck(FPNConfig(channels=self.channels, num_extra_levels=2), spec=spec)
 
     head = build_head(small_config(neck=WiderFPN(channels=16)), spec=spec, classes=classes)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -13,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evidence_detection.py"
 
 
 @pytest.fixture(scope="module")
-def evidence():
+def evidence() -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("evidence_detection", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -22,7 +24,7 @@ def evidence():
     del sys.modules[spec.name]
 
 
-def row(evidence, **values):
+def row(evidence, **values) -> dict[str, str]:
     blank = dict.fromkeys(evidence.FIELDS, "")
     return {
         **blank,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -13,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evidence_segmentation.py"
 
 
 @pytest.fixture
-def evidence():
+def evidence() -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("evidence_segmentation", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -22,7 +25,7 @@ def evidence():
     del sys.modules[spec.name]
 
 
-def row(evidence, pixel, transformer, setting, seed, miou):
+def row(evidence, pixel, transformer, setting, seed, miou) -> dict[str, Any]:
     known = {"pixel_blocks": pixel, "transformer_blocks": transformer, "setting": setting, "seed": seed, "miou": miou}
     return {**dict.fromkeys(evidence.FIELDS, ""), "cpu_s": 60, "wall_s": 1, **known}
 

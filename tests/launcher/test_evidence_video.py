@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -12,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evidence_video.py"
 
 
 @pytest.fixture
-def evidence():
+def evidence() -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("evidence_video", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -21,7 +24,7 @@ def evidence():
     del sys.modules[spec.name]
 
 
-def entry(label, **scores):
+def entry(label, **scores) -> dict[str, Any]:
     return {"label": label, "top": [{"label": name, "score": score} for name, score in scores.items()]}
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 import permafrost
 from permafrost.data.segmentation.classes import ADE20K_CLASSES
+from permafrost.heads.base import Head
 from permafrost.heads.build import build_head
 from permafrost.heads.segmentation.config import Mask2FormerConfig, PixelDecoderConfig, TransformerDecoderConfig
 from permafrost.launcher.cli import main
@@ -328,7 +329,7 @@ def write_released(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
 CHANNELS = [128, 256, 512, 1024]
 
 
-def head_of(pixel: int, decoder: int, classes: list[str]):
+def head_of(pixel: int, decoder: int, classes: list[str]) -> tuple[Head, set[str]]:
     config = HeadExperiment(
         model=Mask2FormerConfig(
             pixel_decoder=PixelDecoderConfig(num_blocks=pixel),

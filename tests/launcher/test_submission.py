@@ -6,6 +6,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ NAME = "detections_test-dev2017_swinv2g.htc_results"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory) -> tuple[Path, Path]:
     """A finished run whose data has a test set, and the data's root."""
     folder = tmp_path_factory.mktemp("run")
     root = located(parse_experiment(RECIPE, []).data).root
@@ -35,7 +36,7 @@ def run(tmp_path_factory):
     return folder / "run", folder / "data"
 
 
-def write_info(root, change):
+def write_info(root, change) -> dict[str, Any]:
     """The annotation file as COCO publishes it for test-dev: images and categories, no annotations."""
     content = json.loads((root / "annotations/instances_val2017.json").read_text())
     content = {key: content[key] for key in ("images", "categories")} | {"info": {}, "licenses": []}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ RECIPE = "depth_task:tiny"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def module_in_reach():
+def module_in_reach() -> Iterator[None]:
     """The module can be imported, as one in the current folder can."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent))

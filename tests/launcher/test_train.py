@@ -34,10 +34,13 @@ from permafrost.data.errors import DataError
 from permafrost.data.stream.sampler import GlobalStream
 from permafrost.heads.base import Head, world_mean_counts
 from permafrost.heads.detection.config import MaskRCNNConfig
+from permafrost.launcher.engines.base import Engine, HeadState
 from permafrost.launcher.errors import CheckpointError, RecipeError, RunFolderError, TrainingStopped
 from permafrost.launcher.experiment import EngineConfig, Experiment, HeadExperiment
 from permafrost.launcher.files import read_json_lines
+from permafrost.launcher.run.parts import TrainingParts
 from permafrost.launcher.train import train
+from permafrost.model import FrozenBackbone, TrainableBackbone
 from permafrost.model.config import BackboneConfig
 
 LOSSES = ("loss", "loss_rpn_objectness", "loss_rpn_box", "loss_classifier", "loss_box", "loss_mask", "grad_norm")
@@ -66,7 +69,7 @@ class ProbeHead(Head):
         self.norm = nn.BatchNorm2d(4)
         self.bad = bad
 
-    def forward(self, features, batch, counts=world_mean_counts):
+    def forward(self, features, batch, counts=world_mean_counts) -> dict[str, Tensor] | list[DetectionResult]:
         if not self.training:
             empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
             masks = torch.zeros(0, 4, 4)
@@ -292,7 +295,7 @@ def test_the_backbone_is_the_same_after_training(
 ) -> None:
     original, seen = loop.build_parts, []
 
-    def observed(*arguments: object):
+    def observed(*arguments: object) -> TrainingParts:
         parts = original(*arguments)
         values = {name: tensor.clone() for name, tensor in parts.backbone.state_dict().items()}
         seen.append((parts.backbone, parts.backbone.checksum(), values))
@@ -466,7 +469,7 @@ def test_another_backbone_is_refused(tiny: Callable[..., Experiment], monkeypatc
     # The same recipe, but the weights behind its name have changed.
     original = permafrost.launcher.run.parts.build_network
 
-    def other(config: BackboneConfig, device: object = "cpu", **fields: object):
+    def other(config: BackboneConfig, device: object = "cpu", **fields: object) -> FrozenBackbone | TrainableBackbone:
         return original(dataclasses.replace(config, weights="random:7"), device, **fields)
 
     monkeypatch.setattr(permafrost.launcher.run.parts, "build_network", other)
@@ -483,12 +486,12 @@ def test_weights_that_are_no_longer_finite_are_not_saved(
     """A loss need not be NaN for a step to spoil a weight that the loss does not reach."""
     original = permafrost.launcher.run.session.build_engine
 
-    def spoiling(head: Head, **fields: object):
+    def spoiling(head: Head, **fields: object) -> Engine:
         engine = original(head, **fields)
         if isinstance(head, ProbeHead):
             export, calls = engine.export_state, []
 
-            def export_state():
+            def export_state() -> HeadState:
                 state = export()
                 calls.append(None)
                 if len(calls) == 2:
@@ -609,7 +612,7 @@ def test_the_best_checkpoint_is_the_first_with_the_highest_metric(
 ) -> None:
     values = iter([0.1, 0.3, 0.3, 0.2, 0.25])
 
-    def scored(engines, *arguments: object, **fields: object):
+    def scored(engines, *arguments: object, **fields: object) -> dict[str, dict[str, float]]:
         value = next(values)
         return {name: {"bbox/AP": value, "segm/AP": value} for name in engines}
 

@@ -7,7 +7,9 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,10 +35,10 @@ def odd():
 
 
 @pytest.fixture
-def endless(cluster, tmp_path):
+def endless(cluster, tmp_path) -> Callable[[], Any]:
     """endless(): a launch without end, after its first steps."""
 
-    def start():
+    def start() -> Any:
         output = tmp_path / "run"
         command = cluster.launch_command(*ENDLESS, "--output", str(output), "--patience", str(PATIENCE))
         program = cluster.start(command)

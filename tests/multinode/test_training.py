@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 QUICKSTART = (
@@ -21,7 +23,7 @@ QUICKSTART = (
 
 
 @pytest.fixture(scope="module")
-def single(cluster, read_losses, tmp_path_factory):
+def single(cluster, read_losses, tmp_path_factory) -> Callable[..., list[float]]:
     """single(*options): losses of two ranks on one machine."""
 
     def train(*options: str) -> list[float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,11 +17,11 @@ from permafrost.data.pictures.plots import MAX_NAMED, confusion_picture
 LABELS = {5: 0, 9: 1}
 
 
-def truth(label, box, iscrowd=0):
+def truth(label, box, iscrowd=0) -> dict[str, Any]:
     return {"label": label, "bbox": box, "iscrowd": iscrowd}
 
 
-def seen(category, box, score=0.9):
+def seen(category, box, score=0.9) -> dict[str, Any]:
     return {"category_id": category, "bbox": box, "score": score}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from PIL import Image
 from permafrost.data.build import train_set, val_set
 from permafrost.data.detection.config import CocoDataConfig, EvaluationConfig, JitterConfig, MultiScaleConfig
 from permafrost.data.detection.copy_paste import paste
-from permafrost.data.detection.transforms import FitTransform, MultiScaleTransform, Scene, boxes_of_masks
+from permafrost.data.detection.transforms import FitTransform, MultiScaleTransform, NetworkInput, Scene, boxes_of_masks
 from permafrost.data.errors import DataError
 from permafrost.data.pictures.geometry import NO_CLASS, PAD_COLOR
 from permafrost.data.stream.loader import collate
@@ -68,7 +70,7 @@ def test_impossible_resizing_is_refused(kind, fields, message) -> None:
         kind(**fields)
 
 
-def scene_of(height, width, num_objects=2):
+def scene_of(height, width, num_objects=2) -> Scene:
     ramp = torch.arange(width).expand(3, height, width).to(torch.uint8)
     masks = torch.zeros(num_objects, height, width, dtype=torch.uint8)
     for i, mask in enumerate(masks):
@@ -131,7 +133,7 @@ def test_images_of_different_sizes_become_one_batch(hand_made) -> None:
         assert target.size == sample.target.size
 
 
-def write_maps(hand_made, change=None):
+def write_maps(hand_made, change=None) -> Path:
     folder = hand_made.root / "stuff" / "train2017"
     folder.mkdir(parents=True)
     for image in hand_made.content["train"]["images"]:
@@ -201,7 +203,7 @@ def test_maps_painted_from_instances(hand_made) -> None:
 
 
 def test_pasted_objects_cover_what_lies_below() -> None:
-    def layer(value, boxes):
+    def layer(value, boxes) -> NetworkInput:
         masks = torch.zeros(len(boxes), 32, 32, dtype=torch.bool)
         for mask, (x0, y0, x1, y1) in zip(masks, boxes):
             mask[y0:y1, x0:x1] = True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ from permafrost.data.worlds.config import ShapesDataConfig, ShapesWorld
 SIDE = 64
 
 
-def result(boxes, scores, labels, masks, *, size=(50, 100), view=None, original=(100, 200), image_id=1):
+def result(
+    boxes, scores, labels, masks, *, size=(50, 100), view=None, original=(100, 200), image_id=1
+) -> DetectionResult:
     return DetectionResult(
         image_id=image_id,
         boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
@@ -35,7 +39,7 @@ def result(boxes, scores, labels, masks, *, size=(50, 100), view=None, original=
     )
 
 
-def left_half(n=1, side=4):
+def left_half(n=1, side=4) -> torch.Tensor:
     """Masks that fill the left half of their boxes."""
     mask = torch.zeros(n, side, side)
     mask[:, :, : side // 2] = 1
@@ -43,8 +47,8 @@ def left_half(n=1, side=4):
 
 
 @pytest.fixture
-def small_world():
-    def make(**evaluation):
+def small_world() -> Callable[..., ShapesDataConfig]:
+    def make(**evaluation) -> ShapesDataConfig:
         return ShapesDataConfig(
             image_size=SIDE,
             world=ShapesWorld(num_train=4, num_val=3, image_side=96, objects=(1, 3)),
@@ -146,7 +150,7 @@ def test_nothing_found_in_any_view_is_no_detection() -> None:
     assert merged.masks.shape == (0, 4, 4)
 
 
-def record(image_id=1):
+def record(image_id=1) -> dict[str, Any]:
     return {"id": image_id, "file_name": "a.jpg", "height": 100, "width": 200, "annotations": []}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +141,9 @@ def test_classes_in_parts_give_the_same_map(monkeypatch) -> None:
     assert torch.equal(best_class(scores, (33, 47)), whole)
 
 
-def seen_through(truth: np.ndarray, evaluation: SegmentationEvaluationConfig, image_size: int = 16):
+def seen_through(
+    truth: np.ndarray, evaluation: SegmentationEvaluationConfig, image_size: int = 16
+) -> Iterator[SegmentationResult]:
     """Results of a head that sees a coarse map of the true classes in every view."""
     size = truth.shape
     for view in plan_views(size, image_size, evaluation):

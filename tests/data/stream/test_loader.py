@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from permafrost.data.detection.config import JitterConfig
 from permafrost.data.errors import DataError
 from permafrost.data.stream.loader import WorkerError, train_loader, val_loader
 from permafrost.data.stream.sampler import GlobalStream
+from permafrost.data.task import TaskDataset
 from permafrost.data.types import Batch, Sample, SampleKey
 
 
@@ -43,7 +45,7 @@ def assert_equal(first: Batch, second: Batch) -> None:
 
 
 @pytest.fixture(scope="module")
-def augmented(shapes_config):
+def augmented(shapes_config) -> TaskDataset:
     shapes_config.jitter = JitterConfig(scale_range=(0.5, 1.5), color=0.3)
     return train_set(shapes_config)
 
@@ -124,7 +126,7 @@ def test_workers_run_one_thread_each() -> None:
     assert len(list(loader)) == 2
 
 
-def fail_at_7(error: Exception):
+def fail_at_7(error: Exception) -> Callable[[SampleKey], None]:
     def act(key: SampleKey) -> None:
         if key.index == 7:
             raise error

@@ -6,10 +6,10 @@ import os
 import signal
 import time
 
-from permafrost.data.video.reader import open_video as real
+from permafrost.data.video.reader import VideoReader, open_video as real
 
 
-def open_video(path, backend, num_threads):
+def open_video(path, backend, num_threads) -> VideoReader:
     """Never returns, even when asked to; aborts; overruns; or does its work, by the file's name."""
     if "stuck" in path.name:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -6,11 +6,14 @@ import dataclasses
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
+
+from permafrost.data.task import TaskDataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 import video_files
@@ -23,16 +26,16 @@ CLASSES = ("jump", "run left", "run right")
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
+def plain(tmp_path_factory) -> Path:
     """One real video, to be copied."""
     return video_files.write_numbered(tmp_path_factory.mktemp("plain") / "v.mp4", 30)
 
 
 @pytest.fixture
-def make_root(tmp_path, plain):
+def make_root(tmp_path, plain) -> Callable[..., Path]:
     """A function: a data set of the layout `list` with copies of one video; both splits have 6 videos of 3 classes."""
 
-    def make(num_videos=6):
+    def make(num_videos=6) -> Path:
         for split in ("train", "val"):
             (tmp_path / split).mkdir()
             for index in range(num_videos):
@@ -45,7 +48,7 @@ def make_root(tmp_path, plain):
     return make
 
 
-def config_of(root, *, clip=None, **fields):
+def config_of(root, *, clip=None, **fields) -> KineticsDataConfig:
     small = {
         "num_frames": 4,
         "frame_stride": 2,
@@ -59,7 +62,7 @@ def config_of(root, *, clip=None, **fields):
     )
 
 
-def numbers(config, split):
+def numbers(config, split) -> tuple[TaskDataset, list[tuple[str, int]]]:
     dataset = train_set(config) if split == "train" else val_set(config)
     return dataset, [dataset.records[index] for index in range(len(dataset.records))]
 

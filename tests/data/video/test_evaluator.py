@@ -12,7 +12,7 @@ from permafrost.data.pictures.plots import confusion_picture
 CLASSES = [f"c{i}" for i in range(7)]
 
 
-def results_of(scores, *, unreadable=()):
+def results_of(scores, *, unreadable=()) -> list[ClipResult]:
     """One result per (video, view) of scores (N, V, K)."""
     return [
         ClipResult(video, view, torch.tensor(row), (video, view) not in unreadable)
@@ -21,7 +21,7 @@ def results_of(scores, *, unreadable=()):
     ]
 
 
-def make(num_videos=20, num_views=3, seed=0, **options):
+def make(num_videos=20, num_views=3, seed=0, **options) -> tuple[VideoEvaluator, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 7, num_videos)
     scores = rng.dirichlet(np.ones(7), (num_videos, num_views)).astype(np.float32)

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +26,15 @@ BACKENDS = ("decord", "pyav")
 
 
 @pytest.fixture(scope="module")
-def video(tmp_path_factory):
+def video(tmp_path_factory) -> Path:
     return video_files.write_numbered(tmp_path_factory.mktemp("videos") / "plain.mp4")
 
 
 @pytest.fixture
-def decoder():
+def decoder() -> Iterator[Callable[..., Decoder]]:
     made = []
 
-    def make(**options):
+    def make(**options) -> Decoder:
         made.append(Decoder(**options))
         return made[-1]
 
@@ -105,17 +106,17 @@ def test_what_is_no_video_is_named(tmp_path, backend, make, message) -> None:
         open_video(make(tmp_path), backend)
 
 
-def _written(path, content):
+def _written(path, content) -> Path:
     path.write_bytes(content)
     return path
 
 
-def _without_codec(path):
+def _without_codec(path) -> Path:
     video_files.write_numbered(path, 4)
     return _written(path, path.read_bytes().replace(b"avc1", b"xyz9"))
 
 
-def _picture(path, kind):
+def _picture(path, kind) -> Path:
     Image.new("RGB", (64, 48), (200, 10, 10)).save(path, format=kind)
     return path
 

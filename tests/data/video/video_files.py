@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 
 from permafrost.data.worlds.motion_files import write_video
 
 
-def numbered_frames(count, height=64, width=96):
+def numbered_frames(count, height=64, width=96) -> np.ndarray:
     """Frames that carry their number as bright blocks of a binary code, so that it survives compression; the top left is red."""
     frames = np.full((count, height, width, 3), 60, dtype=np.uint8)
     for number, frame in enumerate(frames):
@@ -21,14 +22,14 @@ def numbered_frames(count, height=64, width=96):
     return frames
 
 
-def number_of(frame):
+def number_of(frame) -> int:
     """The number that a frame of `numbered_frames` carries."""
     height, width = frame.shape[:2]
     row = frame[5 * height // 8]
     return sum(int(row[bit * width // 8 + width // 16].mean() > 145) << bit for bit in range(8))
 
 
-def write_with(path, frames, *, rate=10, times=None, rotation=0, audio=False):
+def write_with(path, frames, *, rate=10, times=None, rotation=0, audio=False) -> Path:
     """A video with times of its own (in 1/90000 s), a rotation in its header, or sound."""
     import av
 
@@ -52,7 +53,7 @@ def write_with(path, frames, *, rate=10, times=None, rotation=0, audio=False):
     return path
 
 
-def write_audio(path, seconds=1):
+def write_audio(path, seconds=1) -> Path:
     """An MP4 with nothing but sound."""
     import av
 
@@ -87,7 +88,7 @@ def damaged(content: bytes, kind: str, seed: int) -> bytes:
     return bytes(data)
 
 
-def write_numbered(path, count=40, **size):
+def write_numbered(path, count=40, **size) -> Path:
     """A plain video of numbered frames."""
     write_video(path, numbered_frames(count, **size), 10, crf=10)
     return path

@@ -6,13 +6,13 @@ import ast
 import json
 from collections import namedtuple
 from pathlib import Path
+from typing import Never
 
 import numpy as np
 import pytest
 
 from permafrost.data.errors import DataError
 from permafrost.data.worlds import drawing, glyphs, outlines
-from typing import Never
 
 CIRCLE = np.stack([np.cos(np.linspace(0, 2 * np.pi, 240)[:-1]), np.sin(np.linspace(0, 2 * np.pi, 240)[:-1])], axis=1)
 
@@ -193,7 +193,7 @@ class TestRender:
             scale = max(np.ptp(rows), np.ptp(columns)) + 1
             centre = np.array([(seen * x).sum(), (seen * y).sum()]) / seen.sum()
 
-            def overlap(rings, seen=seen, centre=centre, scale=scale):
+            def overlap(rings, seen=seen, centre=centre, scale=scale) -> float:
                 best = 0.0
                 for turn in np.linspace(-0.3, 0.3, 7):
                     turned = [ring @ drawing.rotation(turn).T for ring in rings]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ TINY = MotionWorld(num_train=10, num_val=10, side=64, num_frames=8)
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
+def tiny_folder(tmp_path_factory) -> Path:
     return MOTION.ensure(TINY, tmp_path_factory.mktemp("motion") / "world")
 
 
@@ -76,7 +77,7 @@ def test_files_hold_what_was_drawn(tiny_folder) -> None:
 def test_equal_parameters_give_equal_bytes_however_many_processes(tiny_folder, tmp_path) -> None:
     MOTION.write(TINY, tmp_path, num_processes=2)
 
-    def digests(folder):
+    def digests(folder) -> dict[str, str]:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 

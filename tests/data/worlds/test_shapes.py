@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, file_bytes) -> None:
 def test_a_rendering_process_that_dies_is_an_error(tmp_path, monkeypatch) -> None:
     start = world_files._start_process
 
-    def start_and_kill(*job):
+    def start_and_kill(*job) -> subprocess.Popen[str]:
         child = start(*job)
         child.kill()
         return child

@@ -18,7 +18,7 @@ from permafrost.heads.detection.config import (
     MaskHeadConfig,
     SemanticBranchConfig,
 )
-from permafrost.heads.detection.roi import join
+from permafrost.heads.detection.roi import RegionSamples, join
 from permafrost.heads.detection.semantic import IGNORED, cells
 from permafrost.heads.errors import HeadError
 from permafrost.heads.necks.config import BiFPNConfig
@@ -26,7 +26,7 @@ from permafrost.heads.necks.config import BiFPNConfig
 REGION_LOSSES = ("loss_classifier", "loss_box", "loss_mask")
 
 
-def cascade_of(small_config, kind=CascadeConfig, **fields):
+def cascade_of(small_config, kind=CascadeConfig, **fields) -> CascadeConfig:
     """The small Mask R-CNN's parts as a cascade."""
     parts = vars(small_config())
     box = {"class_agnostic": True} if kind is HTCConfig else {}
@@ -63,12 +63,12 @@ KINDS = {
 
 
 @pytest.fixture(params=list(KINDS))
-def config(request, small_config):
+def config(request, small_config) -> CascadeConfig:
     kind, fields = KINDS[request.param]
     return cascade_of(small_config, kind, **fields)
 
 
-def names_of(config):
+def names_of(config) -> list[str]:
     names = [f"{name}_{stage}" for stage in (1, 2, 3) for name in REGION_LOSSES]
     semantic = ["loss_semantic"] if getattr(config, "semantic", None) and config.semantic.num_classes else []
     return ["loss_rpn_objectness", "loss_rpn_box", *semantic, *names]
@@ -95,7 +95,7 @@ def test_stage_targets_by_hand(small_config, spec, classes, make_batch, make_fea
 
     seen, sample = [], head.sample
 
-    def watch(*args):
+    def watch(*args) -> RegionSamples:
         seen.append(sample(*args))
         return seen[-1]
 
@@ -232,7 +232,7 @@ def test_two_halves_equal_the_whole(config, spec, classes, make_batch, make_feat
         )
 
 
-def taught(head, loss):
+def taught(head, loss) -> set[str]:
     """Top-level parts, stages apart, that a loss's gradient reaches."""
     head.zero_grad()
     loss.backward(retain_graph=True)
@@ -280,7 +280,7 @@ def test_masks_learn_on_refined_boxes_when_interleaved(
         head = build(cascade_of(small_config, HTCConfig, interleaved=interleaved), spec, classes)
         seen, sample = [], head.sample
 
-        def watch(proposals, batch, box, purpose, seen=seen, sample=sample):
+        def watch(proposals, batch, box, purpose, seen=seen, sample=sample) -> RegionSamples:
             seen.append((purpose, proposals[0], sample(proposals, batch, box, purpose)))
             return seen[-1][2]
 
@@ -310,7 +310,7 @@ def test_results_are_means_over_the_stages(config, spec, classes, make_batch, ma
         levels, zeros = pyramid[: head.neck.num_backbone_levels], torch.zeros(len(boxes), dtype=torch.int64)
         embedding = None if head.semantic is None else head.semantic(pyramid)[1]
 
-        def extra(boxes, size):
+        def extra(boxes, size) -> torch.Tensor | None:
             if embedding is None:
                 return None
             pooled = head.semantic.pool([embedding], boxes, zeros[: len(boxes)])
@@ -401,7 +401,7 @@ def test_semantic_loss_counts_what_is_not_ignored(
         target.semantic[:, 48:] = IGNORED
     counted = {}
 
-    def counts(name, n):
+    def counts(name, n) -> torch.Tensor:
         return counted.setdefault(name, n.float()).clamp(min=1)
 
     losses = head(make_features(), batch, counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from permafrost.heads.build import build_head
-from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, PoolingConfig, RPNConfig
+from permafrost.heads.detection.config import BoxHeadConfig, MaskHeadConfig, MaskRCNNConfig, PoolingConfig, RPNConfig
 from permafrost.heads.detection.rpn import make_anchors
 from permafrost.heads.detection.sampling import sample_balanced
 from permafrost.heads.necks.config import FPNConfig
@@ -85,13 +86,13 @@ class TorchvisionTwin(torch.nn.Module):
         self.roi.fg_bg_sampler = SameSampler(keys, "roi", box)
         self.copy_weights(head)
 
-    def anchors(self, images, features):
+    def anchors(self, images, features) -> list[torch.Tensor]:
         rpn = self.head.rpn.config
         grids = [x.shape[-2:] for x in features]
         anchors = make_anchors(grids, self.strides, scale=rpn.anchor_scale, aspect_ratios=rpn.aspect_ratios)
         return [anchors.to(features[0].dtype)] * len(images.image_sizes)
 
-    def pairs(self):
+    def pairs(self) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
         """(our layer, torchvision's layer) for all layers whose outputs mean the same."""
         head = self.head
         yield from zip(head.neck.lateral, (block[0] for block in self.fpn.inner_blocks))
@@ -115,7 +116,7 @@ class TorchvisionTwin(torch.nn.Module):
             getattr(predictor.bbox_pred, part)[4:] = getattr(head.box.regressor, part)
             getattr(masks, part)[1:] = getattr(head.mask.predictor, part)
 
-    def forward(self, features, batch):
+    def forward(self, features, batch) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
         images = ImageList(batch.images, [target.size for target in batch.targets])
         targets = [{"boxes": t.boxes, "labels": t.labels + 1, "masks": t.masks.byte()} for t in batch.targets]
         pyramid = self.fpn(OrderedDict((str(i), x) for i, x in enumerate(features)))
@@ -125,7 +126,7 @@ class TorchvisionTwin(torch.nn.Module):
 
 
 @pytest.fixture
-def parity_config(small_config):
+def parity_config(small_config) -> MaskRCNNConfig:
     config = small_config(neck=FPNConfig(channels=16, level_norm=False))
     return replace(
         config,
@@ -177,7 +178,7 @@ def test_counts_are_asked_for_in_a_fixed_order(small_config, spec, classes, make
     for objects in ((4, 2), (0, 0)):
         asked = []
 
-        def counts(name, count, asked=asked):
+        def counts(name, count, asked=asked) -> torch.Tensor:
             asked.append((name, count.ndim, int(count)))
             return count.float().clamp(min=1.0)
 
@@ -190,7 +191,7 @@ def test_counts_are_asked_for_in_a_fixed_order(small_config, spec, classes, make
         assert all(loss.dtype == torch.float32 and loss.ndim == 0 for loss in losses.values())
 
 
-def gradients(head):
+def gradients(head) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in head.named_parameters()}
 
 
@@ -340,7 +341,7 @@ def test_losses_depend_on_keys_alone(small_config, spec, classes, make_batch, ma
 
 
 def test_construction_is_deterministic_under_the_seed(small_config, spec, classes) -> None:
-    def state(seed):
+    def state(seed) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
         return build_head(small_config(), spec=spec, classes=classes).state_dict()
 
@@ -440,7 +441,7 @@ def test_it_learns_two_images_by_heart(spec, classes, make_batch, make_features,
         assert result.masks[confident].mean() > 0.9
 
 
-def box_overlap(a, b):
+def box_overlap(a, b) -> torch.Tensor:
     """(N, M) intersection over union, written out."""
     inner = torch.minimum(a[:, None, 2:], b[:, 2:]) - torch.maximum(a[:, None, :2], b[:, :2])
     inner = inner.clamp(min=0).prod(dim=-1)

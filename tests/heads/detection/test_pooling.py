@@ -16,12 +16,12 @@ from permafrost.heads.detection.pooling import RegionPooling, project_masks
 STRIDES = (4, 8, 16, 32)
 
 
-def maps(side=256, channels=3, dtype=torch.float32):
+def maps(side=256, channels=3, dtype=torch.float32) -> list[torch.Tensor]:
     random = torch.Generator().manual_seed(0)
     return [torch.randn(2, channels, side // s, side // s, generator=random).to(dtype) for s in STRIDES]
 
 
-def boxes_of_all_sizes(per_image=12, side=256):
+def boxes_of_all_sizes(per_image=12, side=256) -> list[torch.Tensor]:
     random = torch.Generator().manual_seed(1)
     result = []
     for _ in range(2):
@@ -32,7 +32,7 @@ def boxes_of_all_sizes(per_image=12, side=256):
     return result
 
 
-def flat(boxes):
+def flat(boxes) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(boxes), torch.arange(len(boxes)).repeat_interleave(torch.tensor([len(b) for b in boxes]))
 
 
@@ -53,7 +53,7 @@ def test_level_by_size_and_stride() -> None:
     sides = torch.tensor([1.0, 111.9, 112.0, 223.9, 224.0, 447.9, 448.0, 5000.0])
     boxes = torch.stack([torch.zeros(8), torch.zeros(8), sides, sides], dim=1)
 
-    def levels(strides):
+    def levels(strides) -> list[int]:
         return RegionPooling(resolution=7, strides=strides, config=PoolingConfig()).levels(boxes).tolist()
 
     assert levels(STRIDES) == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -102,11 +102,11 @@ def test_broken_boxes_do_not_crash() -> None:
     assert pool.levels(torch.full((1, 4), torch.nan)).tolist() == [0]
 
 
-def random_masks(count=5, side=64):
+def random_masks(count=5, side=64) -> torch.Tensor:
     return torch.rand(count, side, side, generator=torch.Generator().manual_seed(3)) > 0.5
 
 
-def mask_boxes(count=20, side=64):
+def mask_boxes(count=20, side=64) -> tuple[torch.Tensor, torch.Tensor]:
     random = torch.Generator().manual_seed(4)
     xy = torch.rand(count, 2, generator=random) * 40
     boxes = torch.cat([xy, xy + 2 + torch.rand(count, 2, generator=random) * 22], dim=1)
@@ -124,7 +124,7 @@ def test_mask_targets_equal_torchvision(monkeypatch, max_elements) -> None:
 def test_mask_targets_use_only_the_masks_asked_for(monkeypatch) -> None:
     seen = []
 
-    def recording(maps, *args, **options):
+    def recording(maps, *args, **options) -> torch.Tensor:
         seen.append(len(maps))
         return roi_align(maps, *args, **options)
 

@@ -9,12 +9,14 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
+from permafrost.heads.base import Head
 from permafrost.heads.build import build_head
 from permafrost.heads.detection.config import (
     BoxHeadConfig,
     CascadeConfig,
     HTCConfig,
     MaskHeadConfig,
+    MaskRCNNConfig,
     RPNConfig,
     SemanticBranchConfig,
 )
@@ -26,7 +28,9 @@ C, K, POOL, MASK, FC = 16, 3, 5, 6, 24
 WIDTHS = (8, 12, 16, 20)
 
 
-def released(*, stages=0, convs=0, num_fc=2, agnostic=False, flows=False, semantic=0, seed=0):
+def released(
+    *, stages=0, convs=0, num_fc=2, agnostic=False, flows=False, semantic=0, seed=0
+) -> dict[str, torch.Tensor]:
     """A state dict as the released files have it; `stages` 0 is Mask R-CNN, `flows` is HTC's mask information flow, `semantic` the
     number of classes of its semantic branch."""
     random = torch.Generator().manual_seed(seed)
@@ -80,7 +84,7 @@ def released(*, stages=0, convs=0, num_fc=2, agnostic=False, flows=False, semant
     return state
 
 
-def config(small_config, kind=None, **box):
+def config(small_config, kind=None, **box) -> MaskRCNNConfig:
     own = small_config(
         neck=FPNConfig(channels=C),
         rpn=RPNConfig(anchor_scale=4.0, num_pre_nms_test=60, num_proposals_test=40),
@@ -90,13 +94,13 @@ def config(small_config, kind=None, **box):
     return own if kind is None else kind(**vars(own))
 
 
-def loaded(config, spec, state):
+def loaded(config, spec, state) -> Head:
     head = build_head(config, spec=spec, classes=["a", "b", "c"]).double()
     head.load_state_dict(from_released(state).tensors)
     return head.eval()
 
 
-def reference_pyramid(state, features):
+def reference_pyramid(state, features) -> list[torch.Tensor]:
     """The branch's neck on the backbone's raw maps: its output norms, laterals, top-down sums, outputs, P6."""
     state = {name: tensor.double() for name, tensor in state.items()}
     inner = []
@@ -112,7 +116,7 @@ def reference_pyramid(state, features):
     return [*out, F.max_pool2d(out[-1], 1, stride=2)]
 
 
-def reference_box(state, box, regions):
+def reference_box(state, box, regions) -> tuple[torch.Tensor, ...]:
     """shared_convs with batch norm in evaluation, shared_fcs on the flattened region, fc_cls and fc_reg."""
     x = regions
     state = {name: tensor.double() for name, tensor in state.items()}
@@ -132,7 +136,7 @@ def reference_box(state, box, regions):
 
 
 @pytest.fixture
-def inputs(make_features):
+def inputs(make_features) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
     boxes = torch.tensor([[3.0, 5.0, 40.5, 60.0], [10.0, 8.0, 33.0, 30.0], [0.0, 0.0, 90.0, 90.0]], dtype=torch.float64)
     return make_features(1), boxes, torch.zeros(3, dtype=torch.int64)
 
@@ -250,12 +254,12 @@ def _rename(state, old, new) -> None:
     state[new] = state.pop(old)
 
 
-def public_semantic_branch(state, pyramid, level):
+def public_semantic_branch(state, pyramid, level) -> tuple[torch.Tensor, torch.Tensor]:
     """The public code's FusedSemanticHead, from its description: every level is resized to one, then 1x1 convolution and ReLU;
     the sum goes through 3x3 convolutions; logits and an embedding come of it."""
     state = {name: tensor.double() for name, tensor in state.items()}
 
-    def conv(name, x, padding=0):
+    def conv(name, x, padding=0) -> torch.Tensor:
         full = f"roi_head.semantic_head.{name}"
         return F.conv2d(x, state[f"{full}.weight"], state[f"{full}.bias"], padding=padding)
 

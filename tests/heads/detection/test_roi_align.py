@@ -10,7 +10,7 @@ from permafrost.heads.detection import roi_align as module
 from permafrost.heads.detection.roi_align import bin_weights, roi_align
 
 
-def regions_of_all_kinds(dtype):
+def regions_of_all_kinds(dtype) -> torch.Tensor:
     """Inside, beyond every border, outside, thin, empty, reversed, larger than the map; in two of three images."""
     random = torch.Generator().manual_seed(0)
     xy = torch.rand(40, 2, generator=random, dtype=torch.float64) * 160 - 40

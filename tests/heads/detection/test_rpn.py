@@ -26,7 +26,7 @@ CONFIG = RPNConfig(
 )
 
 
-def counts_as_they_are(name, count):
+def counts_as_they_are(name, count) -> torch.Tensor:
     return count.float()
 
 
@@ -35,7 +35,7 @@ class GivenAnchors(torch.nn.Module):
         super().__init__()
         self.anchors = anchors
 
-    def forward(self, images, features):
+    def forward(self, images, features) -> list[torch.Tensor]:
         return [self.anchors] * len(images.image_sizes)
 
 
@@ -58,7 +58,7 @@ class SameSampler:
         return positive, negative
 
 
-def make_rpn(config=CONFIG, channels=8):
+def make_rpn(config=CONFIG, channels=8) -> RPN:
     torch.manual_seed(0)
     rpn = RPN(channels=channels, strides=STRIDES, config=config, ignore_overlap=0.5)
     for parameter in rpn.parameters():
@@ -66,7 +66,7 @@ def make_rpn(config=CONFIG, channels=8):
     return rpn
 
 
-def torchvision_twin(rpn, anchors, keys):
+def torchvision_twin(rpn, anchors, keys) -> RegionProposalNetwork:
     head = RPNHead(8, 3)
     head.load_state_dict(
         {
@@ -95,12 +95,12 @@ def torchvision_twin(rpn, anchors, keys):
     return twin
 
 
-def make_pyramid(num_images=2, side=96, channels=8):
+def make_pyramid(num_images=2, side=96, channels=8) -> list[torch.Tensor]:
     random = torch.Generator().manual_seed(7)
     return [torch.randn(num_images, channels, side // s, side // s, generator=random) for s in STRIDES]
 
 
-def as_torchvision(batch):
+def as_torchvision(batch) -> tuple[ImageList, list[dict[str, torch.Tensor]]]:
     images = ImageList(batch.images, [target.size for target in batch.targets])
     return images, [{"boxes": target.boxes, "labels": target.labels} for target in batch.targets]
 
@@ -187,10 +187,10 @@ def test_loss_from_its_definition(make_batch) -> None:
     target = batch.targets[0]
     gt_boxes, crowds = target.boxes.double(), target.ignore_boxes.double()
 
-    def intersection(a, b):
+    def intersection(a, b) -> float:
         return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
-    def area(a):
+    def area(a) -> float:
         return (a[2] - a[0]) * (a[3] - a[1])
 
     anchors = output.anchors.tolist()

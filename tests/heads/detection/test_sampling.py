@@ -11,7 +11,7 @@ from permafrost.data.types import SampleKey
 from permafrost.heads.detection.sampling import NEGATIVE, POSITIVE, UNUSED, drop_ignored, match_boxes, sample_balanced
 
 
-def random_boxes(count, seed, side=80):
+def random_boxes(count, seed, side=80) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
     xy = torch.rand(count, 2, generator=random) * side
     return torch.cat([xy, xy + 5 + torch.rand(count, 2, generator=random) * 30], dim=1)
@@ -67,7 +67,7 @@ def test_negatives_inside_a_crowd_are_unused() -> None:
     assert torch.equal(drop_ignored(labels, candidates, crowd, overlap=1.0), labels)
 
 
-def labels_of(num_positive, num_negative, num_unused, seed=0):
+def labels_of(num_positive, num_negative, num_unused, seed=0) -> torch.Tensor:
     labels = torch.tensor([POSITIVE] * num_positive + [NEGATIVE] * num_negative + [UNUSED] * num_unused)
     return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
 
@@ -99,7 +99,7 @@ def test_numbers_of_samples(have, expected) -> None:
     assert torch.equal(valid, torch.arange(len(valid)) < sum(expected))
 
 
-def chosen(samples, row):
+def chosen(samples, row) -> list[int]:
     return samples.index[row][samples.is_valid[row]].tolist()
 
 

@@ -12,7 +12,7 @@ from permafrost.heads.detection.config import BoxHeadConfig
 from permafrost.heads.detection.roi import suppress
 
 
-def overlap(a, b):
+def overlap(a, b) -> float:
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
@@ -21,7 +21,7 @@ def overlap(a, b):
     return inner / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inner)
 
 
-def by_the_book(boxes, scores, labels, kind, config):
+def by_the_book(boxes, scores, labels, kind, config) -> list[tuple[float, int]]:
     """Each class by itself, then the best of all classes."""
     kept = []
     for label in set(labels):

@@ -15,7 +15,7 @@ from permafrost.heads.necks.config import BiFPNConfig
 from permafrost.model.spec import FeatureSpec
 
 
-def shaken(neck, *, seed=0):
+def shaken(neck, *, seed=0) -> BiFPN:
     """The neck in float64 with every parameter random; fusion weights of both signs."""
     torch.manual_seed(seed)
     neck.double()
@@ -25,7 +25,7 @@ def shaken(neck, *, seed=0):
     return neck
 
 
-def conv(x, weight, bias=None):
+def conv(x, weight, bias=None) -> np.ndarray:
     """(C, H, W) -> (O, H, W): stride 1, zeros around; weight (O, C / groups, k, k)."""
     out_channels, per_group, k, _ = weight.shape
     padded = np.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2)))
@@ -40,7 +40,7 @@ def conv(x, weight, bias=None):
     return out if bias is None else out + bias[:, None, None]
 
 
-def normalise(x, kind, weight, bias):
+def normalise(x, kind, weight, bias) -> np.ndarray:
     if kind == "none":
         return x
     if kind == "layer":
@@ -53,7 +53,7 @@ def normalise(x, kind, weight, bias):
     return x * weight[:, None, None] + bias[:, None, None]
 
 
-def halve(x):
+def halve(x) -> np.ndarray:
     """Largest of each 3x3 window around every second cell."""
     channels, height, width = x.shape
     out = np.empty((channels, -(-height // 2), -(-width // 2)))
@@ -64,16 +64,16 @@ def halve(x):
     return out
 
 
-def enlarge(x, like):
+def enlarge(x, like) -> np.ndarray:
     rows = np.arange(like.shape[1]) * x.shape[1] // like.shape[1]
     columns = np.arange(like.shape[2]) * x.shape[2] // like.shape[2]
     return x[:, rows][:, :, columns]
 
 
-def derive(state, features, *, num_layers, num_extra, norm, separable):
+def derive(state, features, *, num_layers, num_extra, norm, separable) -> list[np.ndarray]:
     """The whole neck over one image's (C, H, W) maps."""
 
-    def node(name, *inputs):
+    def node(name, *inputs) -> np.ndarray:
         weights = np.maximum(state[f"{name}.weights"], 0)
         x = sum(w * x for w, x in zip(weights, inputs, strict=True)) / (weights.sum() + 1e-4)
         x = x / (1 + np.exp(-x))

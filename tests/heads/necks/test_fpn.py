@@ -15,7 +15,7 @@ from permafrost.heads.necks.level_norm import LevelNorm
 from permafrost.model.spec import FeatureSpec
 
 
-def torchvision_twin(fpn, spec, channels):
+def torchvision_twin(fpn, spec, channels) -> FeaturePyramidNetwork:
     twin = FeaturePyramidNetwork(list(spec.channels), channels, extra_blocks=LastLevelMaxPool())
     state = {}
     for i in range(len(spec.channels)):

@@ -18,7 +18,7 @@ def test_a_block_is_resnets(kind) -> None:
     torch.manual_seed(0)
     ours = ResidualBlock(channels=16, kind=kind, norm="group").double()
 
-    def norm(width):
+    def norm(width) -> nn.GroupNorm:
         return nn.GroupNorm(width // 8 or 1, width)
 
     twin = (BasicBlock(16, 16, norm_layer=norm) if kind == "basic" else Bottleneck(16, 4, norm_layer=norm)).double()
@@ -37,7 +37,7 @@ def test_blocks_stand_where_they_are_said_to(spec, make_features, place, norm) -
     features = make_features(dtype=torch.float64)
     levels = [conv(n(x)) for conv, n, x in zip(neck.lateral, neck.level_norms, features)]
 
-    def summed(levels):
+    def summed(levels) -> list[torch.Tensor]:
         levels = list(levels)
         for i in (2, 1, 0):
             levels[i] = levels[i] + nn.functional.interpolate(levels[i + 1], size=levels[i].shape[-2:])
@@ -59,7 +59,7 @@ def test_parameters_beside_fpn(spec) -> None:
     """Four basic blocks of 256 channels on four levels: 32 convolutions of 3 x 3 x 256 x 256 and their norms."""
     plain, residual = FPN(spec=spec), build_neck(ResidualFPNConfig(), spec=spec)
 
-    def count(module):
+    def count(module) -> int:
         return sum(p.numel() for p in module.parameters())
 
     assert count(residual) - count(plain) == 4 * 4 * 2 * (9 * 256 * 256 + 2 * 256)

@@ -17,7 +17,7 @@ from permafrost.model.spec import FeatureSpec
 STRIDES = (4, 8, 16, 32)
 
 
-def build(stride, *, width=16, channels=6, seed=0, **options):
+def build(stride, *, width=16, channels=6, seed=0, **options) -> SimpleFeaturePyramid:
     torch.manual_seed(seed)
     neck = SimpleFeaturePyramid(spec=FeatureSpec((width,), (stride,)), channels=channels, **options)
     with torch.no_grad():
@@ -26,28 +26,28 @@ def build(stride, *, width=16, channels=6, seed=0, **options):
     return neck
 
 
-def layer_norm(x, norm):
+def layer_norm(x, norm) -> np.ndarray:
     """x: (C, H, W)."""
     centred = x - x.mean(axis=0)
     scaled = centred / np.sqrt((centred**2).mean(axis=0) + norm.eps)
     return scaled * values(norm.weight)[:, None, None] + values(norm.bias)[:, None, None]
 
 
-def values(tensor):
+def values(tensor) -> np.ndarray:
     return tensor.detach().double().numpy()
 
 
-def deconvolution(x, conv):
+def deconvolution(x, conv) -> np.ndarray:
     """Every cell becomes 2 x 2 cells of its own."""
     blocks = np.einsum("chw,cdab->dhawb", x, values(conv.weight))
     return blocks.reshape(blocks.shape[0], 2 * x.shape[1], 2 * x.shape[2]) + values(conv.bias)[:, None, None]
 
 
-def gelu(x):
+def gelu(x) -> np.ndarray:
     return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
 
-def pool(x):
+def pool(x) -> np.ndarray:
     rows, columns = (-(-side // 2) for side in x.shape[1:])
     return np.stack(
         [
@@ -58,7 +58,7 @@ def pool(x):
     )
 
 
-def sample(x, stride, new_stride, dim):
+def sample(x, stride, new_stride, dim) -> np.ndarray:
     """Linear interpolation of cell centres along one dimension, by pixel positions."""
     count = math.ceil(x.shape[dim] * stride / new_stride)
     centres = (np.arange(x.shape[dim]) + 0.5) * stride
@@ -66,7 +66,7 @@ def sample(x, stride, new_stride, dim):
     return np.apply_along_axis(lambda line: np.interp(wanted, centres, line), dim, x)
 
 
-def convolution(x, conv):
+def convolution(x, conv) -> np.ndarray:
     weight = values(conv.weight)
     margin = weight.shape[-1] // 2
     padded = np.pad(x, ((0, 0), (margin, margin), (margin, margin)))
@@ -77,7 +77,7 @@ def convolution(x, conv):
     return out
 
 
-def derived(neck, x, stride):
+def derived(neck, x, stride) -> list[np.ndarray]:
     """The paper's section 3 and the rule for other strides than 16, written from their text."""
     x = layer_norm(x, neck.level_norms[0]) if neck.level_norms is not None else x
     levels = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -11,7 +12,7 @@ from transformers import Mask2FormerConfig as TheirConfig
 from transformers.models.mask2former import modeling_mask2former as theirs
 
 
-def their_config(config, num_classes):
+def their_config(config, num_classes) -> TheirConfig:
     """Transformers' configuration of the same head."""
     pixel, decoder, loss = config.pixel_decoder, config.transformer_decoder, config.loss
     assert pixel.num_heads == decoder.num_heads
@@ -48,7 +49,7 @@ class TheirHead(nn.Module):
         self.transformer = theirs.Mask2FormerTransformerModule(own.feature_size, own)
         self.class_predictor = nn.Linear(own.hidden_dim, num_classes + 1)
 
-    def forward(self, features):
+    def forward(self, features) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(class logits, mask logits) of every prediction."""
         pixels = self.pixel_decoder(list(features), output_hidden_states=False, return_dict=True)
         out = self.transformer(pixels.multi_scale_features, pixels.mask_features)
@@ -116,11 +117,11 @@ def load(model, head) -> None:
 
 
 @contextmanager
-def points_from(draws):
+def points_from(draws) -> Iterator[list[torch.Tensor]]:
     """torch.rand, as transformers calls it for points, gives these tensors in turn, repeated over the masks asked for."""
     queue = list(draws)
 
-    def rand(*shape, device=None):
+    def rand(*shape, device=None) -> torch.Tensor:
         own = queue.pop(0)
         assert own.shape == tuple(shape[1:]), (own.shape, shape)
         return own.expand(shape[0], -1, -1).clone()
@@ -129,7 +130,7 @@ def points_from(draws):
         yield queue
 
 
-def their_loss(config, num_classes, dtype):
+def their_loss(config, num_classes, dtype) -> theirs.Mask2FormerLoss:
     """Their criterion with deep supervision."""
     own = their_config(config, num_classes)
     criterion = theirs.Mask2FormerLoss(config=own, weight_dict={}).to(dtype)
@@ -138,7 +139,7 @@ def their_loss(config, num_classes, dtype):
     return criterion
 
 
-def weighted(config, losses, suffix=""):
+def weighted(config, losses, suffix="") -> torch.Tensor:
     """(class, mask, dice) of one prediction, with the weights that their get_loss_dict applies."""
     return torch.stack(
         [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from permafrost.heads.segmentation.config import (
     TransformerDecoderConfig,
 )
 from permafrost.heads.segmentation.criterion import collect_segments
+from permafrost.heads.segmentation.mask2former import Mask2Former
 from permafrost.heads.segmentation.matcher import match, matching_cost
 from permafrost.heads.segmentation.points import draw_points, read_points
+from permafrost.heads.segmentation.transformer_decoder import Prediction
 from permafrost.model.spec import FeatureSpec
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -32,7 +35,7 @@ import hf_mask2former
 CLASSES = ("sky", "wall", "tree", "road", "door")
 
 
-def small(num_blocks=2, decoder_blocks=4, channels=64, **loss):
+def small(num_blocks=2, decoder_blocks=4, channels=64, **loss) -> Mask2FormerConfig:
     # 64 channels: transformers' group norms have 32 groups always, and of one channel each they would be blind.
     defaults = {"num_points": 200, "oversample": 3.0, "importance": 0.75}
     return Mask2FormerConfig(
@@ -44,7 +47,7 @@ def small(num_blocks=2, decoder_blocks=4, channels=64, **loss):
     )
 
 
-def target(index, num_labels, side=96, size=None):
+def target(index, num_labels, side=96, size=None) -> SegmentationTarget:
     random = torch.Generator().manual_seed(index)
     labels = torch.randperm(len(CLASSES), generator=random)[:num_labels].sort().values
     height, width = size or (side, side)
@@ -54,7 +57,7 @@ def target(index, num_labels, side=96, size=None):
     return SegmentationTarget(index, semantic[semantic != 255].unique().long(), semantic, (height, width), (120, 90))
 
 
-def make_batch(num_labels=(3, 2), first=0, side=96):
+def make_batch(num_labels=(3, 2), first=0, side=96) -> Batch:
     targets = [target(first + i, n, side) for i, n in enumerate(num_labels)]
     keys = [SampleKey(5, 2, first + i) for i in range(len(targets))]
     return Batch(torch.zeros(len(targets), 3, side, side, dtype=torch.uint8), targets, keys)
@@ -68,10 +71,10 @@ def their_groups(model) -> None:
 
 
 @pytest.fixture
-def pair(spec, build):
+def pair(spec, build) -> Callable[..., tuple[Mask2Former, hf_mask2former.TheirHead]]:
     """Our head and theirs with the same weights, both in a given precision."""
 
-    def make(config=None, dtype=torch.float32, own_spec=None):
+    def make(config=None, dtype=torch.float32, own_spec=None) -> tuple[Mask2Former, hf_mask2former.TheirHead]:
         config = config or small()
         own_spec = own_spec or spec
         ours = build(replace(config, level_norm=False), own_spec, CLASSES).to(dtype)
@@ -84,7 +87,7 @@ def pair(spec, build):
     return make
 
 
-def check_logits(ours, model, features):
+def check_logits(ours, model, features) -> float:
     """Relative errors of class and mask logits of all predictions, worst first."""
     with torch.no_grad():
         found, expected = ours.predictions(features), model(features)
@@ -117,7 +120,7 @@ def test_full_size_head_equals_transformers(pair) -> None:
     assert check_logits(ours, model, features) < 1e-4
 
 
-def our_losses(head, features, batch):
+def our_losses(head, features, batch) -> tuple[torch.Tensor, list[Prediction]]:
     """(3, L) class, mask and dice losses of every prediction, and the predictions."""
     predictions = head.predictions(features)
     segments = collect_segments(batch, dtype=predictions[0].masks.dtype)
@@ -225,7 +228,7 @@ def test_losses_do_not_depend_on_how_the_batch_is_split(spec, build, make_featur
     features, batch = make_features(3, dtype=torch.float64), make_batch((4, 0, 2))
     recorded = {}
 
-    def whole(name, count):
+    def whole(name, count) -> torch.Tensor:
         recorded[name] = count.double()
         return recorded[name]
 

@@ -13,6 +13,7 @@ from permafrost.data.types import Batch, SampleKey
 from permafrost.data.video.types import ClipTarget
 from permafrost.heads import GlobalVideoConfig, HeadError, LinearVideoConfig, TemporalVideoConfig
 from permafrost.heads.build import build_head
+from permafrost.heads.video.clip_head import ClipHead
 from permafrost.heads.video.positions import make_positions
 from permafrost.model.spec import FeatureSpec
 
@@ -22,7 +23,7 @@ CONFIGS = (LinearVideoConfig, TemporalVideoConfig, GlobalVideoConfig)
 BLOCKS = (TemporalVideoConfig, GlobalVideoConfig)
 
 
-def make_head(kind, *, dtype=torch.float64, spread=0.3, **options):
+def make_head(kind, *, dtype=torch.float64, spread=0.3, **options) -> ClipHead:
     """A head with parameters of a size at which every part decides something."""
     if kind is not LinearVideoConfig:
         options = {"num_blocks": 2, "head_channels": 8, "num_frames": 4, "map_side": 3, **options}
@@ -34,7 +35,9 @@ def make_head(kind, *, dtype=torch.float64, spread=0.3, **options):
     return head
 
 
-def make_clips(num_clips=2, *, num_frames=4, size=(3, 3), dtype=torch.float64, first=0):
+def make_clips(
+    num_clips=2, *, num_frames=4, size=(3, 3), dtype=torch.float64, first=0
+) -> tuple[tuple[torch.Tensor, torch.Tensor], Batch]:
     maps = []
     for index in range(first, first + num_clips):
         random = torch.Generator().manual_seed(index)
@@ -45,7 +48,7 @@ def make_clips(num_clips=2, *, num_frames=4, size=(3, 3), dtype=torch.float64, f
     return (clip[:, :, :8], clip), Batch(torch.zeros(num_clips, num_frames, 3, 8, 8), targets, keys)
 
 
-def timm_block(block):
+def timm_block(block) -> TimmBlock:
     """timm's block with the weights of ours."""
     width = block.norm1.normalized_shape[0]
     theirs = TimmBlock(width, block.num_heads, mlp_ratio=4.0, qkv_bias=True).double().eval()
@@ -59,7 +62,7 @@ def timm_block(block):
     return theirs
 
 
-def torch_block(block):
+def torch_block(block) -> nn.TransformerEncoderLayer:
     """torch's encoder layer with the weights of ours."""
     width = block.norm1.normalized_shape[0]
     theirs = nn.TransformerEncoderLayer(

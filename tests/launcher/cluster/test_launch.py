@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def ranks_of(launcher: subprocess.Popen) -> list[int]:
 
 
 @pytest.fixture
-def launched(tmp_path, request):
+def launched(tmp_path, request) -> Iterator[tuple[subprocess.Popen, list[int], Path]]:
     """A run without end on two ranks, after its first step: (launcher, pids of its ranks, file of its output)."""
     output = tmp_path / "output"
     command = [*LAUNCH, TINY, "--output", str(tmp_path / "run"), "--num-procs", "2", "--device", "cpu"]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ sys.exit(int(code))
 
 
 @pytest.fixture
-def submit(tmp_path, monkeypatch):
+def submit(tmp_path, monkeypatch) -> Callable[..., tuple[int, list[dict]]]:
     """submit(outcomes, *options): (exit code of the script, the calls of srun)."""
     folder = tmp_path / ODD
     folder.mkdir()

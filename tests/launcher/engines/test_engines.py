@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from permafrost.data.types import Batch
-from permafrost.launcher.engines.base import HeadState, resolve_precision, split_decay
+from permafrost.launcher.engines.base import Engine, HeadState, resolve_precision, split_decay
 from permafrost.launcher.engines.choose import build_engine, choose_engine
 from permafrost.launcher.engines.deepspeed_json import load_json, merge_settings, read_settings
 from permafrost.launcher.errors import CheckpointError, LaunchError
@@ -30,7 +30,7 @@ class LinearHead(nn.Module):
         self.out = nn.Linear(3, 2)
         self.register_buffer("mean", torch.zeros(2))
 
-    def forward(self, features, batch, counts):
+    def forward(self, features, batch, counts) -> dict[str, torch.Tensor] | torch.Tensor:
         output = self.out(self.norm(features[0]))
         if not self.training:
             return output
@@ -38,7 +38,7 @@ class LinearHead(nn.Module):
         return {"loss": (output**2).sum() / counts("images", torch.tensor(float(len(output))))}
 
 
-def make_engine(head: nn.Module | None = None, **engine):
+def make_engine(head: nn.Module | None = None, **engine) -> Engine:
     return build_engine(
         head or LinearHead(),
         optimizer=OptimizerConfig(),

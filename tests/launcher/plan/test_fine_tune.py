@@ -11,7 +11,7 @@ from permafrost.launcher.errors import RecipeError
 from permafrost.launcher.plan.advice import remedies
 from permafrost.launcher.plan.backbone import plan_backbone
 from permafrost.launcher.plan.engines import EnginePlan
-from permafrost.launcher.plan.fine_tune import plan_trained
+from permafrost.launcher.plan.fine_tune import TrainedPlan, plan_trained
 from permafrost.launcher.plan.planner import Machines, Planner
 from permafrost.launcher.recipes.overrides import parse_experiment
 from permafrost.model.config import BackboneConfig
@@ -21,7 +21,7 @@ RECIPE = f"{Path(__file__).parents[1] / 'tiny_recipe.py'}:tiny"
 SIDE, BATCH = 256, 2
 
 
-def trained(*, precision: str = "bfloat16", device_type: str = "cuda", again: bool = False):
+def trained(*, precision: str = "bfloat16", device_type: str = "cuda", again: bool = False) -> TrainedPlan:
     config = BackboneConfig("swinv2_tiny", "random", frozen=False, checkpoint_activations=again)
     return plan_trained(config, batch=BATCH, size=(SIDE, SIDE), precision=precision, device_type=device_type)
 

@@ -23,7 +23,7 @@ from permafrost.heads.necks.config import FPNConfig
 from permafrost.launcher.cli import main
 from permafrost.launcher.plan import head as plan_head_module
 from permafrost.launcher.plan.advice import recommend, remedies
-from permafrost.launcher.plan.backbone import plan_backbone, settle_windows
+from permafrost.launcher.plan.backbone import BackbonePlan, plan_backbone, settle_windows
 from permafrost.launcher.plan.batches import PlannedData
 from permafrost.launcher.plan.engines import EnginePlan
 from permafrost.launcher.plan.head import HeadRun, plan_head
@@ -46,7 +46,9 @@ HEAD = MaskRCNNConfig(
 )
 
 
-def plan(name: str, *, tensor: int = 1, size: int = 1024, window: int = 16, batch: int = 1, dtype=torch.bfloat16):
+def plan(
+    name: str, *, tensor: int = 1, size: int = 1024, window: int = 16, batch: int = 1, dtype=torch.bfloat16
+) -> BackbonePlan:
     config = BackboneConfig(name, "random", window_size=window)
     config, notes = settle_windows(config)
     assert not notes
@@ -103,7 +105,7 @@ def head_run() -> HeadRun:
     )
 
 
-def really(run: HeadRun, batch: int, side: int):
+def really(run: HeadRun, batch: int, side: int) -> tuple[int, int]:
     """(peak, FLOPs) of a real forward and backward, by torch's MemTracker and FlopCounterMode."""
     head = copy.deepcopy(run.head)
     data = run.data.batch(batch, side)

@@ -25,7 +25,7 @@ from permafrost.heads.segmentation.config import (
 )
 from permafrost.heads.video.config import GlobalVideoConfig, LinearVideoConfig, TemporalVideoConfig
 from permafrost.launcher.cli import main
-from permafrost.launcher.plan.backbone import plan_backbone, settle_windows
+from permafrost.launcher.plan.backbone import BackbonePlan, plan_backbone, settle_windows
 from permafrost.launcher.plan.batches import PlannedData
 from permafrost.launcher.plan.fine_tune import plan_trained
 from permafrost.launcher.plan.head import HeadRun, plan_head
@@ -98,7 +98,7 @@ def test_more_clips_are_extrapolated_from_fewer(monkeypatch: pytest.MonkeyPatch)
     assert max(found.backward_peaks) == pytest.approx(max(direct.backward_peaks), rel=0.1)
 
 
-def backbone_of(images: tuple[int, ...], tensor: int = 1, **fields):
+def backbone_of(images: tuple[int, ...], tensor: int = 1, **fields) -> BackbonePlan:
     config = BackboneConfig("swinv2_nano", "random", **fields)
     config, _ = settle_windows(config)
     return plan_backbone(config, dtype=torch.float32, tensor=tensor, images=images)

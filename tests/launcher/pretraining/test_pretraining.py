@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*distutils Version classes:Depr
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
+def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
@@ -35,7 +37,7 @@ def world(cache, monkeypatch) -> None:
 
 
 @pytest.fixture
-def tiny(tmp_path):
+def tiny(tmp_path) -> Callable[..., PretrainExperiment]:
     """tiny(**fields): six steps on 32 px pictures."""
 
     def build(**fields) -> PretrainExperiment:
@@ -142,7 +144,7 @@ class TestBatches:
         _, turned = augment(pictures, generator(0, 1, 0), freedom=1.0)
         corners = [(slice(24), slice(24)), (slice(24), slice(40, 64)), (slice(40, 64), slice(24)), (slice(40, 64),) * 2]
 
-        def fullest(coverage):
+        def fullest(coverage) -> torch.Tensor:
             return torch.stack([coverage[:, rows, columns].mean((1, 2)) for rows, columns in corners], dim=1).argmax(1)
 
         assert (fullest(kept) == 3).all()
@@ -173,7 +175,7 @@ class TestModel:
         labels = [2, 0]
         logits = [rng.normal(size=(2, size // s, size // s, n)) for s, n in ((4, 1), (8, 1), (16, num_classes + 1))]
 
-        def blocks(stride):
+        def blocks(stride) -> np.ndarray:
             return coverage.reshape(2, size // stride, stride, size // stride, stride).mean((2, 4))
 
         expected = 0.0

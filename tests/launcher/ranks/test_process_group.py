@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_no_slurm_host() -> None:
 
 
 @pytest.fixture
-def num_cuda(monkeypatch):
+def num_cuda(monkeypatch) -> Callable[[int], None]:
     """num_cuda(n): this machine shows n CUDA devices."""
 
     def show(count: int) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from permafrost.data.detection.config import CocoDataConfig, JitterConfig
 from permafrost.heads.necks.config import BiFPNConfig
 from permafrost.launcher.cli import main
 from permafrost.launcher.errors import CheckpointError, WeightsError
+from permafrost.launcher.experiment import Experiment
 from permafrost.launcher.recipes.overrides import parse_experiment
 from permafrost.launcher.run.checkpoint import load_head
 from permafrost.launcher.run.first_weights import class_tensors, read_source, take_over
@@ -32,7 +34,7 @@ RECIPE = f"{Path(__file__).parents[1] / 'tiny_recipe.py'}:tiny"
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
+def source(tmp_path_factory) -> tuple[Experiment, dict[str, torch.Tensor]]:
     """A finished run and its head."""
     output = tmp_path_factory.mktemp("source") / "run"
     experiment = parse_experiment(RECIPE, ["--output", str(output), "--loop.num-steps", "2", "--loop.image-every", "0"])
@@ -44,7 +46,7 @@ def first_step_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_head(run / "checkpoints" / "step_00000001").heads["detection"].parameters
 
 
-def start(tiny, head, source, **options):
+def start(tiny, head, source, **options) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path]:
     """A run of one step with a rate so small that its checkpoint shows where it started."""
     head.optimizer.learning_rate = 1e-12
     head.init = str(source)

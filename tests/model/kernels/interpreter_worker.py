@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,13 @@ def ops() -> dict[str, Any]:
     tensors = case.tensors()
     norm_tensors = NormCase((2, 3, 32), has_extra=True).tensors()
 
-    def both(qkv, bias, scale, table, x, y):
+    def both(qkv, bias, scale, table, x, y) -> tuple[torch.Tensor, torch.Tensor]:
         attended = window_attention(qkv, bias, scale, table, **case.keywords, kernel="triton")
         return attended * 2, residual_norm(x, y, *norm_tensors[2:], kernel="triton") + 1
 
     found, graphs = [], []
 
-    def backend(graph, inputs):
+    def backend(graph, inputs) -> Callable[..., Any]:
         graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
         return aot_module_simplified(graph, inputs, lambda inner, _: make_boxed_func(inner.forward))
 

@@ -15,7 +15,7 @@ from permafrost.model.errors import KernelError
 from permafrost.model.kernels.deformable_attention import deformable_attention
 
 
-def by_definition(value, sizes, locations, weights):
+def by_definition(value, sizes, locations, weights) -> torch.Tensor:
     """Point by point in Python, as Deformable DETR writes it down."""
     batch, _, heads, dims = value.shape
     out = value.new_zeros(batch, locations.shape[1], heads, dims)
@@ -51,7 +51,7 @@ def test_gradients_of_the_reference() -> None:
     case = DeformableCase(sizes=((2, 3), (4, 3)), queries=3, batch=1, head_dim=2, points=2)
     tensors = [one.requires_grad_() for one in case.tensors(torch.float64)]
 
-    def call(value, locations, weights):
+    def call(value, locations, weights) -> torch.Tensor:
         return deformable_attention(value, case.sizes, locations, weights, kernel="reference")
 
     assert torch.autograd.gradcheck(call, tensors)

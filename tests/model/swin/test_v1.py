@@ -144,7 +144,7 @@ def test_windows_are_clipped_stage_by_stage(monkeypatch) -> None:
     seen = []
     original = WindowAttention.forward
 
-    def spy(self, x, window, shift):
+    def spy(self, x, window, shift) -> torch.Tensor:
         seen.append((tuple(x.shape[1:3]), window, shift))
         return original(self, x, window, shift)
 

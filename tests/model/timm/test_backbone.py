@@ -270,14 +270,14 @@ class OwnNetWithMaps(OwnNet):
 @timm.models.register_model
 def permafrost_own_net(
     pretrained: bool = False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kw
-):
+) -> OwnNet:
     return OwnNet(**kw)
 
 
 @timm.models.register_model
 def permafrost_own_maps(
     pretrained: bool = False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kw
-):
+) -> OwnNetWithMaps:
     return OwnNetWithMaps(**kw)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_official_file_gives_the_features_of_its_classifier(official_file, image
     assert backbone.describe()["left_out"] == ["head.bias", "head.weight", "norm.bias", "norm.weight"]
 
 
-def renamed(rename):
+def renamed(rename) -> Callable[[dict], None]:
     def change(state: dict) -> None:
         for name in list(state):
             state[rename(name)] = state.pop(name)
