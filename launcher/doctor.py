@@ -42,6 +42,7 @@ PACKAGES: tuple[tuple[str, str, str, bool], ...] = (
     ("rich", "rich", "the progress line", True),
     ("matplotlib", "matplotlib", "plots", False),
     ("scipy", "scipy.optimize", "segmentation: matching queries to segments", False),
+    ("msgpack", "msgpack", "training on several processes", False),
     ("deepspeed", "deepspeed", "ZeRO and training on many nodes", False),
     ("timm", "timm", "backbones called timm/...", False),
     ("fairscale", "fairscale.nn.model_parallel", "splitting a backbone over GPUs", False),

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -32,6 +31,9 @@ def to_bytes(value: Any) -> bytes:
     Raises:
         TypeError: it holds something that does not travel, named by its type.
     """
+    # Here and below, since one process by itself does without it.
+    import msgpack
+
     return msgpack.packb(value, default=_pack, strict_types=True)
 
 
@@ -41,6 +43,8 @@ def from_bytes(content: bytes) -> Any:
     Raises:
         ValueError: the bytes are not such a value, or name a class that is none of those that travel.
     """
+    import msgpack
+
     try:
         return msgpack.unpackb(content, ext_hook=_unpack, strict_map_key=False)
     except Exception as error:
@@ -134,7 +138,9 @@ def _pack(value: Any) -> Any:
     )
 
 
-def _ext(code: int, content: Any) -> msgpack.ExtType:
+def _ext(code: int, content: Any) -> Any:
+    import msgpack
+
     return msgpack.ExtType(code, to_bytes(content))
 
 
