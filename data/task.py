@@ -69,14 +69,14 @@ class TaskDataConfig(Configuration):
     """Which files of a folder it takes. A file that is named itself may have any name."""
 
     result_names: ClassVar[Mapping[str, str]] = {}
-    """What tables call the kinds of results, by what stands before the slash in the metrics' names; else they are called that."""
+    """Names of the kinds of results in tables, by what stands before the slash in the metrics' names; else they are called that."""
     # Without a type: of most kinds of data it is a field.
     root = ""
     """Folder that the data is read from; "" where it is none, or the cache."""
     many_classes: ClassVar[int] = 1
     """K that a plan assumes where neither the data nor the user says."""
     many_objects: ClassVar[int] = 1
-    """What it assumes that an image has to tell apart, a crowded one."""
+    """Number of things to tell apart that it assumes in an image, a crowded one."""
     objects_are: ClassVar[str] = "objects"
     """What that is, in a word."""
 

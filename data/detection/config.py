@@ -82,7 +82,7 @@ class EvaluationConfig(Configuration):
     num_detections: int = 100
     """Merged detections kept of an image."""
     scorer: Literal["pycocotools", "faster_coco_eval"] = "pycocotools"
-    """What computes the average precision; the second, `pip install permafrost[fast-eval]`, gives the same numbers sooner."""
+    """The package that computes the average precision; the second, `pip install permafrost[fast-eval]`, gives the same numbers sooner."""
 
     def __post_init__(self) -> None:
         most = f"give 1 to max_side ({self.max_side}) pixels"
@@ -139,7 +139,7 @@ class CocoDataConfig(TaskDataConfig):
     corrupt_share: float = 0.001
     """Largest share of unreadable training images (at least 10 are tolerated) before the run stops."""
     bad_annotations: Literal["refuse", "drop"] = "refuse"
-    """What to do about single annotations that cannot be used (degenerate or out-of-image box, broken segmentation):
+    """Treatment of single annotations that cannot be used (degenerate or out-of-image box, broken segmentation):
     refuse to start, or leave them out and say how many. COCO's own train2017 has two boxes without height."""
     train_empty_images: bool = False
     """Train also on images without any object; they are left out otherwise."""

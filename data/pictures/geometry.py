@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 PAD_COLOR = (124, 116, 104)
 """RGB of the padding: the mean of ImageNet, 255 * (0.485, 0.456, 0.406)."""
 NO_CLASS = 255
-"""Of a pixel in a semantic map: padding, and what nobody labelled."""
+"""Value of a pixel in a semantic map that is padding, or that nobody labelled."""
 DIVISOR = 32
 """Images that keep their aspect ratio are padded to whole multiples of this, the coarsest stride of most backbones."""
 

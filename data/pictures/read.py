@@ -26,7 +26,7 @@ MAX_ASPECT = 100
 
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What is tried on a file, whatever its name says. Left to itself PIL would hand PostScript, which is a program, to Ghostscript."""
+"""These are tried on a file, whatever its name says. Left to itself PIL would hand PostScript, which is a program, to Ghostscript."""
 
 
 class ImageError(ValueError):
@@ -120,7 +120,7 @@ def to_pixels(given: Any) -> Tensor:
         return torch.from_numpy(_rgb_pixels(given)).permute(2, 0, 1).contiguous()
     if not isinstance(given, (np.ndarray, Tensor)):
         raise ImageError(
-            f"it is a {type(given).__name__}: give a path, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor"
+            f"its type is {type(given).__name__}: give a path, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor"
         )
     kind, layout = ("an array", "(H, W, 3)") if isinstance(given, np.ndarray) else ("a tensor", "(3, H, W)")
     shape, channels = tuple(given.shape), -1 if isinstance(given, np.ndarray) else 0

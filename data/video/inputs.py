@@ -179,7 +179,7 @@ def to_frames(given: Any) -> np.ndarray:
     """
     if not isinstance(given, (np.ndarray, torch.Tensor)):
         raise DataError(
-            f"it is a {type(given).__name__}: give a path, a (T, H, W, 3) uint8 array or a (T, 3, H, W) uint8 tensor"
+            f"its type is {type(given).__name__}: give a path, a (T, H, W, 3) uint8 array or a (T, 3, H, W) uint8 tensor"
         )
     kind, layout, channels = (
         ("an array", "(T, H, W, 3)", -1) if isinstance(given, np.ndarray) else ("a tensor", "(T, 3, H, W)", 1)

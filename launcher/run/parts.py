@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from permafrost.heads.base import Head
     from permafrost.model.frozen import FrozenBackbone
     from permafrost.model.spec import FeatureSpec
-
-T = TypeVar("T")
 
 
 @dataclass
