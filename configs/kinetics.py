@@ -12,7 +12,7 @@ NUM_VIDEOS = 240_000
 
 
 def swinv2_base_linear() -> Experiment:
-    """Linear classifier on frozen SwinV2-B (ImageNet-22K), frame by frame: Table 4 and Table 1, 70.3 top-1.
+    """A linear classifier on frozen SwinV2-B (ImageNet-22K), frame by frame: Table 4 and Table 1, 70.3 top-1.
 
         deepspeed --num_gpus 8 --module permafrost.launcher.train kinetics:swinv2_base_linear --data.root /path/to/kinetics400
 

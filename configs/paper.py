@@ -137,7 +137,7 @@ def table5_giant_htc_multi_scale() -> Experiment:
 
 
 def padding() -> Experiment:
-    """Section 3.3's comparison: aspect ratio and padding in place of the square crop, frozen SwinV2-B-22K with BiFPN.
+    """The comparison of section 3.3: aspect ratio and padding in place of the square crop, frozen SwinV2-B-22K with BiFPN.
 
         permafrost train paper:padding --data.root /path/to/coco
 

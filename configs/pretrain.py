@@ -6,7 +6,7 @@ from permafrost.launcher import PretrainExperiment
 
 
 def nano_glyphs() -> PretrainExperiment:
-    """Nano SwinV2 that the quickstart freezes, 2.7 M parameters, trained to name 100 outlines: 0.60 validation accuracy.
+    """The 2.7 M-parameter SwinV2 that the quickstart freezes, trained to name 100 outlines: 0.60 validation accuracy.
 
         permafrost pretrain nano_glyphs --num-threads 1
 
@@ -16,7 +16,7 @@ def nano_glyphs() -> PretrainExperiment:
 
 
 def nano_glyphs_debug() -> PretrainExperiment:
-    """Small twin of `nano_glyphs`: the same code path in seconds, 32 px pictures, 20 steps. The weights are of no use.
+    """The same code path in seconds: 32 px pictures, 20 steps. The weights are of no use.
 
     permafrost pretrain nano_glyphs_debug
     """

@@ -66,7 +66,7 @@ def quickstart_segmentation() -> Experiment:
 
 
 def random_weights() -> Experiment:
-    """Quickstart's twin on the same network frozen at random weights.
+    """The quickstart's twin on the same network frozen at random weights.
 
         permafrost train quickstart_segmentation:random_weights
 

@@ -42,7 +42,7 @@ def quickstart_video() -> Experiment:
 
 
 def random_weights() -> Experiment:
-    """Quickstart's twin on the same network frozen at random weights.
+    """The quickstart's twin on the same network frozen at random weights.
 
         permafrost train quickstart_video:random_weights
 

@@ -30,7 +30,7 @@ def dinov2_small() -> Experiment:
 
 
 def debug() -> Experiment:
-    """Small twin of `vitdet:dinov2_small` on the built-in world `shapes`, random weights: nothing is downloaded.
+    """The code path of `vitdet:dinov2_small` on the built-in world `shapes`, random weights: nothing is downloaded.
 
         permafrost train vitdet:debug
 
